@@ -1,0 +1,54 @@
+"""The model: what travels to the Hub with every checkpoint, registered with the Auto classes of transformers."""
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+    AutoTokenizer,
+)
+
+from .configuration_medmoe import MedMoEConfig, MedMoESwinConfig, MedMoETextConfig, MedMoEVisionConfig
+from .image_processing_medmoe import MedMoEImageProcessor, MedMoEImageProcessorPil
+from .modeling_medmoe import (
+    MedMoEForImageClassification,
+    MedMoEModel,
+    MedMoEOutput,
+    MedMoETextModel,
+    MedMoEVisionModel,
+)
+from .processing_medmoe import MedMoEProcessor
+from .tokenization_medmoe import MedMoETokenizer
+
+for config_class, model_class in (
+    (MedMoEConfig, MedMoEModel),
+    (MedMoEVisionConfig, MedMoEVisionModel),
+    (MedMoETextConfig, MedMoETextModel),
+):
+    AutoConfig.register(config_class.model_type, config_class)
+    AutoModel.register(config_class, model_class)
+    AutoProcessor.register(config_class, MedMoEProcessor)
+    AutoTokenizer.register(config_class, fast_tokenizer_class=MedMoETokenizer)
+    AutoImageProcessor.register(
+        config_class, image_processor_classes={"torchvision": MedMoEImageProcessor, "pil": MedMoEImageProcessorPil}
+    )
+AutoModelForZeroShotImageClassification.register(MedMoEConfig, MedMoEModel)
+AutoModelForImageClassification.register(MedMoEConfig, MedMoEForImageClassification)
+
+__all__ = [
+    "MedMoEConfig",
+    "MedMoEForImageClassification",
+    "MedMoEImageProcessor",
+    "MedMoEImageProcessorPil",
+    "MedMoEModel",
+    "MedMoEOutput",
+    "MedMoEProcessor",
+    "MedMoESwinConfig",
+    "MedMoETextConfig",
+    "MedMoETextModel",
+    "MedMoETokenizer",
+    "MedMoEVisionConfig",
+    "MedMoEVisionModel",
+]

@@ -1,0 +1,391 @@
+"""Configuration of MedMoE (arXiv 2506.08356): the vision tower, the text tower and the dual encoder.
+
+String annotations would switch the type validation of these classes off, so this file must not use
+``from __future__ import annotations``.
+"""
+
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from dataclasses import fields
+from difflib import get_close_matches
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig, SwinConfig
+from transformers.configuration_utils import SubConfigSpec
+
+UNKNOWN_MODALITY = -100
+"""The id of a modality nobody knows: ignored by the auxiliary loss, left to the router by the image tower."""
+
+DEFAULT_MODALITIES = ("xray", "ct", "mri", "ultrasound", "histopathology", "fundus")
+"""Expert order of the official labelling."""
+
+# DICOM's codes (PS3.3 C.7.3.1.1.1) and the names people type, for the six default modalities.
+MODALITY_ALIASES = {
+    "xray": ("x-ray", "x ray", "radiograph", "cxr", "xr", "cr", "dx", "mg", "rg"),
+    "ct": ("computed tomography", "cat"),
+    "mri": ("mr", "magnetic resonance"),
+    "ultrasound": ("us", "sonography", "sonogram"),
+    "histopathology": ("pathology", "histology", "sm"),
+    "fundus": ("op", "retina", "retinal", "fundus photograph"),
+}
+_CANONICAL = {alias: name for name, aliases in MODALITY_ALIASES.items() for alias in aliases}
+
+
+def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `changes` laid over it, dictionaries merged key by key and not replaced."""
+    out = deepcopy(dict(base))
+    for key, value in changes.items():
+        # Ids to names are one value: merging {0: "xray"} into six names would leave five behind.
+        if isinstance(value, Mapping) and isinstance(out.get(key), dict) and key not in ("modalities", "id2label"):
+            out[key] = _merged(out[key], value)
+        else:
+            out[key] = value
+    return out
+
+
+def _refuse_unknown(config_class: type[PreTrainedConfig], overrides: Iterable[str], where: str) -> None:
+    """Transformers keeps unknown keys as attributes; in a preset's overrides they can only be typing errors."""
+    known = {field.name for field in fields(config_class)} | {"num_labels", "attn_implementation", "model_type"}
+    for key in overrides:
+        if key not in known:
+            near = get_close_matches(key, known, n=1)
+            hint = f" Did you mean `{where}{near[0]}`?" if near else ""
+            raise ValueError(f"`{where}{key}` is not a field of {config_class.__name__}.{hint}")
+
+
+def _positive(config: PreTrainedConfig, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value <= 0:
+            raise ValueError(f"`{name}` must be greater than 0, got {value}.")
+
+
+@strict
+class MedMoESwinConfig(SwinConfig):
+    """The Swin Transformer inside the vision tower: `transformers.SwinConfig` under a model type of its own.
+
+    The type of its own keeps transformers from writing the weights under the key names of its old Swin.
+    """
+
+    model_type = "medmoe_swin"
+    base_config_key = "swin_config"
+
+
+@strict
+class MedMoEVisionConfig(PreTrainedConfig):
+    """The image tower: backbone, pyramid, experts and image router.
+
+    Args:
+        backbone: `"swin"`, or `"timm/<name>"` for any hierarchical timm model (its channels and strides are read from
+            timm's feature info; the timm package must be installed wherever the model is loaded).
+        swin_config: the Swin (`backbone="swin"` only); Swin-T by default.
+        out_indices: which feature levels of a timm backbone make the pyramid; by default all of stride 4 and more.
+        image_size: side in pixels that the tower was made for (224 by default). Other sizes from 64 up work too.
+        modalities: what expert k is, `{0: "xray", ...}` (or a sequence of names in order). Their number is the number
+            of experts K.
+        global_features: where the global embedding v_g comes from: `"backbone"` (mean of the backbone's last tokens)
+            or `"expert"` (mean of the selected expert's map).
+        expert_hidden_size: width C of an expert's 3x3 convolutions.
+        local_size: width D of the local map V that an expert gives.
+        scale_attention_size: hidden width of the MLP that scores each scale at each position.
+        router_hidden_size: hidden width of the router's MLP.
+        initializer_range: standard deviation of newly initialised linear layers.
+    """
+
+    model_type = "medmoe_vision_model"
+    base_config_key = "vision_config"
+    sub_configs_defaults = {"swin_config": SubConfigSpec(MedMoESwinConfig, optional=True)}
+
+    backbone: str = "swin"
+    swin_config: dict | PreTrainedConfig | None = None
+    out_indices: list[int] | tuple[int, ...] | None = None
+    image_size: int | None = None
+    modalities: dict[int, str] | dict[str, str] | list[str] | tuple[str, ...] = DEFAULT_MODALITIES
+    global_features: Literal["backbone", "expert"] = "backbone"
+    expert_hidden_size: int = 144
+    local_size: int = 768
+    scale_attention_size: int = 192
+    router_hidden_size: int = 128
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.backbone == "swin":
+            self.swin_config = {} if self.swin_config is None else self.swin_config
+        elif self.backbone.startswith("timm/"):
+            self.swin_config = None
+        else:
+            raise ValueError(f'`backbone` must be "swin" or "timm/<name>", got "{self.backbone}".')
+        if isinstance(self.modalities, Mapping):
+            try:
+                self.modalities = {int(key): name for key, name in self.modalities.items()}
+            except ValueError:
+                raise ValueError(
+                    f'`modalities` must map expert numbers to names, as {{0: "xray", ...}}, got {self.modalities}.'
+                ) from None
+        else:
+            self.modalities = dict(enumerate(self.modalities))
+        super().__post_init__(**kwargs)
+        if self.swin_config is not None:
+            if self.image_size is None:
+                side = self.swin_config.image_size
+                self.image_size = side if isinstance(side, int) else max(side)
+            self.swin_config.image_size = self.image_size
+        elif self.image_size is None:
+            self.image_size = 224
+
+    @property
+    def num_experts(self) -> int:
+        """K, one expert a modality."""
+        return len(self.modalities)
+
+    @property
+    def hidden_size(self) -> int | None:
+        """Width of the backbone's last level; None for a timm backbone, which tells it only once it is built."""
+        return None if self.swin_config is None else self.swin_config.hidden_size
+
+    def modality_ids(self, modality: Any, batch_size: int) -> list[int]:
+        """Turns names, aliases or ids of modalities into expert ids.
+
+        Args:
+            modality: one name or id for all images, or a sequence (list, tensor, array) with one for each image. Names
+                are those of `modalities`, or an alias (`"cxr"`, DICOM's `"DX"`); None and -100 mean unknown.
+            batch_size: the number of images B.
+
+        Returns:
+            list of B ints in 0..K-1, or -100 where the modality is unknown.
+
+        Raises:
+            ValueError: for a name or id that is not in `modalities`, or a sequence of another length than B.
+        """
+        if hasattr(modality, "tolist"):
+            modality = modality.tolist()
+        if modality is None or isinstance(modality, (str, int)):
+            modality = [modality] * batch_size
+        if not isinstance(modality, Iterable):
+            raise ValueError(f"`modality` must be a name, an id or one of these for each image, got {modality!r}.")
+        ids = [self._modality_id(item) for item in modality]
+        if len(ids) == 1:
+            ids = ids * batch_size
+        if len(ids) != batch_size:
+            raise ValueError(f"`modality` has {len(ids)} entries for {batch_size} images; give one, or one per image.")
+        return ids
+
+    def _modality_id(self, item: Any) -> int:
+        item = item.item() if hasattr(item, "item") else item
+        if item is None or item == UNKNOWN_MODALITY:
+            return UNKNOWN_MODALITY
+        if isinstance(item, str):
+            key = item.strip().lower()
+            for wanted in (key, _CANONICAL.get(key)):
+                for index, name in self.modalities.items():
+                    if name.lower() == wanted:
+                        return index
+        elif isinstance(item, int) and not isinstance(item, bool) and item in self.modalities:
+            return item
+        known = ", ".join(f"{index}: {name}" for index, name in self.modalities.items())
+        raise ValueError(f"Unknown modality {item!r}. This model knows {{{known}}}, and {UNKNOWN_MODALITY} = unknown.")
+
+    def validate_sizes(self) -> None:
+        _positive(
+            self, "image_size", "expert_hidden_size", "local_size", "scale_attention_size", "router_hidden_size"
+        )
+
+    def validate_modalities(self) -> None:
+        names = list(self.modalities.values())
+        if not names or sorted(self.modalities) != list(range(len(names))):
+            raise ValueError(
+                f"`modalities` must number at least one expert 0, 1, ... without a gap, got {self.modalities}."
+            )
+        if len({name.lower() for name in names}) != len(names) or not all(name.strip() for name in names):
+            raise ValueError(f"`modalities` must give each expert a name of its own, got {names}.")
+
+    def validate_out_indices(self) -> None:
+        if self.out_indices is not None and self.swin_config is not None:
+            raise ValueError("`out_indices` chooses levels of a timm backbone; the Swin gives all of its stages.")
+
+
+@strict
+class MedMoETextConfig(PreTrainedConfig):
+    """The text tower: any BERT-like encoder and how its pieces become words and a report embedding.
+
+    Args:
+        text_config: the encoder's own configuration, resolved by its `model_type` (BERT by default).
+        num_summed_layers: how many of the last layers are summed into a token's embedding.
+        word_pooling: how the pieces of a word become one embedding: `"sum"` or `"mean"`.
+    """
+
+    model_type = "medmoe_text_model"
+    sub_configs_defaults = {"text_config": SubConfigSpec(AutoConfig, model_type="bert")}
+
+    text_config: dict | PreTrainedConfig | None = None
+    num_summed_layers: int = 4
+    word_pooling: Literal["sum", "mean"] = "sum"
+    initializer_range: float = 0.02
+
+    @property
+    def hidden_size(self) -> int:
+        return self.text_config.hidden_size
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        # The dual encoder's file holds these fields beside its own, so `MedMoETextModel.from_pretrained` on a dual
+        # encoder's folder takes its part and leaves the rest.
+        if cls.model_type == "medmoe_text_model" and config_dict.get("model_type") == "medmoe":
+            mine = ("text_config", "num_summed_layers", "word_pooling", "initializer_range", "dtype")
+            config_dict = {key: config_dict[key] for key in mine if key in config_dict}
+        return super().from_dict(config_dict, **kwargs)
+
+    def validate_summed_layers(self) -> None:
+        layers = self.text_config.num_hidden_layers
+        if not 1 <= self.num_summed_layers <= layers:
+            raise ValueError(
+                f"`num_summed_layers` must lie in 1..{layers} (the text encoder's layers), got {self.num_summed_layers}."
+            )
+
+    def validate_sub_configs(self) -> None:
+        # Validators do not recurse by themselves, and an assignment to a sub-config is not checked when it is made.
+        for key in self.sub_configs:
+            getattr(self, key).validate()
+
+
+@strict
+class MedMoEConfig(MedMoETextConfig):
+    """MedMoE: image tower with modality experts, text tower, and how the two are compared.
+
+    Use `MedMoEConfig.from_preset("paper")` for the model of the paper; the defaults here are the same.
+
+    Args:
+        text_config, num_summed_layers, word_pooling: the text tower, see `MedMoETextConfig`.
+        vision_config: the image tower, see `MedMoEVisionConfig`.
+        router: what selects the expert where there is a report: the `"report"` router or the `"image"` router. Without a
+            report it is always the image router; a caller's `modality` wins over both.
+        projection_dim: width D of the shared space; None for no projections at all (the towers' widths must agree).
+        similarity: what `logits_per_image` scores: `"global"` (v_g with t_g), `"local"` (words with regions) or their
+            `"mean"`.
+        local_loss: `"gloria"` (Huang et al., ICCV 2021) or `"token"` (the formula of section 4.4).
+        temp1: inverse temperature of the attention over regions (`gloria`).
+        temp2: inverse temperature with which a caption's words are aggregated (`gloria`).
+        temp3: inverse temperature 1/τ of the contrast: the global loss, the local similarities, and both places of
+            `token`'s formula.
+        global_loss_weight, local_loss_weight, aux_loss_weight: the weights of the total loss (section 4.6); the last
+            is λ.
+        classifier_features: what the head of `MedMoEForImageClassification` sees: `"backbone"`, `"expert"` (mean of the
+            selected expert's map) or `"both"`.
+        freeze_vision_model: whether `MedMoEForImageClassification` keeps its image tower as it is, its BatchNorm
+            statistics included.
+    """
+
+    model_type = "medmoe"
+    sub_configs_defaults = {
+        "text_config": SubConfigSpec(AutoConfig, model_type="bert"),
+        "vision_config": MedMoEVisionConfig,
+    }
+
+    vision_config: dict | PreTrainedConfig | None = None
+    router: Literal["report", "image"] = "report"
+    projection_dim: int | None = None
+    similarity: Literal["global", "local", "mean"] = "global"
+    local_loss: Literal["gloria", "token"] = "gloria"
+    temp1: float | int = 4.0
+    temp2: float | int = 5.0
+    temp3: float | int = 10.0
+    global_loss_weight: float | int = 1.0
+    local_loss_weight: float | int = 1.0
+    aux_loss_weight: float | int = 4.0
+    classifier_features: Literal["backbone", "expert", "both"] = "backbone"
+    freeze_vision_model: bool = False
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> "MedMoEConfig":
+        """The configuration of a preset.
+
+        Args:
+            name: one of `PRESETS`: `"paper"` (the model of arXiv 2506.08356) or `"tiny"` (the same in small, for
+                demonstrations and tests).
+            **overrides: fields to change; nested dictionaries change single fields of a sub-config.
+
+        Raises:
+            ValueError: if the name is unknown; lists the known ones.
+        """
+        if name not in PRESETS:
+            raise ValueError(f'Unknown preset "{name}". Known presets: {", ".join(sorted(PRESETS))}.')
+        _refuse_unknown(cls, overrides, "")
+        if isinstance(overrides.get("vision_config"), Mapping):
+            _refuse_unknown(MedMoEVisionConfig, overrides["vision_config"], "vision_config.")
+        return cls(**_merged(PRESETS[name], overrides))
+
+    @property
+    def modalities(self) -> dict[int, str]:
+        """What expert k is: `{0: "xray", ...}`."""
+        return self.vision_config.modalities
+
+    def text_model_config(self) -> MedMoETextConfig:
+        """The text tower's configuration; shares the encoder's configuration object with this one."""
+        return MedMoETextConfig(
+            text_config=self.text_config,
+            num_summed_layers=self.num_summed_layers,
+            word_pooling=self.word_pooling,
+            initializer_range=self.initializer_range,
+            dtype=self.dtype,
+            attn_implementation=self._attn_implementation,
+        )
+
+    def validate_projection(self) -> None:
+        if self.projection_dim is not None:
+            _positive(self, "projection_dim")
+            return
+        vision, text = self.vision_config, self.text_config
+        widths = {"text_config.hidden_size": text.hidden_size, "vision_config.local_size": vision.local_size}
+        # A timm backbone tells its width once it is built; the model checks it there.
+        if vision.global_features == "backbone" and vision.hidden_size is not None:
+            widths["the backbone's last width"] = vision.hidden_size
+        if len(set(widths.values())) > 1:
+            listed = ", ".join(f"{key}={value}" for key, value in widths.items())
+            raise ValueError(f"Without `projection_dim` the widths must agree, got {listed}. Set `projection_dim`.")
+
+    def validate_temperatures(self) -> None:
+        _positive(self, "temp1", "temp2", "temp3")
+
+    def validate_loss_weights(self) -> None:
+        for name in ("global_loss_weight", "local_loss_weight", "aux_loss_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Swin-T, six experts (36.9 M parameters in the image tower) and Bio_ClinicalBERT's shapes.
+    "paper": {"text_config": {"model_type": "bert", "vocab_size": 28996}},
+    "tiny": {
+        "text_config": {
+            "model_type": "bert",
+            "vocab_size": 1024,
+            "hidden_size": 192,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 3,
+            "intermediate_size": 384,
+            "max_position_embeddings": 64,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+        },
+        "num_summed_layers": 2,
+        "vision_config": {
+            "image_size": 96,
+            "swin_config": {
+                "embed_dim": 24,
+                "depths": (2, 2, 2, 2),
+                "num_heads": (1, 2, 4, 8),
+                "window_size": 6,
+                "drop_path_rate": 0.0,
+            },
+            "expert_hidden_size": 48,
+            "local_size": 192,
+            "scale_attention_size": 48,
+            "router_hidden_size": 64,
+        },
+    },
+}
+
+MedMoEConfig.register_for_auto_class()
+MedMoETextConfig.register_for_auto_class()
+MedMoEVisionConfig.register_for_auto_class()

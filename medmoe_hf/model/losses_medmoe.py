@@ -1,0 +1,171 @@
+"""The losses of MedMoE (arXiv 2506.08356, sections 4.4-4.6) as functions of embeddings.
+
+Shapes: B images, N captions, W word slots a caption, D the width of the shared space, M = H/4 * W/4 regions, K experts.
+Everything is computed in float32, whatever the embeddings' type and any autocast around it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .configuration_medmoe import UNKNOWN_MODALITY
+
+
+def cosine_logits(image_embeds: Tensor, text_embeds: Tensor, scale: float) -> Tensor:
+    """Cosine of every image with every caption, times `scale` (1/τ).
+
+    Args:
+        image_embeds: (B, D).
+        text_embeds: (N, D).
+
+    Returns:
+        (B, N) float32.
+    """
+    with torch.autocast(image_embeds.device.type, enabled=False):
+        image = nn.functional.normalize(image_embeds.float(), dim=-1)
+        text = nn.functional.normalize(text_embeds.float(), dim=-1)
+        return scale * image @ text.t()
+
+
+def contrastive_loss(logits_per_image: Tensor) -> Tensor:
+    """InfoNCE in both directions, summed (section 4.4); image i and caption i belong together.
+
+    Args:
+        logits_per_image: (B, B).
+    """
+    if logits_per_image.shape[0] != logits_per_image.shape[1]:
+        rows, columns = logits_per_image.shape
+        raise ValueError(f"A contrastive loss needs one caption for each image, got {rows} images, {columns} captions.")
+    target = torch.arange(logits_per_image.shape[0], device=logits_per_image.device)
+    return nn.functional.cross_entropy(logits_per_image, target) + nn.functional.cross_entropy(
+        logits_per_image.t(), target
+    )
+
+
+def _attended_regions(
+    regions: Tensor, words: Tensor, word_mask: Tensor, temp1: float
+) -> Tensor:
+    """GLoRIA's context of each word in one image: softmax over words, times temp1, softmax over regions.
+
+    Args:
+        regions: (D, M) of one image.
+        words: (N, W, D).
+        word_mask: (N, W), False at slots without a word.
+
+    Returns:
+        (N, W, D), the average of the regions under each word's attention.
+    """
+    scores = words @ regions
+    # The floor and not -inf: a caption without any word would turn the softmax into NaN.
+    scores = scores.masked_fill(~word_mask.unsqueeze(-1), torch.finfo(scores.dtype).min)
+    attention = (scores.softmax(dim=1) * temp1).softmax(dim=-1)
+    return attention @ regions.t()
+
+
+def gloria_logits(
+    local_embeds: Tensor, word_embeds: Tensor, word_mask: Tensor, temp1: float, temp2: float, temp3: float
+) -> Tensor:
+    """Word-region similarity of every image with every caption: temp3 * log Σ_i exp(temp2 * cos(c_i, t_i)).
+
+    The reading of Huang et al. (ICCV 2021), which the official code runs. The loop goes over images, so that the
+    largest tensor is (N, W, M) and not (B, N, W, M).
+
+    Args:
+        local_embeds: (B, D, H', W'), the local maps.
+        word_embeds: (N, W, D).
+        word_mask: (N, W) bool, True where there is a word. A caption without words scores 0 with every image.
+
+    Returns:
+        (B, N) float32.
+    """
+    with torch.autocast(local_embeds.device.type, enabled=False):
+        words = word_embeds.float()
+        has_words = word_mask.any(dim=1)
+        rows = []
+        for regions in local_embeds.float().flatten(2):
+            context = _attended_regions(regions, words, word_mask, temp1)
+            cosine = nn.functional.cosine_similarity(words, context, dim=-1)
+            weighted = (temp2 * cosine).masked_fill(~word_mask, torch.finfo(cosine.dtype).min)
+            rows.append((temp3 * weighted.logsumexp(dim=1)).masked_fill(~has_words, 0.0))
+        return torch.stack(rows)
+
+
+def _token_cosines(regions: Tensor, words: Tensor, scale: float) -> Tensor:
+    """cos(c_i, t_j) of the words of one caption in one image, with a_ij = softmax_j(t_i·v_j / τ) (section 4.4).
+
+    Args:
+        regions: (..., D, M).
+        words: (..., W, D).
+
+    Returns:
+        (..., W, W), row i the context of word i.
+    """
+    attention = (scale * words @ regions).softmax(dim=-1)
+    context = nn.functional.normalize(attention @ regions.transpose(-1, -2), dim=-1)
+    return context @ nn.functional.normalize(words, dim=-1).transpose(-1, -2)
+
+
+def token_logits(local_embeds: Tensor, word_embeds: Tensor, word_mask: Tensor, scale: float) -> Tensor:
+    """Similarity of every image with every caption in the reading of `token_loss`: the mean over the words of cos(c_i, t_i)/τ.
+
+    Args, returns: as `gloria_logits`; `scale` is 1/τ.
+    """
+    with torch.autocast(local_embeds.device.type, enabled=False):
+        words = word_embeds.float()
+        count = word_mask.sum(dim=1).clamp_min(1)
+        rows = []
+        for regions in local_embeds.float().flatten(2):
+            attention = (scale * words @ regions).softmax(dim=-1)
+            cosine = nn.functional.cosine_similarity(attention @ regions.t(), words, dim=-1)
+            rows.append(scale * (cosine * word_mask).sum(dim=1) / count)
+        return torch.stack(rows)
+
+
+def token_loss(local_embeds: Tensor, word_embeds: Tensor, word_mask: Tensor, scale: float) -> Tensor:
+    """The paper's printed local loss: each word's context must be nearer to that word than to its report's other words.
+
+    -log exp(cos(c_i,t_i)/τ) / Σ_j exp(cos(c_i,t_j)/τ) over the words j of the same report, averaged over the words of a
+    report and over the reports that have words.
+
+    Args:
+        local_embeds: (B, D, H', W').
+        word_embeds: (B, W, D), caption i of image i.
+        word_mask: (B, W) bool.
+        scale: 1/τ, the same in the attention and in the contrast, as printed.
+    """
+    with torch.autocast(local_embeds.device.type, enabled=False):
+        cosines = scale * _token_cosines(local_embeds.float().flatten(2), word_embeds.float(), scale)
+        lowest = torch.finfo(cosines.dtype).min
+        log_probs = cosines.masked_fill(~word_mask.unsqueeze(1), lowest).log_softmax(dim=-1)
+        per_word = -log_probs.diagonal(dim1=1, dim2=2).masked_fill(~word_mask, 0.0)
+        per_report = per_word.sum(dim=1) / word_mask.sum(dim=1).clamp_min(1)
+        return per_report.sum() / word_mask.any(dim=1).sum().clamp_min(1)
+
+
+def modality_loss(router_logits: Tensor, modality_labels: Tensor) -> Tensor:
+    """Cross-entropy of a router's logits against the modality (section 4.5); labels of -100 are ignored.
+
+    Args:
+        router_logits: (B, K).
+        modality_labels: (B,) in 0..K-1, or -100. If all are -100 the loss is 0, with a gradient of 0.
+    """
+    with torch.autocast(router_logits.device.type, enabled=False):
+        total = nn.functional.cross_entropy(
+            router_logits.float(), modality_labels, ignore_index=UNKNOWN_MODALITY, reduction="sum"
+        )
+        return total / (modality_labels != UNKNOWN_MODALITY).sum().clamp_min(1)
+
+
+def local_logits(config: Any, local_embeds: Tensor, word_embeds: Tensor, word_mask: Tensor) -> Tensor:
+    """The word-region similarity that belongs to `config.local_loss`; shapes as `gloria_logits`."""
+    if config.local_loss == "gloria":
+        return gloria_logits(local_embeds, word_embeds, word_mask, config.temp1, config.temp2, config.temp3)
+    return token_logits(local_embeds, word_embeds, word_mask, config.temp3)
+
+
+def local_loss(config: Any, local_embeds: Tensor, word_embeds: Tensor, word_mask: Tensor) -> Tensor:
+    """The local loss that `config.local_loss` names; caption i belongs to image i."""
+    if config.local_loss == "gloria":
+        return contrastive_loss(local_logits(config, local_embeds, word_embeds, word_mask))
+    return token_loss(local_embeds, word_embeds, word_mask, config.temp3)

@@ -1,0 +1,994 @@
+"""MedMoE (arXiv 2506.08356): Swin pyramid, one expert a modality, report and image routers, text tower.
+
+Shapes in this file: B images, N texts, L tokens, H x W pixels, S scales of the pyramid, K experts, D the width of the
+local map (and of the shared space where there are no projections).
+"""
+
+import inspect
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel, SwinModel
+from transformers import initialization as init
+from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_medmoe import UNKNOWN_MODALITY
+from .configuration_medmoe import MedMoEConfig
+from .configuration_medmoe import MedMoESwinConfig
+from .configuration_medmoe import MedMoETextConfig
+from .configuration_medmoe import MedMoEVisionConfig
+from .losses_medmoe import contrastive_loss
+from .losses_medmoe import cosine_logits
+from .losses_medmoe import local_logits
+from .losses_medmoe import local_loss
+from .losses_medmoe import modality_loss
+
+try:
+    import timm
+except ImportError:  # only backbones named "timm/..." need it
+    timm = None
+
+MINIMUM_IMAGE_SIDE = 64
+"""Below this the last level of a stride-32 pyramid has a single cell, and BatchNorm no statistics for a single image."""
+
+_PROCESSING_AUTO_MAP = {
+    "AutoImageProcessor": {
+        "torchvision": "image_processing_medmoe.MedMoEImageProcessor",
+        "pil": "image_processing_medmoe.MedMoEImageProcessorPil",
+    },
+    "AutoTokenizer": ["tokenization_medmoe.MedMoETokenizer", None],
+    "AutoProcessor": "processing_medmoe.MedMoEProcessor",
+}
+
+
+@dataclass
+class MedMoEBackboneOutput(ModelOutput):
+    """What a backbone gives.
+
+    Args:
+        last_hidden_state: (B, h*w, C), the last level's tokens, layer-normed.
+        pooler_output: (B, C), their mean.
+        feature_maps: S maps (B, C_s, H_s, W_s), finest first: the pyramid that the experts read.
+        hidden_states: the tokens that enter the first stage and leave each stage, if asked for.
+        attentions: the attention weights of the last block of each stage, if asked for.
+    """
+
+    last_hidden_state: Tensor | None = None
+    pooler_output: Tensor | None = None
+    feature_maps: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class MedMoEVisionOutput(ModelOutput):
+    """What the image tower gives.
+
+    Args:
+        last_hidden_state: (B, h*w, C), the backbone's last tokens, layer-normed.
+        pooler_output: (B, C) or (B, D), the global embedding v_g (from `get_image_features`: projected).
+        local_embeds: (B, D, H/4, W/4), the map V of the expert that each image was sent to; None with `local=False`.
+        scale_weights: (B, S, H/4, W/4), that expert's softmax over the scales at each position.
+        router_logits: (B, K) of the image router.
+        expert_ids: (B,), the expert each image was sent to.
+        hidden_states, attentions: the backbone's, if asked for.
+    """
+
+    last_hidden_state: Tensor | None = None
+    pooler_output: Tensor | None = None
+    local_embeds: Tensor | None = None
+    scale_weights: Tensor | None = None
+    router_logits: Tensor | None = None
+    expert_ids: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class MedMoETextOutput(ModelOutput):
+    """What the text tower gives.
+
+    Args:
+        last_hidden_state: (N, L, C), the encoder's last tokens.
+        pooler_output: (N, C), the report embedding t_g, the mean of its words (from `get_text_features`: projected).
+        word_embeds: (N, L, C), slot i the i-th word, zero where there is none.
+        word_mask: (N, L) bool, True where there is a word.
+        hidden_states, attentions: the encoder's, if asked for.
+    """
+
+    last_hidden_state: Tensor | None = None
+    pooler_output: Tensor | None = None
+    word_embeds: Tensor | None = None
+    word_mask: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class MedMoEOutput(ModelOutput):
+    """What the dual encoder gives for images and texts.
+
+    Args:
+        loss: the total loss (`return_loss=True`): global, local and auxiliary, each times its weight.
+        logits_per_image: (B, N), what `config.similarity` names.
+        logits_per_text: (N, B), its transpose.
+        text_embeds: (N, D), of length 1.
+        image_embeds: (B, D), of length 1; with `global_features="expert"` that of the expert in `expert_ids`.
+        loss_global, loss_local, loss_aux: the parts of the loss, without their weights.
+        local_embeds: (B, D, H/4, W/4), the map of the expert in `expert_ids`.
+        word_embeds: (N, L, D), zero where there is no word.
+        word_mask: (N, L) bool.
+        router_logits: (B, K) of the image router.
+        report_router_logits: (N, K) of the report router, where there is one.
+        expert_ids: (B,): the caller's `modality`; else, with `return_loss`, the expert that the image's own report selects
+            (`config.router="report"`); else the image router's.
+        scale_weights: (B, S, H/4, W/4) of the expert in `expert_ids`.
+        text_model_output, vision_model_output: what the towers gave.
+    """
+
+    loss: Tensor | None = None
+    logits_per_image: Tensor | None = None
+    logits_per_text: Tensor | None = None
+    text_embeds: Tensor | None = None
+    image_embeds: Tensor | None = None
+    loss_global: Tensor | None = None
+    loss_local: Tensor | None = None
+    loss_aux: Tensor | None = None
+    local_embeds: Tensor | None = None
+    word_embeds: Tensor | None = None
+    word_mask: Tensor | None = None
+    router_logits: Tensor | None = None
+    report_router_logits: Tensor | None = None
+    expert_ids: Tensor | None = None
+    scale_weights: Tensor | None = None
+    text_model_output: MedMoETextOutput | None = None
+    vision_model_output: MedMoEVisionOutput | None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
+
+
+@dataclass
+class MedMoERoutingOutput(ModelOutput):
+    """How images or reports are routed.
+
+    Args:
+        probabilities: (B, K), row sums 1; column k is `config.modalities[k]`.
+        expert_ids: (B,), the most probable.
+        modality: its name, for each.
+    """
+
+    probabilities: Tensor | None = None
+    expert_ids: Tensor | None = None
+    modality: list[str] | None = None
+
+
+@dataclass
+class MedMoEGroundingOutput(ModelOutput):
+    """Where in its image each word of a text is.
+
+    Args:
+        heatmaps: (B, L, H/4, W/4), cosine of each word with each region, -1..1; 0 at slots without a word.
+        word_mask: (B, L) bool, True where there is a word.
+        expert_ids: (B,), the expert whose map was read.
+    """
+
+    heatmaps: Tensor | None = None
+    word_mask: Tensor | None = None
+    expert_ids: Tensor | None = None
+
+
+def pool_words(hidden_states: Tensor, word_ids: Tensor, pooling: str) -> tuple[Tensor, Tensor]:
+    """Sums (or averages) the pieces of each word, without a Python loop.
+
+    Args:
+        hidden_states: (N, L, C), one embedding a piece.
+        word_ids: (N, L), the word that a piece belongs to, pieces of one word side by side; -1 for no word. Only
+            where the number changes matters: words are numbered anew, so that the i-th word lies in slot i.
+        pooling: `"sum"` or `"mean"`.
+
+    Returns:
+        word embeddings (N, L, C), zero at slots without a word, and a bool mask (N, L), True where there is a word.
+    """
+    in_word = word_ids >= 0
+    starts = in_word.clone()
+    starts[:, 1:] &= word_ids[:, 1:] != word_ids[:, :-1]
+    slots = (starts.cumsum(dim=1) - 1).clamp_min(0)
+    pieces = hidden_states * in_word.unsqueeze(-1)
+    words = torch.zeros_like(pieces).scatter_add(1, slots.unsqueeze(-1).expand_as(pieces), pieces)
+    counts = torch.zeros_like(slots).scatter_add(1, slots, in_word.to(slots.dtype))
+    if pooling == "mean":
+        words = words / counts.clamp_min(1).unsqueeze(-1)
+    return words, counts > 0
+
+
+class MedMoESwinModel(SwinModel):
+    """transformers' Swin whose result depends on nothing but its input, at any image size.
+
+    The stock model shrinks its windows for good when it meets a small map. Here a map smaller than a window is padded
+    to one, and windows shift only where the map is larger than a window, as in the published weights at 224.
+    """
+
+    config: MedMoESwinConfig
+
+    def get_input_embeddings(self) -> nn.Module:
+        # Not the patch embedding itself: it returns a tuple, and activation checkpointing hooks need a tensor.
+        return self.embeddings.patch_embeddings.projection
+
+    @property
+    def channels(self) -> list[int]:
+        """Width of each level of the pyramid."""
+        return [self.config.embed_dim * 2**stage for stage in range(len(self.config.depths))]
+
+    def forward(
+        self, pixel_values: Tensor, output_hidden_states: bool = False, output_attentions: bool = False, **kwargs: Any
+    ) -> MedMoEBackboneOutput:
+        """(B, 3, H, W) to a `MedMoEBackboneOutput`; the pyramid is each stage's output before merging."""
+        window = self.config.window_size
+        hidden_states, size = self.embeddings(pixel_values, interpolate_pos_encoding=True)
+        feature_maps, all_states, attentions = [], [hidden_states], []
+        for stage in self.encoder.layers:
+            for index, block in enumerate(stage.blocks):
+                block.shift_size = 0 if index % 2 == 0 or min(size) <= window else window // 2
+            hidden_states, feature_map, attention = stage(
+                hidden_states, size, always_partition=True, output_hidden_states_before_downsampling=True
+            )
+            feature_maps.append(feature_map)
+            all_states.append(hidden_states)
+            attentions.append(attention)
+            size = tuple(-(-side // 2) for side in size)
+        tokens = self.layernorm(hidden_states)
+        return MedMoEBackboneOutput(
+            last_hidden_state=tokens,
+            pooler_output=tokens.mean(dim=1),
+            feature_maps=tuple(feature_maps),
+            hidden_states=tuple(all_states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions and attentions[0] is not None else None,
+        )
+
+
+class MedMoEPreTrainedModel(PreTrainedModel):
+    """What the MedMoE models share: initialisation, and folders that load where this package is not installed."""
+
+    config: MedMoEConfig
+    base_model_prefix = "medmoe"
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _no_split_modules = ["SwinStage", "MedMoEExpert"]
+    # Running statistics lose their small updates in 16 bits.
+    _keep_in_fp32_modules_strict = ["batch_norm"]
+    _auto_map: dict[str, Any] = {}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, nn.Conv2d):
+            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:
+        """As in transformers; the folder also gets every Python file, and an `auto_map` for every Auto class."""
+        self.config.auto_map = dict(self._auto_map)
+        result = super().save_pretrained(save_directory, **kwargs)
+        here = Path(__file__).parent
+        for target in ("image_processing_medmoe", "tokenization_medmoe", "processing_medmoe"):
+            # A model that was itself loaded from the Hub has only the files that it imports beside it.
+            source = here / f"{target}.py"
+            if source.is_file() and Path(save_directory).is_dir():
+                shutil.copyfile(source, Path(save_directory) / source.name)
+        return result
+
+
+class MedMoETimmBackbone(MedMoEPreTrainedModel):
+    """Any hierarchical timm model in the Swin's place.
+
+    Channels and strides are read from timm's feature info. The last map, layer-normed, gives the tokens.
+
+    Raises:
+        ImportError: without the timm package.
+        ValueError: for a model that is not a pyramid.
+    """
+
+    config: MedMoEVisionConfig
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = False
+
+    def __init__(self, config: MedMoEVisionConfig) -> None:
+        super().__init__(config)
+        name = config.backbone.removeprefix("timm/")
+        if timm is None:
+            raise ImportError(f'The backbone "{config.backbone}" needs the timm package: pip install timm')
+        self.features = self._create(name, config.image_size, config.out_indices)
+        if config.out_indices is None:
+            levels = [index for index, stride in enumerate(self.features.feature_info.reduction()) if stride >= 4]
+            if len(levels) < len(self.features.feature_info.reduction()):
+                self.features = self._create(name, config.image_size, levels)
+        strides = self.features.feature_info.reduction()
+        if len(strides) < 2 or any(fine >= coarse for fine, coarse in zip(strides, strides[1:], strict=False)):
+            raise ValueError(
+                f"timm's {name} is no pyramid: its levels have strides {strides}. Choose a hierarchical model "
+                "(swin, convnext, resnet, ...) or levels of growing stride by `vision_config.out_indices`."
+            )
+        self.layernorm = nn.LayerNorm(self.channels[-1])
+        self.post_init()
+
+    @staticmethod
+    def _create(name: str, image_size: int, out_indices: Sequence[int] | None) -> nn.Module:
+        options: dict[str, Any] = {"pretrained": False, "features_only": True}
+        if out_indices is not None:
+            options["out_indices"] = tuple(out_indices)
+        try:
+            # Models with windows or position tables need to be told that other image sizes may come.
+            return timm.create_model(name, img_size=image_size, strict_img_size=False, **options)
+        except TypeError:
+            return timm.create_model(name, **options)
+
+    @property
+    def channels(self) -> list[int]:
+        """Width of each level of the pyramid."""
+        return list(self.features.feature_info.channels())
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # timm initialises its own weights; after a load on the meta device its derived buffers must be made anew.
+        if hasattr(module, "init_non_persistent_buffers"):
+            module.init_non_persistent_buffers()
+        elif module is self.layernorm:
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> MedMoEBackboneOutput:
+        """(B, 3, H, W) to a `MedMoEBackboneOutput`."""
+        maps = []
+        for feature_map, width in zip(self.features(pixel_values), self.channels, strict=True):
+            # Some timm models give channels last.
+            if feature_map.shape[1] != width:
+                feature_map = feature_map.permute(0, 3, 1, 2)
+            maps.append(feature_map.contiguous())
+        tokens = self.layernorm(maps[-1].flatten(2).transpose(1, 2))
+        return MedMoEBackboneOutput(
+            last_hidden_state=tokens, pooler_output=tokens.mean(dim=1), feature_maps=tuple(maps)
+        )
+
+
+class MedMoEConvLayer(nn.Module):
+    """Convolution, BatchNorm, ReLU: (B, C_in, H, W) to (B, C_out, H, W)."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+        self.batch_norm = nn.BatchNorm2d(out_channels)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return nn.functional.relu(self.batch_norm(self.convolution(hidden_states)))
+
+
+class MedMoEScaleScorer(nn.Module):
+    """The scale-attention MLP, shared by the scales of an expert: (B, D, H, W) to one logit a position (B, 1, H, W)."""
+
+    def __init__(self, in_channels: int, hidden_size: int) -> None:
+        super().__init__()
+        # 1x1 convolutions are linear layers that need no permutation of the map.
+        self.fc1 = nn.Conv2d(in_channels, hidden_size, 1)
+        self.fc2 = nn.Conv2d(hidden_size, 1, 1)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.fc2(nn.functional.relu(self.fc1(hidden_states)))
+
+
+class MedMoEExpert(nn.Module):
+    """One modality's expert (section 4.3): projects each scale, brings all to the finest and mixes them at each position.
+
+    V = Σ_s β(s) F(s), β a softmax over the scales.
+    """
+
+    def __init__(self, config: MedMoEVisionConfig, channels: Sequence[int]) -> None:
+        super().__init__()
+        hidden, size = config.expert_hidden_size, config.local_size
+        self.scale_projections = nn.ModuleList(
+            nn.Sequential(
+                MedMoEConvLayer(width, hidden, 1),
+                MedMoEConvLayer(hidden, hidden, 3),
+                MedMoEConvLayer(hidden, size, 1),
+            )
+            for width in channels
+        )
+        self.scale_attention = MedMoEScaleScorer(size, config.scale_attention_size)
+
+    def forward(self, feature_maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """S maps (B, C_s, H_s, W_s) to the local map (B, D, H_1, W_1) and the scale weights (B, S, H_1, W_1)."""
+        size = feature_maps[0].shape[-2:]
+        scales = [
+            align_map(project(feature_map), size)
+            for project, feature_map in zip(self.scale_projections, feature_maps, strict=True)
+        ]
+        logits = torch.cat([self.scale_attention(scale) for scale in scales], dim=1)
+        weights = logits.float().softmax(dim=1).to(logits.dtype)
+        local = scales[0] * weights[:, :1]
+        for index, scale in enumerate(scales[1:], start=1):
+            local = local + scale * weights[:, index : index + 1]
+        return local, weights
+
+
+def align_map(feature_map: Tensor, size: Sequence[int]) -> Tensor:
+    """Two-dimensional bilinear interpolation of (B, C, h, w) to (B, C, *size); cell centres stay where they are."""
+    if feature_map.shape[-2:] == tuple(size):
+        return feature_map
+    return nn.functional.interpolate(feature_map, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+class MedMoERouter(nn.Module):
+    """W2 ReLU(W1 x) (section 4.3): an embedding (B, C) to logits (B, K)."""
+
+    def __init__(self, in_features: int, hidden_size: int, num_experts: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(in_features, hidden_size)
+        self.fc2 = nn.Linear(hidden_size, num_experts)
+
+    def forward(self, embeds: Tensor) -> Tensor:
+        return self.fc2(nn.functional.relu(self.fc1(embeds)))
+
+
+class MedMoEVisionModel(MedMoEPreTrainedModel):
+    """The image tower: backbone, image router, and the experts, of which each image is sent to one."""
+
+    config: MedMoEVisionConfig
+    base_model_prefix = "vision_model"
+    input_modalities = ("image",)
+    _auto_map = {
+        "AutoConfig": "configuration_medmoe.MedMoEVisionConfig",
+        "AutoModel": "modeling_medmoe.MedMoEVisionModel",
+        **_PROCESSING_AUTO_MAP,
+    }
+
+    def __init__(self, config: MedMoEVisionConfig) -> None:
+        super().__init__(config)
+        if config.backbone == "swin":
+            self.backbone = MedMoESwinModel._from_config(config.swin_config, add_pooling_layer=False)
+        else:
+            self.backbone = MedMoETimmBackbone._from_config(config)
+        channels = self.backbone.channels
+        self.router = MedMoERouter(channels[-1], config.router_hidden_size, config.num_experts)
+        self.experts = nn.ModuleList(MedMoEExpert(config, channels) for _ in range(config.num_experts))
+        self.post_init()
+
+    @property
+    def global_size(self) -> int:
+        """Width of v_g before any projection."""
+        return self.backbone.channels[-1] if self.config.global_features == "backbone" else self.config.local_size
+
+    def get_input_embeddings(self) -> nn.Module:
+        if self.config.backbone == "swin":
+            return self.backbone.get_input_embeddings()
+        return next(module for module in self.backbone.modules() if isinstance(module, nn.Conv2d))
+
+    def encode(self, pixel_values: Tensor, **kwargs: Any) -> MedMoEBackboneOutput:
+        """The backbone alone, (B, 3, H, W) to tokens and pyramid: what every expert shares.
+
+        Raises:
+            ValueError: for anything but four dimensions with sides of 64 and more.
+        """
+        if pixel_values.dim() != 4 or min(pixel_values.shape[-2:]) < MINIMUM_IMAGE_SIDE:
+            raise ValueError(
+                f"`pixel_values` must be (batch, channels, height, width) with sides of {MINIMUM_IMAGE_SIDE} pixels and "
+                f"more, got {tuple(pixel_values.shape)}."
+            )
+        return self.backbone(pixel_values.to(self.get_input_embeddings().weight.dtype), **kwargs)
+
+    def select_experts(self, router_logits: Tensor, modality: Any = None) -> Tensor:
+        """(B, K) logits to expert ids (B,): the largest, except where the caller's `modality` names one."""
+        selected = router_logits.argmax(dim=-1)
+        if modality is None:
+            return selected
+        ids = torch.tensor(self.config.modality_ids(modality, len(selected)), device=selected.device)
+        return torch.where(ids == UNKNOWN_MODALITY, selected, ids)
+
+    def fuse(self, feature_maps: Sequence[Tensor], expert_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Sends each image through its expert; experts that nobody selects are not computed.
+
+        Args:
+            feature_maps: S maps (B, C_s, H_s, W_s).
+            expert_ids: (B,).
+
+        Returns:
+            local maps (B, D, H_1, W_1) and scale weights (B, S, H_1, W_1), in the order of the batch.
+        """
+        order = expert_ids.argsort(stable=True)
+        counts = torch.bincount(expert_ids, minlength=len(self.experts)).tolist()
+        groups = [(expert, rows) for expert, rows in zip(self.experts, order.split(counts), strict=True) if len(rows)]
+        if len(groups) == 1:
+            return groups[0][0](feature_maps)
+        parts = [expert([feature_map[rows] for feature_map in feature_maps]) for expert, rows in groups]
+        back = order.argsort()
+        return torch.cat([local for local, _ in parts])[back], torch.cat([weights for _, weights in parts])[back]
+
+    def global_embeds(self, backbone_output: MedMoEBackboneOutput, local_embeds: Tensor | None) -> Tensor:
+        """v_g: the backbone's mean (B, C), or the mean of the expert's map (B, D)."""
+        if self.config.global_features == "backbone":
+            return backbone_output.pooler_output
+        return local_embeds.mean(dim=(2, 3))
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values: Tensor, modality: Any = None, local: bool = True, **kwargs: Any
+    ) -> MedMoEVisionOutput:
+        """Encodes images.
+
+        Args:
+            pixel_values: (B, 3, H, W), sides of 64 and more.
+            modality: overrules the router: a name, alias or id, for all images or one each; None or -100 where unknown.
+            local: False leaves the experts out where the global embedding does not need them.
+        """
+        backbone_output = self.encode(pixel_values, **kwargs)
+        router_logits = self.router(backbone_output.pooler_output)
+        expert_ids = self.select_experts(router_logits, modality)
+        local_embeds = scale_weights = None
+        if local or self.config.global_features == "expert":
+            local_embeds, scale_weights = self.fuse(backbone_output.feature_maps, expert_ids)
+        return MedMoEVisionOutput(
+            last_hidden_state=backbone_output.last_hidden_state,
+            pooler_output=self.global_embeds(backbone_output, local_embeds),
+            local_embeds=local_embeds if local else None,
+            scale_weights=scale_weights if local else None,
+            router_logits=router_logits,
+            expert_ids=expert_ids,
+            hidden_states=backbone_output.hidden_states,
+            attentions=backbone_output.attentions,
+        )
+
+
+class MedMoETextModel(MedMoEPreTrainedModel):
+    """The text tower: a BERT-like encoder whose last layers are summed and whose pieces become words."""
+
+    config: MedMoETextConfig
+    base_model_prefix = "text_model"
+    main_input_name = "input_ids"
+    input_modalities = ("text",)
+    _auto_map = {
+        "AutoConfig": "configuration_medmoe.MedMoETextConfig",
+        "AutoModel": "modeling_medmoe.MedMoETextModel",
+        **_PROCESSING_AUTO_MAP,
+    }
+
+    def __init__(self, config: MedMoETextConfig) -> None:
+        super().__init__(config)
+        self.encoder = AutoModel.from_config(config.text_config)
+        # Its pooler would be a layer that no loss ever reaches.
+        if getattr(self.encoder, "pooler", None) is not None:
+            self.encoder.pooler = None
+        self._encoder_arguments = frozenset(inspect.signature(self.encoder.forward).parameters)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.encoder.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.encoder.set_input_embeddings(value)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        word_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MedMoETextOutput:
+        """Encodes reports or prompts.
+
+        Args:
+            input_ids: (N, L) tokens; or `inputs_embeds`, (N, L, C).
+            attention_mask: (N, L), 0 at padding.
+            token_type_ids: (N, L), for encoders that take them.
+            word_ids: (N, L), the word each token belongs to, -1 for none (`MedMoETokenizer` gives them). Without them
+                every attended token counts as a word of its own.
+        """
+        wants_states = kwargs.pop("output_hidden_states", None)
+        if wants_states is None:
+            wants_states = self.config.output_hidden_states
+        if token_type_ids is not None and "token_type_ids" in self._encoder_arguments:
+            kwargs["token_type_ids"] = token_type_ids
+        outputs = self.encoder(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            output_hidden_states=True,
+            return_dict=True,
+            **kwargs,
+        )
+        # Layers first, then pieces: one sum over words and not one a layer.
+        tokens = torch.stack(outputs.hidden_states[-self.config.num_summed_layers :]).sum(dim=0)
+        word_embeds, word_mask = pool_words(
+            tokens, self._word_ids(tokens, attention_mask, word_ids), self.config.word_pooling
+        )
+        count = word_mask.sum(dim=1, keepdim=True).clamp_min(1)
+        return MedMoETextOutput(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=word_embeds.sum(dim=1) / count,
+            word_embeds=word_embeds,
+            word_mask=word_mask,
+            hidden_states=outputs.hidden_states if wants_states else None,
+            attentions=outputs.attentions,
+        )
+
+    @staticmethod
+    def _word_ids(tokens: Tensor, attention_mask: Tensor | None, word_ids: Tensor | None) -> Tensor:
+        """(N, L) word numbers; a text without a single word becomes one word of all its tokens, so that it has an embedding."""
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[:2])
+        attended = torch.ones_like(positions) if attention_mask is None else attention_mask
+        if word_ids is None:
+            return torch.where(attended > 0, positions, -1)
+        wordless = (word_ids < 0).all(dim=1, keepdim=True)
+        return torch.where(wordless & (attended > 0), 0, word_ids)
+
+
+class MedMoEModel(MedMoEPreTrainedModel):
+    """The dual encoder."""
+
+    config: MedMoEConfig
+    _auto_map = {
+        "AutoConfig": "configuration_medmoe.MedMoEConfig",
+        "AutoModel": "modeling_medmoe.MedMoEModel",
+        "AutoModelForZeroShotImageClassification": "modeling_medmoe.MedMoEModel",
+        "AutoModelForImageClassification": "modeling_medmoe.MedMoEForImageClassification",
+        **_PROCESSING_AUTO_MAP,
+    }
+
+    def __init__(self, config: MedMoEConfig) -> None:
+        super().__init__(config)
+        self.vision_model = MedMoEVisionModel._from_config(config.vision_config)
+        self.text_model = MedMoETextModel._from_config(config.text_model_config())
+        text_size, vision_config = config.text_config.hidden_size, config.vision_config
+        self.report_router = None
+        if config.router == "report":
+            self.report_router = MedMoERouter(text_size, vision_config.router_hidden_size, vision_config.num_experts)
+        global_size, size = self.vision_model.global_size, config.projection_dim
+        if size is None and global_size != text_size:
+            raise ValueError(
+                f"The image tower's global embedding has width {global_size} and the report embedding {text_size}; "
+                "set `projection_dim`."
+            )
+        self.visual_projection = None if size is None else nn.Linear(global_size, size, bias=False)
+        self.local_projection = None if size is None else nn.Linear(vision_config.local_size, size, bias=False)
+        self.text_projection = None if size is None else nn.Linear(text_size, size, bias=False)
+        self.word_projection = None if size is None else nn.Linear(text_size, size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.text_model.set_input_embeddings(value)
+
+    def _project_image(self, global_embeds: Tensor, local_embeds: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if self.visual_projection is None or self.local_projection is None:
+            return global_embeds, local_embeds
+        if local_embeds is not None:
+            local_embeds = self.local_projection(local_embeds.movedim(1, -1)).movedim(-1, 1)
+        return self.visual_projection(global_embeds), local_embeds
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: Tensor, modality: Any = None, local: bool = True, **kwargs: Any
+    ) -> MedMoEVisionOutput:
+        """The image tower with `pooler_output` and `local_embeds` in the shared space; see `MedMoEVisionModel.forward`."""
+        outputs = self.vision_model(pixel_values, modality=modality, local=local, return_dict=True, **kwargs)
+        outputs.pooler_output, outputs.local_embeds = self._project_image(outputs.pooler_output, outputs.local_embeds)
+        return outputs
+
+    @can_return_tuple
+    def get_text_features(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        word_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MedMoETextOutput:
+        """The text tower with `pooler_output` and `word_embeds` in the shared space; see `MedMoETextModel.forward`."""
+        outputs = self._encode_text(input_ids, attention_mask, token_type_ids, word_ids, **kwargs)
+        return self._project_text(outputs)
+
+    def _encode_text(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        token_type_ids: Tensor | None,
+        word_ids: Tensor | None,
+        **kwargs: Any,
+    ) -> MedMoETextOutput:
+        return self.text_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            word_ids=word_ids,
+            return_dict=True,
+            **kwargs,
+        )
+
+    def _project_text(self, outputs: MedMoETextOutput) -> MedMoETextOutput:
+        if self.text_projection is not None and self.word_projection is not None:
+            outputs.pooler_output = self.text_projection(outputs.pooler_output)
+            outputs.word_embeds = self.word_projection(outputs.word_embeds)
+        return outputs
+
+    @torch.no_grad()
+    def route(
+        self,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        word_ids: Tensor | None = None,
+    ) -> MedMoERoutingOutput:
+        """Where each image would be sent (`pixel_values`), or where each report would send its image (`input_ids`).
+
+        Give one of the two.
+
+        Raises:
+            ValueError: for both or none, or for reports where `config.router` is `"image"`.
+        """
+        if (pixel_values is None) == (input_ids is None):
+            raise ValueError("`route` takes either `pixel_values` or `input_ids`, to ask one of the two routers.")
+        if pixel_values is not None:
+            logits = self.vision_model(pixel_values, local=False).router_logits
+        elif self.report_router is not None:
+            text = self._encode_text(input_ids, attention_mask, token_type_ids, word_ids)
+            logits = self.report_router(text.pooler_output)
+        else:
+            raise ValueError('This model has no report router (`config.router="image"`); ask for images.')
+        expert_ids = logits.argmax(dim=-1)
+        return MedMoERoutingOutput(
+            probabilities=logits.float().softmax(dim=-1),
+            expert_ids=expert_ids,
+            modality=[self.config.modalities[index] for index in expert_ids.tolist()],
+        )
+
+    @torch.no_grad()
+    def ground(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        word_ids: Tensor | None = None,
+        modality: Any = None,
+    ) -> MedMoEGroundingOutput:
+        """A heat-map for each word of each image's text: the cosine of the word with every region.
+
+        Args:
+            pixel_values: (B, 3, H, W).
+            input_ids, attention_mask, token_type_ids, word_ids: (B, L), text i about image i; or (1, L), one text about
+                all images.
+            modality: overrules the routers, as in `forward`.
+        """
+        images = len(pixel_values)
+        if len(input_ids) not in (1, images):
+            raise ValueError(f"`ground` takes one text, or one for each of the {images} images; got {len(input_ids)}.")
+        text = self._encode_text(input_ids, attention_mask, token_type_ids, word_ids)
+        backbone_output = self.vision_model.encode(pixel_values)
+        router = self.vision_model.router
+        if self.report_router is not None:
+            logits = self.report_router(text.pooler_output).expand(images, -1)
+        else:
+            logits = router(backbone_output.pooler_output)
+        expert_ids = self.vision_model.select_experts(logits, modality)
+        local, _ = self.vision_model.fuse(backbone_output.feature_maps, expert_ids)
+        _, local = self._project_image(self.vision_model.global_embeds(backbone_output, local), local)
+        text = self._project_text(text)
+        words = nn.functional.normalize(text.word_embeds.float(), dim=-1).expand(images, -1, -1)
+        regions = nn.functional.normalize(local.float(), dim=1)
+        return MedMoEGroundingOutput(
+            heatmaps=torch.einsum("bld,bdhw->blhw", words, regions),
+            word_mask=text.word_mask.expand(images, -1),
+            expert_ids=expert_ids,
+        )
+
+    def _similarity(
+        self, image_embeds: Tensor, local_embeds: Tensor | None, text: MedMoETextOutput, kind: str
+    ) -> Tensor:
+        """(B, N) logits of the kind that `config.similarity` names; everything already in the shared space."""
+        if kind == "global":
+            return cosine_logits(image_embeds, text.pooler_output, self.config.temp3)
+        logits = local_logits(self.config, local_embeds, text.word_embeds, text.word_mask)
+        if kind == "mean":
+            logits = (logits + cosine_logits(image_embeds, text.pooler_output, self.config.temp3)) / 2
+        return logits
+
+    def _similarity_by_expert(
+        self, backbone_output: MedMoEBackboneOutput, text: MedMoETextOutput, text_expert_ids: Tensor
+    ) -> Tensor:
+        """(B, N) logits in which entry (i, j) reads image i with the expert that text j selects.
+
+        The backbone has run once; each expert that some text selects runs once over the images.
+        """
+        images, texts = len(backbone_output.pooler_output), len(text_expert_ids)
+        logits = backbone_output.pooler_output.new_zeros(images, texts, dtype=torch.float32)
+        for expert in text_expert_ids.unique().tolist():
+            columns = (text_expert_ids == expert).nonzero().squeeze(1)
+            local, _ = self.vision_model.experts[expert](backbone_output.feature_maps)
+            image_embeds, local = self._project_image(self.vision_model.global_embeds(backbone_output, local), local)
+            selected = MedMoETextOutput(
+                pooler_output=text.pooler_output[columns],
+                word_embeds=text.word_embeds[columns],
+                word_mask=text.word_mask[columns],
+            )
+            part = self._similarity(image_embeds, local, selected, self.config.similarity)
+            logits = logits.index_copy(1, columns, part)
+        return logits
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        word_ids: Tensor | None = None,
+        modality: Any = None,
+        modality_labels: Tensor | None = None,
+        return_loss: bool | None = None,
+        **kwargs: Any,
+    ) -> MedMoEOutput | MedMoEVisionOutput | MedMoETextOutput:
+        """Compares images with texts; with only one of the two, gives `get_image_features` or `get_text_features`.
+
+        Without `return_loss` every image is compared with every text (B and N may differ). With the report router,
+        entry (i, j) of local logits then reads image i with the expert that text j selects.
+        With `return_loss` text i is the report of image i and selects its expert.
+
+        Args:
+            input_ids, attention_mask, token_type_ids, word_ids: (N, L), see `MedMoETextModel.forward`.
+            pixel_values: (B, 3, H, W).
+            modality: overrules the routers: a name, alias or id, for all images or one each; None or -100 where unknown.
+            modality_labels: (B,), what the routers should have said, for the auxiliary loss; -100 is ignored.
+            return_loss: whether to compute the losses.
+        """
+        if pixel_values is None and input_ids is None:
+            raise ValueError("MedMoE needs `pixel_values`, `input_ids` or both.")
+        if pixel_values is None:
+            return self.get_text_features(
+                input_ids, attention_mask, token_type_ids, word_ids, return_dict=True, **kwargs
+            )
+        if input_ids is None:
+            return self.get_image_features(pixel_values, modality=modality, return_dict=True, **kwargs)
+
+        vision, config = self.vision_model, self.config
+        text = self._encode_text(input_ids, attention_mask, token_type_ids, word_ids, **kwargs)
+        report_logits = None if self.report_router is None else self.report_router(text.pooler_output)
+        text = self._project_text(text)
+        backbone_output = vision.encode(pixel_values, **kwargs)
+        router_logits = vision.router(backbone_output.pooler_output)
+        if return_loss and len(pixel_values) != len(input_ids):
+            raise ValueError(
+                f"`return_loss` needs one text for each image, got {len(pixel_values)} images, {len(input_ids)} texts."
+            )
+        by_report = report_logits is not None and modality is None
+        expert_ids = vision.select_experts(
+            report_logits if return_loss and report_logits is not None else router_logits, modality
+        )
+        local, scale_weights = vision.fuse(backbone_output.feature_maps, expert_ids)
+        image_embeds, local = self._project_image(vision.global_embeds(backbone_output, local), local)
+
+        per_expert = config.similarity != "global" or config.vision_config.global_features == "expert"
+        if by_report and per_expert and not return_loss:
+            logits_per_image = self._similarity_by_expert(backbone_output, text, report_logits.argmax(dim=-1))
+        else:
+            logits_per_image = self._similarity(image_embeds, local, text, config.similarity)
+
+        losses: dict[str, Tensor] = {}
+        if return_loss:
+            losses["loss_global"] = contrastive_loss(self._similarity(image_embeds, None, text, "global"))
+            losses["loss_local"] = local_loss(config, local, text.word_embeds, text.word_mask)
+            losses["loss_aux"] = losses["loss_global"].new_zeros(())
+            if modality_labels is not None:
+                for logits in (router_logits, report_logits):
+                    if logits is not None:
+                        losses["loss_aux"] = losses["loss_aux"] + modality_loss(logits, modality_labels)
+            losses["loss"] = (
+                config.global_loss_weight * losses["loss_global"]
+                + config.local_loss_weight * losses["loss_local"]
+                + config.aux_loss_weight * losses["loss_aux"]
+            )
+        return MedMoEOutput(
+            logits_per_image=logits_per_image,
+            logits_per_text=logits_per_image.t(),
+            text_embeds=nn.functional.normalize(text.pooler_output.float(), dim=-1),
+            image_embeds=nn.functional.normalize(image_embeds.float(), dim=-1),
+            local_embeds=local,
+            word_embeds=text.word_embeds,
+            word_mask=text.word_mask,
+            router_logits=router_logits,
+            report_router_logits=report_logits,
+            expert_ids=expert_ids,
+            scale_weights=scale_weights,
+            text_model_output=text,
+            vision_model_output=MedMoEVisionOutput(
+                last_hidden_state=backbone_output.last_hidden_state,
+                pooler_output=image_embeds,
+                local_embeds=local,
+                scale_weights=scale_weights,
+                router_logits=router_logits,
+                expert_ids=expert_ids,
+                hidden_states=backbone_output.hidden_states,
+                attentions=backbone_output.attentions,
+            ),
+            **losses,
+        )
+
+
+class MedMoEForImageClassification(MedMoEPreTrainedModel):
+    """A linear head on the image tower; what it sees is `config.classifier_features`."""
+
+    config: MedMoEConfig
+    input_modalities = ("image",)
+    _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^report_router\.", r"_projection\."]
+    _auto_map = MedMoEModel._auto_map
+
+    def __init__(self, config: MedMoEConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.vision_model = MedMoEVisionModel._from_config(config.vision_config)
+        width = {
+            "backbone": self.vision_model.backbone.channels[-1],
+            "expert": config.vision_config.local_size,
+        }
+        width["both"] = sum(width.values())
+        self.classifier = nn.Linear(width[config.classifier_features], config.num_labels)
+        self.post_init()
+        if config.freeze_vision_model:
+            self.vision_model.requires_grad_(False)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vision_model.get_input_embeddings()
+
+    def train(self, mode: bool = True) -> "MedMoEForImageClassification":
+        super().train(mode)
+        if self.config.freeze_vision_model:
+            # Otherwise BatchNorm would go on adapting its statistics, and the tower would not be frozen.
+            self.vision_model.eval()
+        return self
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values: Tensor, labels: Tensor | None = None, modality: Any = None, **kwargs: Any
+    ) -> ImageClassifierOutput:
+        """Classifies images.
+
+        Args:
+            pixel_values: (B, 3, H, W).
+            labels: (B,) classes; (B, num_labels) floats for `problem_type="multi_label_classification"`; floats for
+                `"regression"`.
+            modality: overrules the router, as in `MedMoEModel.forward`.
+        """
+        kind = self.config.classifier_features
+        backbone_output = self.vision_model.encode(pixel_values, **kwargs)
+        features = [] if kind == "expert" else [backbone_output.pooler_output]
+        if kind != "backbone":
+            router_logits = self.vision_model.router(backbone_output.pooler_output)
+            expert_ids = self.vision_model.select_experts(router_logits, modality)
+            local, _ = self.vision_model.fuse(backbone_output.feature_maps, expert_ids)
+            features.append(local.mean(dim=(2, 3)))
+        logits = self.classifier(torch.cat(features, dim=-1))
+        loss = None if labels is None else self.loss_function(labels, logits, self.config)
+        return ImageClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=backbone_output.hidden_states,
+            attentions=backbone_output.attentions,
+        )
+
+
+MedMoEModel.register_for_auto_class("AutoModel")
+MedMoEVisionModel.register_for_auto_class("AutoModel")
+MedMoETextModel.register_for_auto_class("AutoModel")
+MedMoEForImageClassification.register_for_auto_class("AutoModelForImageClassification")
