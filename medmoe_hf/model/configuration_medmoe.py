@@ -8,16 +8,23 @@ from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import fields
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig, SwinConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, SwinConfig
 from transformers.configuration_utils import SubConfigSpec
+
+if TYPE_CHECKING:  # what these fields hold once a configuration is constructed
+    _SubConfig = Any
+    _Modalities = dict[int, str]
+else:  # what they may be given as
+    _SubConfig = dict | PreTrainedConfig | None
+    _Modalities = dict[int, str] | dict[str, str] | list[str] | tuple[str, ...]
 
 UNKNOWN_MODALITY = -100
 """The id of a modality nobody knows: ignored by the auxiliary loss, left to the router by the image tower."""
 
-DEFAULT_MODALITIES = ("xray", "ct", "mri", "ultrasound", "histopathology", "fundus")
+DEFAULT_MODALITIES: Any = ("xray", "ct", "mri", "ultrasound", "histopathology", "fundus")
 """Expert order of the official labelling."""
 
 # DICOM's codes (PS3.3 C.7.3.1.1.1) and the names people type, for the six default modalities.
@@ -44,14 +51,23 @@ def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
     return out
 
 
-def _refuse_unknown(config_class: type[PreTrainedConfig], overrides: Iterable[str], where: str) -> None:
+def _refuse_unknown(config_class: type[PreTrainedConfig], overrides: Mapping[str, Any], where: str = "") -> None:
     """Transformers keeps unknown keys as attributes; in a preset's overrides they can only be typing errors."""
-    known = {field.name for field in fields(config_class)} | {"num_labels", "attn_implementation", "model_type"}
-    for key in overrides:
+    known = {field.name for field in fields(config_class)} | set(config_class.attribute_map)
+    known |= {"num_labels", "attn_implementation", "model_type"}
+    for key, value in overrides.items():
         if key not in known:
             near = get_close_matches(key, known, n=1)
             hint = f" Did you mean `{where}{near[0]}`?" if near else ""
             raise ValueError(f"`{where}{key}` is not a field of {config_class.__name__}.{hint}")
+        if isinstance(value, Mapping) and key in config_class.sub_configs:
+            nested = config_class.sub_configs[key]
+            if nested is AutoConfig:
+                model_type = value.get("model_type", "bert")
+                if model_type not in CONFIG_MAPPING:
+                    raise ValueError(f'`{where}{key}.model_type`: transformers knows no "{model_type}".')
+                nested = CONFIG_MAPPING[model_type]
+            _refuse_unknown(nested, value, f"{where}{key}.")
 
 
 def _positive(config: PreTrainedConfig, *names: str) -> None:
@@ -98,10 +114,10 @@ class MedMoEVisionConfig(PreTrainedConfig):
     sub_configs_defaults = {"swin_config": SubConfigSpec(MedMoESwinConfig, optional=True)}
 
     backbone: str = "swin"
-    swin_config: dict | PreTrainedConfig | None = None
+    swin_config: _SubConfig = None
     out_indices: list[int] | tuple[int, ...] | None = None
     image_size: int | None = None
-    modalities: dict[int, str] | dict[str, str] | list[str] | tuple[str, ...] = DEFAULT_MODALITIES
+    modalities: _Modalities = DEFAULT_MODALITIES
     global_features: Literal["backbone", "expert"] = "backbone"
     expert_hidden_size: int = 144
     local_size: int = 768
@@ -187,9 +203,7 @@ class MedMoEVisionConfig(PreTrainedConfig):
         raise ValueError(f"Unknown modality {item!r}. This model knows {{{known}}}, and {UNKNOWN_MODALITY} = unknown.")
 
     def validate_sizes(self) -> None:
-        _positive(
-            self, "image_size", "expert_hidden_size", "local_size", "scale_attention_size", "router_hidden_size"
-        )
+        _positive(self, "image_size", "expert_hidden_size", "local_size", "scale_attention_size", "router_hidden_size")
 
     def validate_modalities(self) -> None:
         names = list(self.modalities.values())
@@ -199,6 +213,11 @@ class MedMoEVisionConfig(PreTrainedConfig):
             )
         if len({name.lower() for name in names}) != len(names) or not all(name.strip() for name in names):
             raise ValueError(f"`modalities` must give each expert a name of its own, got {names}.")
+
+    def validate_swin(self) -> None:
+        # Validators do not recurse by themselves, and an assignment to a sub-config is not checked when it is made.
+        if self.swin_config is not None:
+            self.swin_config.validate()
 
     def validate_out_indices(self) -> None:
         if self.out_indices is not None and self.swin_config is not None:
@@ -218,7 +237,7 @@ class MedMoETextConfig(PreTrainedConfig):
     model_type = "medmoe_text_model"
     sub_configs_defaults = {"text_config": SubConfigSpec(AutoConfig, model_type="bert")}
 
-    text_config: dict | PreTrainedConfig | None = None
+    text_config: _SubConfig = None
     num_summed_layers: int = 4
     word_pooling: Literal["sum", "mean"] = "sum"
     initializer_range: float = 0.02
@@ -240,11 +259,11 @@ class MedMoETextConfig(PreTrainedConfig):
         layers = self.text_config.num_hidden_layers
         if not 1 <= self.num_summed_layers <= layers:
             raise ValueError(
-                f"`num_summed_layers` must lie in 1..{layers} (the text encoder's layers), got {self.num_summed_layers}."
+                f"`num_summed_layers` must lie in 1..{layers}, the text encoder's layers, "
+                f"got {self.num_summed_layers}."
             )
 
     def validate_sub_configs(self) -> None:
-        # Validators do not recurse by themselves, and an assignment to a sub-config is not checked when it is made.
         for key in self.sub_configs:
             getattr(self, key).validate()
 
@@ -258,8 +277,8 @@ class MedMoEConfig(MedMoETextConfig):
     Args:
         text_config, num_summed_layers, word_pooling: the text tower, see `MedMoETextConfig`.
         vision_config: the image tower, see `MedMoEVisionConfig`.
-        router: what selects the expert where there is a report: the `"report"` router or the `"image"` router. Without a
-            report it is always the image router; a caller's `modality` wins over both.
+        router: what selects the expert where there is a report: the `"report"` router or the `"image"` router. Without
+            a report it is always the image router; a caller's `modality` wins over both.
         projection_dim: width D of the shared space; None for no projections at all (the towers' widths must agree).
         similarity: what `logits_per_image` scores: `"global"` (v_g with t_g), `"local"` (words with regions) or their
             `"mean"`.
@@ -270,8 +289,8 @@ class MedMoEConfig(MedMoETextConfig):
             `token`'s formula.
         global_loss_weight, local_loss_weight, aux_loss_weight: the weights of the total loss (section 4.6); the last
             is λ.
-        classifier_features: what the head of `MedMoEForImageClassification` sees: `"backbone"`, `"expert"` (mean of the
-            selected expert's map) or `"both"`.
+        classifier_features: what the head of `MedMoEForImageClassification` sees: `"backbone"`, `"expert"` (mean of
+            the selected expert's map) or `"both"`.
         freeze_vision_model: whether `MedMoEForImageClassification` keeps its image tower as it is, its BatchNorm
             statistics included.
     """
@@ -282,7 +301,7 @@ class MedMoEConfig(MedMoETextConfig):
         "vision_config": MedMoEVisionConfig,
     }
 
-    vision_config: dict | PreTrainedConfig | None = None
+    vision_config: _SubConfig = None
     router: Literal["report", "image"] = "report"
     projection_dim: int | None = None
     similarity: Literal["global", "local", "mean"] = "global"
@@ -310,9 +329,7 @@ class MedMoEConfig(MedMoETextConfig):
         """
         if name not in PRESETS:
             raise ValueError(f'Unknown preset "{name}". Known presets: {", ".join(sorted(PRESETS))}.')
-        _refuse_unknown(cls, overrides, "")
-        if isinstance(overrides.get("vision_config"), Mapping):
-            _refuse_unknown(MedMoEVisionConfig, overrides["vision_config"], "vision_config.")
+        _refuse_unknown(cls, overrides)
         return cls(**_merged(PRESETS[name], overrides))
 
     @property

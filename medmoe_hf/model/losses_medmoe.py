@@ -1,6 +1,7 @@
 """The losses of MedMoE (arXiv 2506.08356, sections 4.4-4.6) as functions of embeddings.
 
-Shapes: B images, N captions, W word slots a caption, D the width of the shared space, M = H/4 * W/4 regions, K experts.
+Shapes: B images, N captions, W word slots a caption, D the width of the shared space, M = H/4 * W/4 regions,
+K experts.
 Everything is computed in float32, whatever the embeddings' type and any autocast around it.
 """
 
@@ -36,16 +37,14 @@ def contrastive_loss(logits_per_image: Tensor) -> Tensor:
     """
     if logits_per_image.shape[0] != logits_per_image.shape[1]:
         rows, columns = logits_per_image.shape
-        raise ValueError(f"A contrastive loss needs one caption for each image, got {rows} images, {columns} captions.")
+        raise ValueError(f"A contrastive loss needs a caption for each image, got {rows} images, {columns} captions.")
     target = torch.arange(logits_per_image.shape[0], device=logits_per_image.device)
     return nn.functional.cross_entropy(logits_per_image, target) + nn.functional.cross_entropy(
         logits_per_image.t(), target
     )
 
 
-def _attended_regions(
-    regions: Tensor, words: Tensor, word_mask: Tensor, temp1: float
-) -> Tensor:
+def _attended_regions(regions: Tensor, words: Tensor, word_mask: Tensor, temp1: float) -> Tensor:
     """GLoRIA's context of each word in one image: softmax over words, times temp1, softmax over regions.
 
     Args:
@@ -107,7 +106,7 @@ def _token_cosines(regions: Tensor, words: Tensor, scale: float) -> Tensor:
 
 
 def token_logits(local_embeds: Tensor, word_embeds: Tensor, word_mask: Tensor, scale: float) -> Tensor:
-    """Similarity of every image with every caption in the reading of `token_loss`: the mean over the words of cos(c_i, t_i)/τ.
+    """Similarity of every image with every caption as `token_loss` reads it: the mean over words of cos(c_i, t_i)/τ.
 
     Args, returns: as `gloria_logits`; `scale` is 1/τ.
     """
@@ -123,10 +122,10 @@ def token_logits(local_embeds: Tensor, word_embeds: Tensor, word_mask: Tensor, s
 
 
 def token_loss(local_embeds: Tensor, word_embeds: Tensor, word_mask: Tensor, scale: float) -> Tensor:
-    """The paper's printed local loss: each word's context must be nearer to that word than to its report's other words.
+    """The paper's printed local loss: a word's context must be nearer to that word than to its report's other words.
 
-    -log exp(cos(c_i,t_i)/τ) / Σ_j exp(cos(c_i,t_j)/τ) over the words j of the same report, averaged over the words of a
-    report and over the reports that have words.
+    -log exp(cos(c_i,t_i)/τ) / Σ_j exp(cos(c_i,t_j)/τ) over the words j of the same report, averaged over the words of
+    a report and over the reports that have words.
 
     Args:
         local_embeds: (B, D, H', W').

@@ -8,6 +8,7 @@ import inspect
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,14 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_medmoe import UNKNOWN_MODALITY
-from .configuration_medmoe import MedMoEConfig
-from .configuration_medmoe import MedMoESwinConfig
-from .configuration_medmoe import MedMoETextConfig
-from .configuration_medmoe import MedMoEVisionConfig
-from .losses_medmoe import contrastive_loss
-from .losses_medmoe import cosine_logits
-from .losses_medmoe import local_logits
-from .losses_medmoe import local_loss
-from .losses_medmoe import modality_loss
+from .configuration_medmoe import (
+    UNKNOWN_MODALITY,
+    MedMoEConfig,
+    MedMoESwinConfig,
+    MedMoETextConfig,
+    MedMoEVisionConfig,
+)
+from .losses_medmoe import contrastive_loss, cosine_logits, local_logits, local_loss, modality_loss
 
 try:
     import timm
@@ -36,7 +35,7 @@ except ImportError:  # only backbones named "timm/..." need it
     timm = None
 
 MINIMUM_IMAGE_SIDE = 64
-"""Below this the last level of a stride-32 pyramid has a single cell, and BatchNorm no statistics for a single image."""
+"""Below this a stride-32 pyramid ends in a single cell, and BatchNorm has no statistics for a single image."""
 
 _PROCESSING_AUTO_MAP = {
     "AutoImageProcessor": {
@@ -46,6 +45,9 @@ _PROCESSING_AUTO_MAP = {
     "AutoTokenizer": ["tokenization_medmoe.MedMoETokenizer", None],
     "AutoProcessor": "processing_medmoe.MedMoEProcessor",
 }
+
+
+_ALWAYS_GIVEN: Any = None  # `ModelOutput` wants a default for every field
 
 
 @dataclass
@@ -60,9 +62,9 @@ class MedMoEBackboneOutput(ModelOutput):
         attentions: the attention weights of the last block of each stage, if asked for.
     """
 
-    last_hidden_state: Tensor | None = None
-    pooler_output: Tensor | None = None
-    feature_maps: tuple[Tensor, ...] | None = None
+    last_hidden_state: Tensor = _ALWAYS_GIVEN
+    pooler_output: Tensor = _ALWAYS_GIVEN
+    feature_maps: tuple[Tensor, ...] = _ALWAYS_GIVEN
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
@@ -103,10 +105,10 @@ class MedMoETextOutput(ModelOutput):
         hidden_states, attentions: the encoder's, if asked for.
     """
 
-    last_hidden_state: Tensor | None = None
-    pooler_output: Tensor | None = None
-    word_embeds: Tensor | None = None
-    word_mask: Tensor | None = None
+    last_hidden_state: Tensor = _ALWAYS_GIVEN
+    pooler_output: Tensor = _ALWAYS_GIVEN
+    word_embeds: Tensor = _ALWAYS_GIVEN
+    word_mask: Tensor = _ALWAYS_GIVEN
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
@@ -127,8 +129,8 @@ class MedMoEOutput(ModelOutput):
         word_mask: (N, L) bool.
         router_logits: (B, K) of the image router.
         report_router_logits: (N, K) of the report router, where there is one.
-        expert_ids: (B,): the caller's `modality`; else, with `return_loss`, the expert that the image's own report selects
-            (`config.router="report"`); else the image router's.
+        expert_ids: (B,): the caller's `modality`; else, with `return_loss`, the expert that the image's own report
+            selects (`config.router="report"`); else the image router's.
         scale_weights: (B, S, H/4, W/4) of the expert in `expert_ids`.
         text_model_output, vision_model_output: what the towers gave.
     """
@@ -260,20 +262,22 @@ class MedMoEPreTrainedModel(PreTrainedModel):
     config: MedMoEConfig
     base_model_prefix = "medmoe"
     main_input_name = "pixel_values"
-    input_modalities = ("image", "text")
+    input_modalities: tuple[str, ...] = ("image", "text")
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_attention_backend = True
     _no_split_modules = ["SwinStage", "MedMoEExpert"]
     # Running statistics lose their small updates in 16 bits.
-    _keep_in_fp32_modules_strict = ["batch_norm"]
+    _keep_in_fp32_modules_strict: Any = ["batch_norm"]
+    # The losses are means over a batch: `Trainer` itself must divide by its accumulation steps.
+    accepts_loss_kwargs = False
     _auto_map: dict[str, Any] = {}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, nn.Conv2d):
-            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if isinstance(module, MedMoEConvLayer):
+            init.kaiming_normal_(module.convolution.weight, mode="fan_out", nonlinearity="relu")
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:
         """As in transformers; the folder also gets every Python file, and an `auto_map` for every Auto class."""
@@ -301,6 +305,7 @@ class MedMoETimmBackbone(MedMoEPreTrainedModel):
     config: MedMoEVisionConfig
     input_modalities = ("image",)
     supports_gradient_checkpointing = False
+    features: Any  # timm's wrapper
 
     def __init__(self, config: MedMoEVisionConfig) -> None:
         super().__init__(config)
@@ -308,21 +313,30 @@ class MedMoETimmBackbone(MedMoEPreTrainedModel):
         if timm is None:
             raise ImportError(f'The backbone "{config.backbone}" needs the timm package: pip install timm')
         self.features = self._create(name, config.image_size, config.out_indices)
-        if config.out_indices is None:
-            levels = [index for index, stride in enumerate(self.features.feature_info.reduction()) if stride >= 4]
-            if len(levels) < len(self.features.feature_info.reduction()):
-                self.features = self._create(name, config.image_size, levels)
+        info = self.features.feature_info
+        if config.out_indices is None and min(info.reduction()) < 4:
+            levels = [level for level, stride in zip(info.out_indices, info.reduction(), strict=True) if stride >= 4]
+            self.features = self._create(name, config.image_size, levels)
         strides = self.features.feature_info.reduction()
-        if len(strides) < 2 or any(fine >= coarse for fine, coarse in zip(strides, strides[1:], strict=False)):
+        if len(strides) < 2 or any(fine >= coarse for fine, coarse in pairwise(strides)):
             raise ValueError(
                 f"timm's {name} is no pyramid: its levels have strides {strides}. Choose a hierarchical model "
                 "(swin, convnext, resnet, ...) or levels of growing stride by `vision_config.out_indices`."
             )
         self.layernorm = nn.LayerNorm(self.channels[-1])
+        # timm has no common name for its BatchNorms.
+        self._keep_in_fp32_modules_strict = {
+            rf"backbone\.features\.{name}\."
+            for name, module in self.features.named_modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        }
         self.post_init()
 
+    def get_input_embeddings(self) -> nn.Module:
+        return next(module for module in self.features.modules() if isinstance(module, nn.Conv2d))
+
     @staticmethod
-    def _create(name: str, image_size: int, out_indices: Sequence[int] | None) -> nn.Module:
+    def _create(name: str, image_size: int | None, out_indices: Sequence[int] | None) -> nn.Module:
         options: dict[str, Any] = {"pretrained": False, "features_only": True}
         if out_indices is not None:
             options["out_indices"] = tuple(out_indices)
@@ -340,18 +354,19 @@ class MedMoETimmBackbone(MedMoEPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # timm initialises its own weights; after a load on the meta device its derived buffers must be made anew.
-        if hasattr(module, "init_non_persistent_buffers"):
-            module.init_non_persistent_buffers()
+        make_buffers = getattr(module, "init_non_persistent_buffers", None)
+        if make_buffers is not None:
+            make_buffers()
         elif module is self.layernorm:
             init.ones_(module.weight)
             init.zeros_(module.bias)
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> MedMoEBackboneOutput:
         """(B, 3, H, W) to a `MedMoEBackboneOutput`."""
+        channels_last = getattr(self.features, "output_fmt", "NCHW") == "NHWC"
         maps = []
-        for feature_map, width in zip(self.features(pixel_values), self.channels, strict=True):
-            # Some timm models give channels last.
-            if feature_map.shape[1] != width:
+        for feature_map in self.features(pixel_values):
+            if channels_last:
                 feature_map = feature_map.permute(0, 3, 1, 2)
             maps.append(feature_map.contiguous())
         tokens = self.layernorm(maps[-1].flatten(2).transpose(1, 2))
@@ -373,7 +388,7 @@ class MedMoEConvLayer(nn.Module):
 
 
 class MedMoEScaleScorer(nn.Module):
-    """The scale-attention MLP, shared by the scales of an expert: (B, D, H, W) to one logit a position (B, 1, H, W)."""
+    """The scale-attention MLP, shared by an expert's scales: (B, D, H, W) to one logit a position (B, 1, H, W)."""
 
     def __init__(self, in_channels: int, hidden_size: int) -> None:
         super().__init__()
@@ -386,9 +401,9 @@ class MedMoEScaleScorer(nn.Module):
 
 
 class MedMoEExpert(nn.Module):
-    """One modality's expert (section 4.3): projects each scale, brings all to the finest and mixes them at each position.
+    """One modality's expert (section 4.3): projects each scale, brings all to the finest and mixes them.
 
-    V = Σ_s β(s) F(s), β a softmax over the scales.
+    V = Σ_s β(s) F(s) at each position, β a softmax over the scales.
     """
 
     def __init__(self, config: MedMoEVisionConfig, channels: Sequence[int]) -> None:
@@ -467,9 +482,7 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
         return self.backbone.channels[-1] if self.config.global_features == "backbone" else self.config.local_size
 
     def get_input_embeddings(self) -> nn.Module:
-        if self.config.backbone == "swin":
-            return self.backbone.get_input_embeddings()
-        return next(module for module in self.backbone.modules() if isinstance(module, nn.Conv2d))
+        return self.backbone.get_input_embeddings()
 
     def encode(self, pixel_values: Tensor, **kwargs: Any) -> MedMoEBackboneOutput:
         """The backbone alone, (B, 3, H, W) to tokens and pyramid: what every expert shares.
@@ -479,17 +492,18 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
         """
         if pixel_values.dim() != 4 or min(pixel_values.shape[-2:]) < MINIMUM_IMAGE_SIDE:
             raise ValueError(
-                f"`pixel_values` must be (batch, channels, height, width) with sides of {MINIMUM_IMAGE_SIDE} pixels and "
-                f"more, got {tuple(pixel_values.shape)}."
+                f"`pixel_values` must be (batch, channels, height, width) with sides of {MINIMUM_IMAGE_SIDE} pixels "
+                f"and more, got {tuple(pixel_values.shape)}."
             )
-        return self.backbone(pixel_values.to(self.get_input_embeddings().weight.dtype), **kwargs)
+        return self.backbone(pixel_values.to(self.backbone.dtype), **kwargs)
 
     def select_experts(self, router_logits: Tensor, modality: Any = None) -> Tensor:
-        """(B, K) logits to expert ids (B,): the largest, except where the caller's `modality` names one."""
+        """(B, ..., K) logits to expert ids (B, ...): the largest, except where the caller's `modality` names one."""
         selected = router_logits.argmax(dim=-1)
         if modality is None:
             return selected
         ids = torch.tensor(self.config.modality_ids(modality, len(selected)), device=selected.device)
+        ids = ids.view(-1, *[1] * (selected.dim() - 1))
         return torch.where(ids == UNKNOWN_MODALITY, selected, ids)
 
     def fuse(self, feature_maps: Sequence[Tensor], expert_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -515,6 +529,7 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
         """v_g: the backbone's mean (B, C), or the mean of the expert's map (B, D)."""
         if self.config.global_features == "backbone":
             return backbone_output.pooler_output
+        assert local_embeds is not None
         return local_embeds.mean(dim=(2, 3))
 
     @can_return_tuple
@@ -525,7 +540,7 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
 
         Args:
             pixel_values: (B, 3, H, W), sides of 64 and more.
-            modality: overrules the router: a name, alias or id, for all images or one each; None or -100 where unknown.
+            modality: overrules the router: a name, alias or id, for all images or one each; None or -100 if unknown.
             local: False leaves the experts out where the global embedding does not need them.
         """
         backbone_output = self.encode(pixel_values, **kwargs)
@@ -623,7 +638,7 @@ class MedMoETextModel(MedMoEPreTrainedModel):
 
     @staticmethod
     def _word_ids(tokens: Tensor, attention_mask: Tensor | None, word_ids: Tensor | None) -> Tensor:
-        """(N, L) word numbers; a text without a single word becomes one word of all its tokens, so that it has an embedding."""
+        """(N, L) word numbers; a text without any word becomes one word of all its tokens, to be embedded at all."""
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[:2])
         attended = torch.ones_like(positions) if attention_mask is None else attention_mask
         if word_ids is None:
@@ -670,7 +685,7 @@ class MedMoEModel(MedMoEPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.text_model.set_input_embeddings(value)
 
-    def _project_image(self, global_embeds: Tensor, local_embeds: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _project_image(self, global_embeds: Tensor, local_embeds: Any) -> tuple[Tensor, Any]:
         if self.visual_projection is None or self.local_projection is None:
             return global_embeds, local_embeds
         if local_embeds is not None:
@@ -681,7 +696,7 @@ class MedMoEModel(MedMoEPreTrainedModel):
     def get_image_features(
         self, pixel_values: Tensor, modality: Any = None, local: bool = True, **kwargs: Any
     ) -> MedMoEVisionOutput:
-        """The image tower with `pooler_output` and `local_embeds` in the shared space; see `MedMoEVisionModel.forward`."""
+        """The image tower, `pooler_output` and `local_embeds` in the shared space; see `MedMoEVisionModel.forward`."""
         outputs = self.vision_model(pixel_values, modality=modality, local=local, return_dict=True, **kwargs)
         outputs.pooler_output, outputs.local_embeds = self._project_image(outputs.pooler_output, outputs.local_embeds)
         return outputs
@@ -741,7 +756,7 @@ class MedMoEModel(MedMoEPreTrainedModel):
         if (pixel_values is None) == (input_ids is None):
             raise ValueError("`route` takes either `pixel_values` or `input_ids`, to ask one of the two routers.")
         if pixel_values is not None:
-            logits = self.vision_model(pixel_values, local=False).router_logits
+            logits = self.vision_model.router(self.vision_model.encode(pixel_values).pooler_output)
         elif self.report_router is not None:
             text = self._encode_text(input_ids, attention_mask, token_type_ids, word_ids)
             logits = self.report_router(text.pooler_output)
@@ -768,8 +783,8 @@ class MedMoEModel(MedMoEPreTrainedModel):
 
         Args:
             pixel_values: (B, 3, H, W).
-            input_ids, attention_mask, token_type_ids, word_ids: (B, L), text i about image i; or (1, L), one text about
-                all images.
+            input_ids, attention_mask, token_type_ids, word_ids: (B, L), text i about image i; or (1, L), one text
+                about all images.
             modality: overrules the routers, as in `forward`.
         """
         images = len(pixel_values)
@@ -777,11 +792,10 @@ class MedMoEModel(MedMoEPreTrainedModel):
             raise ValueError(f"`ground` takes one text, or one for each of the {images} images; got {len(input_ids)}.")
         text = self._encode_text(input_ids, attention_mask, token_type_ids, word_ids)
         backbone_output = self.vision_model.encode(pixel_values)
-        router = self.vision_model.router
         if self.report_router is not None:
             logits = self.report_router(text.pooler_output).expand(images, -1)
         else:
-            logits = router(backbone_output.pooler_output)
+            logits = self.vision_model.router(backbone_output.pooler_output)
         expert_ids = self.vision_model.select_experts(logits, modality)
         local, _ = self.vision_model.fuse(backbone_output.feature_maps, expert_ids)
         _, local = self._project_image(self.vision_model.global_embeds(backbone_output, local), local)
@@ -794,38 +808,46 @@ class MedMoEModel(MedMoEPreTrainedModel):
             expert_ids=expert_ids,
         )
 
-    def _similarity(
-        self, image_embeds: Tensor, local_embeds: Tensor | None, text: MedMoETextOutput, kind: str
-    ) -> Tensor:
+    def _similarity(self, image_embeds: Tensor, local_embeds: Tensor, text: MedMoETextOutput) -> Tensor:
         """(B, N) logits of the kind that `config.similarity` names; everything already in the shared space."""
-        if kind == "global":
-            return cosine_logits(image_embeds, text.pooler_output, self.config.temp3)
-        logits = local_logits(self.config, local_embeds, text.word_embeds, text.word_mask)
-        if kind == "mean":
-            logits = (logits + cosine_logits(image_embeds, text.pooler_output, self.config.temp3)) / 2
-        return logits
+        kinds = []
+        if self.config.similarity != "local":
+            kinds.append(cosine_logits(image_embeds, text.pooler_output, self.config.temp3))
+        if self.config.similarity != "global":
+            kinds.append(local_logits(self.config, local_embeds, text.word_embeds, text.word_mask))
+        return sum(kinds[1:], kinds[0]) / len(kinds)
 
-    def _similarity_by_expert(
-        self, backbone_output: MedMoEBackboneOutput, text: MedMoETextOutput, text_expert_ids: Tensor
-    ) -> Tensor:
-        """(B, N) logits in which entry (i, j) reads image i with the expert that text j selects.
+    def _compare_by_expert(
+        self, backbone_output: MedMoEBackboneOutput, text: MedMoETextOutput, pair_ids: Tensor, expert_ids: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, N) logits in which entry (i, j) reads image i with the expert `pair_ids[i, j]`.
 
-        The backbone has run once; each expert that some text selects runs once over the images.
+        The backbone has run once; here each expert runs once, over the images that a pair or `expert_ids` sends to it.
+
+        Returns:
+            the logits; and what `fuse` gives for `expert_ids`: local maps and scale weights.
         """
-        images, texts = len(backbone_output.pooler_output), len(text_expert_ids)
-        logits = backbone_output.pooler_output.new_zeros(images, texts, dtype=torch.float32)
-        for expert in text_expert_ids.unique().tolist():
-            columns = (text_expert_ids == expert).nonzero().squeeze(1)
-            local, _ = self.vision_model.experts[expert](backbone_output.feature_maps)
-            image_embeds, local = self._project_image(self.vision_model.global_embeds(backbone_output, local), local)
+        logits = backbone_output.pooler_output.new_zeros(pair_ids.shape, dtype=torch.float32)
+        parts = []
+        for expert in torch.cat([expert_ids, pair_ids.flatten()]).unique().tolist():
+            pairs, own = pair_ids == expert, expert_ids == expert
+            rows = (own | pairs.any(dim=1)).nonzero().squeeze(1)
+            columns = pairs.any(dim=0).nonzero().squeeze(1)
+            local, weights = self.vision_model.experts[expert]([maps[rows] for maps in backbone_output.feature_maps])
+            parts.append((local[own[rows]], weights[own[rows]]))
+            some = MedMoEBackboneOutput(pooler_output=backbone_output.pooler_output[rows])
+            image_embeds, local = self._project_image(self.vision_model.global_embeds(some, local), local)
             selected = MedMoETextOutput(
                 pooler_output=text.pooler_output[columns],
                 word_embeds=text.word_embeds[columns],
                 word_mask=text.word_mask[columns],
             )
-            part = self._similarity(image_embeds, local, selected, self.config.similarity)
-            logits = logits.index_copy(1, columns, part)
-        return logits
+            block = rows.unsqueeze(1), columns
+            part = self._similarity(image_embeds, local, selected)
+            logits = logits.index_put(block, torch.where(pairs[block], part, logits[block]))
+        back = expert_ids.argsort(stable=True).argsort()
+        local_embeds, scale_weights = (torch.cat(part)[back] for part in zip(*parts, strict=True))
+        return logits, local_embeds, scale_weights
 
     @can_return_tuple
     def forward(
@@ -843,13 +865,13 @@ class MedMoEModel(MedMoEPreTrainedModel):
         """Compares images with texts; with only one of the two, gives `get_image_features` or `get_text_features`.
 
         Without `return_loss` every image is compared with every text (B and N may differ). With the report router,
-        entry (i, j) of local logits then reads image i with the expert that text j selects.
+        entry (i, j) then reads image i with the expert that text j selects, unless `modality` tells that of image i.
         With `return_loss` text i is the report of image i and selects its expert.
 
         Args:
             input_ids, attention_mask, token_type_ids, word_ids: (N, L), see `MedMoETextModel.forward`.
             pixel_values: (B, 3, H, W).
-            modality: overrules the routers: a name, alias or id, for all images or one each; None or -100 where unknown.
+            modality: overrules the routers: a name, alias or id, for all images or one each; None or -100 if unknown.
             modality_labels: (B,), what the routers should have said, for the auxiliary loss; -100 is ignored.
             return_loss: whether to compute the losses.
         """
@@ -872,22 +894,25 @@ class MedMoEModel(MedMoEPreTrainedModel):
             raise ValueError(
                 f"`return_loss` needs one text for each image, got {len(pixel_values)} images, {len(input_ids)} texts."
             )
-        by_report = report_logits is not None and modality is None
         expert_ids = vision.select_experts(
             report_logits if return_loss and report_logits is not None else router_logits, modality
         )
-        local, scale_weights = vision.fuse(backbone_output.feature_maps, expert_ids)
-        image_embeds, local = self._project_image(vision.global_embeds(backbone_output, local), local)
-
+        logits_per_image = None
         per_expert = config.similarity != "global" or config.vision_config.global_features == "expert"
-        if by_report and per_expert and not return_loss:
-            logits_per_image = self._similarity_by_expert(backbone_output, text, report_logits.argmax(dim=-1))
+        if report_logits is not None and per_expert and not return_loss:
+            pair_ids = vision.select_experts(report_logits.expand(len(pixel_values), -1, -1), modality)
+            logits_per_image, local, scale_weights = self._compare_by_expert(
+                backbone_output, text, pair_ids, expert_ids
+            )
         else:
-            logits_per_image = self._similarity(image_embeds, local, text, config.similarity)
+            local, scale_weights = vision.fuse(backbone_output.feature_maps, expert_ids)
+        image_embeds, local = self._project_image(vision.global_embeds(backbone_output, local), local)
+        if logits_per_image is None:
+            logits_per_image = self._similarity(image_embeds, local, text)
 
         losses: dict[str, Tensor] = {}
         if return_loss:
-            losses["loss_global"] = contrastive_loss(self._similarity(image_embeds, None, text, "global"))
+            losses["loss_global"] = contrastive_loss(cosine_logits(image_embeds, text.pooler_output, config.temp3))
             losses["loss_local"] = local_loss(config, local, text.word_embeds, text.word_mask)
             losses["loss_aux"] = losses["loss_global"].new_zeros(())
             if modality_labels is not None:

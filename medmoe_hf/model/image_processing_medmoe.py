@@ -1,0 +1,420 @@
+"""Image processors of MedMoE: any picture in, `pixel_values` (B, 3, H, W) out; torchvision and PIL backends."""
+
+import base64
+import io
+import math
+import os
+import urllib.request
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers.image_processing_backends import PilBackend, TorchvisionBackend
+from transformers.image_processing_base import BatchFeature
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    ChannelDimension,
+    PILImageResampling,
+    SizeDict,
+    infer_channel_dimension_format,
+    is_valid_image,
+)
+
+_CHANNEL_COUNTS = (1, 3, 4)
+_SECONDS_PER_DOWNLOAD = 60
+_TORCH_FILTERS = {PILImageResampling.BILINEAR: "bilinear", PILImageResampling.BICUBIC: "bicubic"}
+
+
+def resize_heatmaps(heatmaps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Stretch maps over an image: the inverse of the image processors' geometry.
+
+    Args:
+        heatmaps: (..., h, w), any float type and any range.
+        size: height and width of the image, in pixels.
+
+    Returns:
+        (..., height, width) float32, bilinear between the centres of the cells (`align_corners=False`).
+    """
+    height, width = size
+    leading = heatmaps.shape[:-2]
+    if 0 in leading:
+        return heatmaps.new_zeros((*leading, height, width), dtype=torch.float32)
+    maps = heatmaps.to(torch.float32).reshape(1, -1, *heatmaps.shape[-2:])
+    maps = torch.nn.functional.interpolate(maps, size=(height, width), mode="bilinear", align_corners=False)
+    return maps.reshape(*leading, height, width)
+
+
+def _read_image(source: str | os.PathLike) -> Image.Image:
+    """The upright picture behind a file name, an http(s) address or a base64 string, in the mode it was stored in.
+
+    transformers' `load_image` converts to RGB, which saturates 16-bit files; hence this one.
+    """
+    name = os.fsdecode(source)
+    try:
+        if name.startswith(("http://", "https://")):
+            # Servers refuse urllib's own name; huggingface_hub's client would refuse to work in its offline mode.
+            request = urllib.request.Request(name, headers={"User-Agent": "medmoe_hf"})
+            with urllib.request.urlopen(request, timeout=_SECONDS_PER_DOWNLOAD) as response:
+                file: Any = io.BytesIO(response.read())
+        elif os.path.isfile(name):
+            file = name
+        else:
+            file = _decoded(name)
+        with Image.open(file) as image:
+            image.load()
+            return ImageOps.exif_transpose(image)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # Pillow's decoders raise a dozen types, SyntaxError and struct.error among them
+        raise OSError(f"cannot read the image {_shortened(name)!r}: {error}") from error
+
+
+def _decoded(name: str) -> io.BytesIO:
+    encoded = name.split(",", 1)[-1] if name.startswith("data:image/") else name
+    try:
+        file = io.BytesIO(base64.b64decode("".join(encoded.split()), validate=True))
+        Image.open(file).verify()
+    except Exception:
+        raise FileNotFoundError(
+            f"{_shortened(name)!r} is no image file, no http(s) address and no base64 image"
+        ) from None
+    file.seek(0)
+    return file
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= 200 else f"{name[:200]}..."
+
+
+def _pil_pixels(image: Image.Image) -> tuple[np.ndarray, bool]:
+    """Pixels (H, W) or (H, W, 3 or 4) of a picture, and whether their range must be stretched to 0..255."""
+    mode = image.mode
+    if mode == "F" or mode.startswith("I"):
+        return np.array(image), True
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+    elif mode == "1":
+        image = image.convert("L")
+    elif mode not in ("L", "RGB"):
+        image = image.convert("RGB")
+    return np.array(image), False
+
+
+def _array_pixels(array: np.ndarray) -> np.ndarray:
+    """The array as one that torch can take without a copy, or a copy where it cannot."""
+    if array.dtype.kind not in "buif":
+        raise ValueError(f"numpy type {array.dtype} holds no pixel values")
+    if array.dtype.itemsize > 8:
+        array = array.astype(np.float64)
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    if not array.flags.writeable or any(stride < 0 for stride in array.strides):
+        array = array.copy()
+    return array
+
+
+def _range(values: torch.Tensor) -> tuple[float, float]:
+    low, high = (bound.item() for bound in torch.aminmax(values))
+    # NaN survives aminmax, and the difference is infinite when either bound is, or when float64 cannot hold it.
+    if not math.isfinite(high - low):
+        raise ValueError("the image holds NaN or infinite values")
+    return low, high
+
+
+def _eight_bit_range(values: torch.Tensor, stretch: bool) -> torch.Tensor:
+    """Values in 0..255: uint8 where they were 8-bit or bool, float32 otherwise. `stretch`: min-max also on floats."""
+    if values.dtype == torch.uint8:
+        return values
+    if values.dtype == torch.bool:
+        return values.to(torch.uint8) * 255
+    if values.is_floating_point():
+        values = values if values.element_size() >= 4 else values.to(torch.float32)
+        low, high = _range(values)
+        if not stretch and low >= 0 and high <= 255:
+            return (values * 255 if high <= 1 else values).to(torch.float32)
+        values = values.to(torch.float64)
+    else:
+        # Integers of 16 bits are exact in float32, those of 32 bits in float64.
+        values = values.to(torch.float32 if values.element_size() <= 2 else torch.float64)
+        low, high = _range(values)
+    if low == high:
+        return torch.zeros_like(values, dtype=torch.float32)
+    return ((values - low) / (high - low) * 255).to(torch.float32)
+
+
+def _opacity(alpha: torch.Tensor) -> torch.Tensor:
+    """An alpha channel as float32 in 0..1; its scale is that of its type, never its own range."""
+    if alpha.dtype == torch.bool:
+        return alpha.to(torch.float32)
+    scale = 1 if alpha.is_floating_point() else torch.iinfo(alpha.dtype).max
+    alpha = alpha.to(torch.float32)
+    low, high = _range(alpha)
+    if scale == 1 and high > 1:
+        scale = 255
+    if low < 0 or high > scale:
+        raise ValueError(f"the alpha channel spans {low}..{high}; it must lie within 0..{scale}")
+    return alpha / scale
+
+
+def to_rgb(
+    image: Image.Image | np.ndarray | torch.Tensor,
+    input_data_format: str | ChannelDimension | None = None,
+    do_convert_rgb: bool = True,
+    device: str | torch.device | None = None,
+) -> torch.Tensor:
+    """One picture as RGB in 0..255, by the rules that `MedMoEImageProcessor` documents.
+
+    Args:
+        image: a PIL image, or an array or tensor (H, W), (H, W, C) or (C, H, W) with C in 1, 3, 4.
+        input_data_format: `"channels_first"` or `"channels_last"` for arrays; guessed from the shape when None.
+        do_convert_rgb: False refuses, with a `ValueError`, pictures that do not have exactly three channels.
+        device: where the result lives; None keeps a tensor where it is.
+
+    Returns:
+        (3, H, W), uint8 when the picture has 8 bits (or 1) per channel, float32 otherwise.
+
+    Raises:
+        ValueError: NaN or infinite values, no pixels, a shape without a channel axis, values that are no pixels.
+    """
+    stretch = False
+    channels_last: bool | None = None
+    if isinstance(image, Image.Image):
+        array, stretch = _pil_pixels(image)
+        pixels, channels_last = torch.from_numpy(_array_pixels(array)), True
+    elif isinstance(image, np.ndarray):
+        pixels = torch.from_numpy(_array_pixels(image))
+    elif isinstance(image, torch.Tensor):
+        if image.is_complex():
+            raise ValueError(f"tensor type {image.dtype} holds no pixel values")
+        pixels = image
+    else:
+        raise ValueError(f"{type(image).__name__} is not a PIL image, numpy array or torch tensor")
+    if device is not None:
+        pixels = pixels.to(device)
+    if pixels.numel() == 0:
+        raise ValueError(f"shape {tuple(pixels.shape)} holds no pixels")
+
+    if pixels.ndim == 2:
+        pixels = pixels.unsqueeze(0)
+    else:
+        if channels_last is None:
+            channels_last = _channels_last(pixels, input_data_format)
+        if channels_last:
+            pixels = pixels.permute(2, 0, 1)
+    channels = pixels.shape[0]
+    if channels != 3 and not do_convert_rgb:
+        raise ValueError(f"the image has {channels} channels, and do_convert_rgb=False allows nothing but 3")
+
+    colour = _eight_bit_range(pixels[:3], stretch)
+    if channels == 4:
+        eight_bit = colour.dtype == torch.uint8
+        colour = colour.to(torch.float32) * _opacity(pixels[3:])
+        colour = colour.round().to(torch.uint8) if eight_bit else colour
+    return colour.expand(3, -1, -1).contiguous()
+
+
+def _channels_last(pixels: torch.Tensor, input_data_format: str | ChannelDimension | None) -> bool:
+    shape = tuple(pixels.shape)
+    if pixels.ndim != 3:
+        raise ValueError(f"shape {shape} is not an image's: 2 or 3 dimensions")
+    if input_data_format is not None:
+        layout = ChannelDimension(input_data_format)
+    elif shape[0] not in _CHANNEL_COUNTS and shape[2] not in _CHANNEL_COUNTS:
+        raise ValueError(f"shape {shape} has no 1, 3 or 4 channels as its first or last axis")
+    else:
+        layout = infer_channel_dimension_format(pixels, num_channels=_CHANNEL_COUNTS)
+    channels = shape[2] if layout == ChannelDimension.LAST else shape[0]
+    if channels not in _CHANNEL_COUNTS:
+        raise ValueError(f"shape {shape}, read as {layout.value}, has {channels} channels, not 1, 3 or 4")
+    return layout == ChannelDimension.LAST
+
+
+def _single_images(images: Any) -> list[Any]:
+    """Nested lists, batches and single images as one flat list of single images."""
+    if isinstance(images, (list, tuple)):
+        return [single for item in images for single in _single_images(item)]
+    if getattr(images, "ndim", 0) == 4:
+        return list(images)
+    return [images]
+
+
+class _MedMoEImages:
+    """What the two backends share; stands before the backend among the base classes."""
+
+    resample = PILImageResampling.BICUBIC
+    image_mean = IMAGENET_DEFAULT_MEAN
+    image_std = IMAGENET_DEFAULT_STD
+    size = {"height": 224, "width": 224}
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+    do_convert_rgb = True
+
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Read file names, http(s) addresses and base64 strings, in any nesting; leave images as they are.
+
+        Raises:
+            OSError: a file that is missing or that Pillow cannot read; the message names it.
+            TypeError: an object that is neither a source nor an image.
+        """
+        if isinstance(image_url_or_urls, (list, tuple)):
+            return [self.fetch_images(item) for item in image_url_or_urls]
+        if isinstance(image_url_or_urls, (str, os.PathLike)):
+            return _read_image(image_url_or_urls)
+        if is_valid_image(image_url_or_urls):
+            return image_url_or_urls
+        raise TypeError(
+            "an image is a PIL image, a numpy array, a torch tensor or a file name, "
+            f"got {type(image_url_or_urls).__name__}"
+        )
+
+    def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list[Any]:
+        singles = _single_images(self.fetch_images(images))
+        if not singles:
+            raise ValueError("there are no images in the batch")
+        return singles
+
+    def _prepare_image_like_inputs(
+        self, images: Any, *args: Any, expected_ndims: int = 3, **kwargs: Any
+    ) -> list[torch.Tensor] | list[np.ndarray]:
+        prepared = []
+        for position, image in enumerate(self._prepare_images_structure(images, expected_ndims)):
+            try:
+                prepared.append(self.process_image(image, *args, **kwargs))  # type: ignore[attr-defined]
+            except ValueError as error:
+                raise ValueError(f"image {position} of the batch: {error}") from error
+        return prepared
+
+    def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
+        size = kwargs.get("size")
+        if kwargs.get("do_resize") and size is not None and not (size.height and size.width):
+            raise ValueError(f"size must give a height and a width, got {dict(size)}")
+        super()._validate_preprocess_kwargs(**kwargs)  # type: ignore[misc]
+
+    def _preprocess(
+        self,
+        images: list[torch.Tensor] | list[np.ndarray],
+        disable_grouping: bool | None = None,
+        return_tensors: Any = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        # Stacking would turn an 8-bit picture into floats when its neighbour is one: its result must not depend on it.
+        if len({image.dtype for image in images}) > 1:
+            disable_grouping = True
+        features = super()._preprocess(  # type: ignore[misc]
+            images, disable_grouping=disable_grouping, return_tensors=None, **kwargs
+        )
+        features["pixel_values"] = [
+            image.to(torch.float32) if isinstance(image, torch.Tensor) else image.astype(np.float32, copy=False)
+            for image in features["pixel_values"]
+        ]
+        return BatchFeature(features, tensor_type=return_tensors)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings, JSON-ready; `auto_map` names the classes of both backends."""
+        output: dict[str, Any] = super().to_dict()  # type: ignore[misc]
+        if "AutoImageProcessor" in output.get("auto_map", {}):
+            module = __name__.rsplit(".", 1)[-1]
+            backends = {
+                "torchvision": f"{module}.{MedMoEImageProcessor.__name__}",
+                "pil": f"{module}.{MedMoEImageProcessorPil.__name__}",
+            }
+            output["auto_map"] = {**output["auto_map"], "AutoImageProcessor": backends}
+        return output
+
+
+class MedMoEImageProcessor(_MedMoEImages, TorchvisionBackend):
+    """Turns pictures of any kind into `pixel_values` (B, 3, H, W) float32. Torchvision backend.
+
+    By default a picture is stretched to 224x224 (bicubic with antialiasing), divided by 255 and normalised with
+    ImageNet's mean and standard deviation. Every default can be changed at construction or per call; `size` is
+    `{"height": ..., "width": ...}` or an int. The geometry is a plain stretch, so `resize_heatmaps` leads back.
+
+    Input: one or a (nested) list, mixed at will, of PIL images of any mode; numpy arrays and torch tensors (H, W),
+    (H, W, C), (C, H, W) with C in 1, 3, 4, or batches of these with four dimensions; file names (str or Path),
+    http(s) addresses and base64 strings. Files are turned upright by their EXIF tag. `input_data_format` tells the
+    layout of arrays; without it a first axis of 1, 3 or 4 is the channels, else the last.
+
+    Every picture is first brought to RGB in 0..255, without saturation and without a loss of precision:
+
+    - 8 bits per channel: as they are. Gray is repeated, palettes are looked up, CMYK and the like are converted by
+      Pillow.
+    - bool and PIL mode `1`: 0 and 255.
+    - every other integer type, and the PIL modes `I`, `I;16`, `I;16B`, `F`: the picture's own minimum to 0 and its
+      own maximum to 255, linearly, over all colour channels together. A constant picture becomes zeros.
+    - float arrays: within [0, 1] times 255; within [0, 255] as they are; anything else by minimum and maximum.
+    - transparency (RGBA, LA, palettes and colour keys with transparency, arrays of 4 channels) is laid on black.
+      Integer alpha is a fraction of its type's largest value, float alpha lies in 0..1 or 0..255.
+
+    8-bit pictures are resized in 8 bits, all others in float32 and then clamped to 0..255 as 8-bit resizing does.
+
+    Raises:
+        ValueError: NaN, infinite values, an empty picture, a shape without a channel axis (the message gives the
+            position in the batch); a `size` without height or width.
+        OSError: a file that cannot be read (the message gives its name).
+    """
+
+    def process_image(
+        self,
+        image: Any,
+        do_convert_rgb: bool | None = None,
+        input_data_format: str | ChannelDimension | None = None,
+        device: str | torch.device | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """One picture as a tensor (3, H, W) in 0..255; the arguments are those of `to_rgb`."""
+        return to_rgb(image, input_data_format, do_convert_rgb is not False, device)
+
+    def resize(
+        self, image: torch.Tensor, size: SizeDict, resample: Any = None, antialias: bool = True, **kwargs: Any
+    ) -> torch.Tensor:
+        """Stretch (..., 3, h, w) to `size`, within 0..255."""
+        resized = super().resize(image, size, resample, antialias, **kwargs)
+        return resized.clamp(0, 255) if resized.is_floating_point() else resized
+
+
+class MedMoEImageProcessorPil(_MedMoEImages, PilBackend):
+    """`MedMoEImageProcessor` for machines without torchvision: the same input, rules, defaults and output.
+
+    Bilinear and bicubic resizing use torch's own kernels, those that torchvision calls: Pillow's differ by up to two
+    gray levels on smooth 8-bit pictures. All other filters are Pillow's.
+    """
+
+    def process_image(
+        self,
+        image: Any,
+        do_convert_rgb: bool | None = None,
+        input_data_format: str | ChannelDimension | None = None,
+        **kwargs: Any,
+    ) -> np.ndarray:
+        """One picture as an array (3, H, W) in 0..255; the arguments are those of `to_rgb`."""
+        return to_rgb(image, input_data_format, do_convert_rgb is not False).detach().cpu().numpy()
+
+    def resize(
+        self, image: np.ndarray, size: SizeDict, resample: Any = None, reducing_gap: int | None = None, **kwargs: Any
+    ) -> np.ndarray:
+        """Stretch (3, h, w) to `size`, within 0..255."""
+        target = (int(size["height"]), int(size["width"]))
+        if image.shape[-2:] == target:
+            return image
+        if resample in _TORCH_FILTERS:
+            resized = torch.nn.functional.interpolate(
+                torch.from_numpy(image)[None],
+                size=target,
+                mode=_TORCH_FILTERS[resample],
+                align_corners=False,
+                antialias=True,
+            )[0].numpy()
+        elif image.dtype == np.uint8:
+            resized = super().resize(image, size, resample, reducing_gap, **kwargs)
+        else:
+            # The backend would round to 8 bits; Pillow's float mode has one channel.
+            planes = [Image.fromarray(plane).resize(target[::-1], resample) for plane in image]
+            resized = np.stack([np.asarray(plane) for plane in planes])
+        return resized if resized.dtype == np.uint8 else resized.clip(0, 255)
+
+
+MedMoEImageProcessor.register_for_auto_class("AutoImageProcessor")
+MedMoEImageProcessorPil.register_for_auto_class("AutoImageProcessor")

@@ -1,0 +1,146 @@
+"""What a training YAML may say, and clear words for what it may not."""
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from medmoe_hf.data.sources import Source
+
+
+class ConfigError(ValueError):
+    """A training configuration that cannot be used; the message names the key and how to mend it."""
+
+
+class ModelSection(BaseModel):
+    """Which model is trained: a new one of a preset, or a checkpoint.
+
+    Attributes:
+        preset: `MedMoEConfig.from_preset`'s name, for a new model.
+        from_pretrained: folder or Hub id of a checkpoint to go on from.
+        tokenizer: of a new model: folder or Hub id of any fast tokenizer; None: the phantom reports' words.
+        overrides: fields of `MedMoEConfig` to change.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    preset: str | None = None
+    from_pretrained: str | None = None
+    tokenizer: str | None = None
+    overrides: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "ModelSection":
+        if (self.preset is None) == (self.from_pretrained is None):
+            raise ValueError("give either `preset` (a new model) or `from_pretrained` (a checkpoint)")
+        if self.from_pretrained is not None and self.tokenizer is not None:
+            raise ValueError("`tokenizer` belongs to a new model; a checkpoint brings its own")
+        return self
+
+
+class DataSection(BaseModel):
+    """What is read.
+
+    Attributes:
+        train: the source of training pairs.
+        evaluation: the source of held-out pairs; None trains without looking.
+        num_workers: processes that read and decode beside each training process.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    train: Source
+    evaluation: Source | None = None
+    num_workers: int = Field(default=1, ge=0)
+
+
+class TrainConfig(BaseModel):
+    """A training run.
+
+    Attributes:
+        output_dir: where the model lands (a folder that loads with `from_pretrained`), with `training.json`.
+        model, data: see there.
+        max_steps: optimiser steps.
+        batch_size: pairs per process and step.
+        learning_rate: at the top of the schedule.
+        schedule: name of a transformers scheduler (`cosine`, `linear`, `constant_with_warmup`).
+        warmup_steps: steps of linear rise before it.
+        weight_decay: of AdamW, on matrices and kernels only (not on biases, norms).
+        betas: AdamW's.
+        max_grad_norm: gradients are clipped to this norm.
+        mixed_precision: Accelerate's: `no`, `bf16` or `fp16`.
+        gradient_checkpointing: recompute activations of the towers in the backward pass.
+        freeze: parameters whose name begins with one of these stay as they are, e.g. `text_model`.
+        evaluate_every: steps between evaluations; 0 evaluates only at the end.
+        evaluation_samples: held-out pairs looked at each time.
+        log_every: steps between records in `training.json`.
+        seed: of weights, data order and dropout.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    output_dir: Path
+    model: ModelSection
+    data: DataSection
+    max_steps: int = Field(ge=1)
+    batch_size: int = Field(default=32, ge=2)
+    learning_rate: float = Field(default=5e-5, gt=0)
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    warmup_steps: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.05, ge=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    gradient_checkpointing: bool = False
+    freeze: list[str] = []
+    evaluate_every: int = Field(default=0, ge=0)
+    evaluation_samples: int = Field(default=256, ge=2)
+    log_every: int = Field(default=10, ge=1)
+    seed: int = 0
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> "TrainConfig":
+        """Reads and checks a YAML file.
+
+        Raises:
+            ConfigError: for a missing file, broken YAML, unknown keys (the nearest known one is suggested) or wrong
+                values; names the file and every key at fault.
+        """
+        try:
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"Cannot read {path}: {error.strerror}.") from error
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} is no valid YAML: {error}") from error
+        if not isinstance(content, dict):
+            raise ConfigError(f"{path} must hold keys and values, got {type(content).__name__}.")
+        return cls.from_dict(content, str(path))
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any], where: str = "the configuration") -> "TrainConfig":
+        """Checks a dictionary; errors as in `from_yaml`, `where` says what it came from."""
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            problems = "\n".join(f"  {_explain(problem)}" for problem in error.errors())
+            raise ConfigError(f"{where} cannot be used:\n{problems}") from error
+
+
+# Every key that may stand somewhere in a YAML, for suggestions.
+_KNOWN_KEYS = sorted(
+    {name for section in (TrainConfig, ModelSection, DataSection) for name in section.model_fields}
+    | {"kind", "seed", "image_size", "modalities", "length", "files", "image"}
+)
+
+
+def _explain(problem: Any) -> str:
+    # A source's kind stands in pydantic's path between the key and its fields; it is no key of the file.
+    path = ".".join(str(part) for part in problem["loc"] if part not in ("phantom", "webdataset"))
+    if problem["type"] == "extra_forbidden":
+        near = get_close_matches(str(problem["loc"][-1]), _KNOWN_KEYS, n=1)
+        return f"{path}: unknown key." + (f" Did you mean `{near[0]}`?" if near else "")
+    if problem["type"] == "missing":
+        return f"{path}: missing; every run needs it."
+    return f"{path or 'file'}: {problem['msg']} (got {problem['input']!r})"
