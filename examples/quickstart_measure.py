@@ -1,0 +1,234 @@
+"""The second half of the quickstart: a saved MedMoE folder in a process that cannot import `medmoe_hf`.
+
+    python examples/quickstart_measure.py FOLDER     (FOLDER as quickstart.py leaves it)
+
+Everything here works for anybody who has only the folder, or its repository on the Hub, and transformers.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+sys.modules["medmoe_hf"] = None  # from here on `import medmoe_hf` fails, installed or not
+
+import datasets
+import matplotlib
+import numpy as np
+import pydicom
+import pydicom.data
+import skimage
+import torch
+from transformers import AutoModel, AutoProcessor
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.patches import Rectangle
+
+NONSENSE = "glorbix"
+BATCH = 50
+
+
+def main(folder: Path) -> None:
+    torch.set_flush_denormal(True)
+    model = AutoModel.from_pretrained(folder / "model", trust_remote_code=True).eval()
+    processor = AutoProcessor.from_pretrained(folder / "model", trust_remote_code=True)
+    prompts = json.loads((folder / "prompts.json").read_text())
+    shards = [str(path) for path in sorted((folder / "unseen").glob("*.tar"))]
+    stream = datasets.load_dataset("webdataset", data_files=shards, split="train", streaming=True)
+    samples = [read_sample(sample) for sample in stream]
+
+    report = {
+        "unseen_phantoms": len(samples),
+        "synthetic": True,
+        **measure_pairs(model, processor, samples),
+        "zero_shot_accuracy": measure_zero_shot(model, processor, samples, prompts),
+        "pointing_game": measure_pointing(model, processor, samples),
+        "real_images": route_real_images(model, processor),
+    }
+    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    draw_heatmaps(model, processor, samples, folder / "heatmaps.png")
+
+
+def read_sample(sample: dict) -> dict:
+    """One sample of a shard: image, caption, modality id, finding, the word that names it and its box in pixels."""
+    facts = sample["json"]
+    return {
+        "image": sample["png"],
+        "caption": sample["txt"],
+        "modality": int(sample["cls"]),
+        "finding": facts["finding"],
+        "word": facts["finding_word"],
+        "box": facts["box"],
+    }
+
+
+def batches(samples: list) -> list:
+    return [samples[start : start + BATCH] for start in range(0, len(samples), BATCH)]
+
+
+@torch.no_grad()
+def image_embeddings(model, processor, samples: list) -> tuple:
+    """(N, D) embeddings of length 1 and (N,) the experts that the image router chose."""
+    embeds, experts = [], []
+    for batch in batches(samples):
+        pixels = processor(images=[sample["image"] for sample in batch], return_tensors="pt")
+        features = model.get_image_features(**pixels, local=False)
+        embeds.append(torch.nn.functional.normalize(features.pooler_output, dim=-1))
+        experts.append(features.router_logits.argmax(dim=-1))
+    return torch.cat(embeds), torch.cat(experts)
+
+
+@torch.no_grad()
+def text_embeddings(model, processor, texts: list) -> torch.Tensor:
+    """(N, D) embeddings of length 1."""
+    parts = [model.get_text_features(**processor(text=batch, return_tensors="pt")) for batch in batches(texts)]
+    return torch.nn.functional.normalize(torch.cat([part.pooler_output for part in parts]), dim=-1)
+
+
+def measure_pairs(model, processor, samples: list) -> dict:
+    """Routing by image and by report, and retrieval among all unseen pairs."""
+    truth = torch.tensor([sample["modality"] for sample in samples])
+    captions = [sample["caption"] for sample in samples]
+    images, by_image = image_embeddings(model, processor, samples)
+    texts = text_embeddings(model, processor, captions)
+    by_report = torch.cat(
+        [model.route(**processor(text=batch, return_tensors="pt")).expert_ids for batch in batches(captions)]
+    )
+    retrieval = {}
+    scores = images @ texts.T
+    for direction, table in (("image_to_text", scores), ("text_to_image", scores.T)):
+        own = table.diagonal()[:, None]
+        # Ties count against us: a pair's rank is the number of others that score as much.
+        rank = (table >= own).sum(dim=1) - 1
+        for k in (1, 5):
+            retrieval[f"{direction}_r{k}"] = (rank < k).float().mean().item()
+    retrieval |= {f"chance_r{k}": k / len(samples) for k in (1, 5)}
+    return {
+        "routing_accuracy": {
+            "image": (by_image == truth).float().mean().item(),
+            "report": (by_report == truth).float().mean().item(),
+        },
+        "retrieval": retrieval,
+    }
+
+
+def measure_zero_shot(model, processor, samples: list, prompts: dict) -> dict:
+    """Accuracy over the findings of each modality; a finding's prompts are averaged into one embedding."""
+    names = list(model.config.modalities.values())
+    result = {}
+    for number, modality in enumerate(names):
+        findings = list(prompts[modality])
+        classes = torch.stack([text_embeddings(model, processor, prompts[modality][name]).mean(0) for name in findings])
+        chosen = [sample for sample in samples if sample["modality"] == number]
+        truth = torch.tensor([findings.index(sample["finding"]) for sample in chosen])
+        images, _ = image_embeddings(model, processor, chosen)
+        predicted = (images @ torch.nn.functional.normalize(classes, dim=-1).T).argmax(dim=1)
+        result[modality] = (predicted == truth).float().mean().item()
+    chance = float(np.mean([1 / len(prompts[name]) for name in names]))
+    return {"mean": float(np.mean(list(result.values()))), "chance": chance, "by_modality": result}
+
+
+@torch.no_grad()
+def word_heatmaps(model, processor, samples: list, words: list, captions: list) -> list:
+    """For each sample the (H, W) heat-map of one word of its caption, in the pixels of its image."""
+    heatmaps = []
+    for batch in batches(list(zip(samples, words, captions, strict=True))):
+        inputs = processor(
+            images=[sample["image"] for sample, _, _ in batch], text=[text for _, _, text in batch], return_tensors="pt"
+        )
+        sizes = [sample["image"].size[::-1] for sample, _, _ in batch]
+        maps = processor.post_process_grounding(model.ground(**inputs), target_sizes=sizes)
+        for word_maps, (_, word, caption) in zip(maps, batch, strict=True):
+            listed = [item.lower() for item in processor.tokenizer.words(caption)]
+            heatmaps.append(word_maps[listed.index(word.lower())].numpy())
+    return heatmaps
+
+
+def with_nonsense(sample: dict) -> str:
+    """The caption with the word that names the finding replaced by a word that means nothing."""
+    return re.sub(rf"\b{re.escape(sample['word'])}\b", NONSENSE, sample["caption"])
+
+
+def measure_pointing(model, processor, samples: list) -> dict:
+    """How often a word's hottest pixel lies in the finding's box."""
+    chosen = [sample for sample in samples if sample["word"]]
+    runs = {
+        "finding_word": ([sample["word"] for sample in chosen], [sample["caption"] for sample in chosen]),
+        "nonsense_word": ([NONSENSE] * len(chosen), [with_nonsense(sample) for sample in chosen]),
+    }
+    result = {}
+    for name, (words, captions) in runs.items():
+        hits = []
+        for sample, heatmap in zip(chosen, word_heatmaps(model, processor, chosen, words, captions), strict=True):
+            y, x = np.unravel_index(heatmap.argmax(), heatmap.shape)
+            left, top, right, bottom = sample["box"]
+            hits.append(left <= x < right and top <= y < bottom)
+        result[name] = float(np.mean(hits))
+    areas = [
+        (right - left) * (bottom - top) / np.prod(sample["image"].size)
+        for sample in chosen
+        for left, top, right, bottom in [sample["box"]]
+    ]
+    return {**result, "chance": float(np.mean(areas)), "images": len(chosen)}
+
+
+def real_images() -> list:
+    """(name, modality, array): two DICOM files that pydicom ships and scikit-image's photograph of a retina."""
+    ct = pydicom.dcmread(pydicom.data.get_testdata_file("CT_small.dcm"))
+    hounsfield = ct.pixel_array * float(ct.RescaleSlope) + float(ct.RescaleIntercept)
+    soft_tissue = np.clip((hounsfield + 160) / 400, 0, 1)  # the window 40 ± 200 HU
+    mr = pydicom.dcmread(pydicom.data.get_testdata_file("MR_small.dcm")).pixel_array.astype(float)
+    low, high = np.percentile(mr, (1, 99))
+    retina = Path(skimage.__file__).parent / "data" / "retina.jpg"
+    return [
+        ("CT_small.dcm (pydicom)", "ct", soft_tissue),
+        ("MR_small.dcm (pydicom)", "mri", np.clip((mr - low) / (high - low), 0, 1)),
+        ("retina.jpg (scikit-image)", "fundus", str(retina)),
+    ]
+
+
+def route_real_images(model, processor) -> list:
+    report = []
+    for name, modality, image in real_images():
+        routed = model.route(**processor(images=image, return_tensors="pt"))
+        probabilities = dict(zip(model.config.modalities.values(), routed.probabilities[0].tolist(), strict=True))
+        report.append(
+            {
+                "name": name,
+                "modality": modality,
+                "routed_to": routed.modality[0],
+                "probability": max(probabilities.values()),
+                "probabilities": probabilities,
+            }
+        )
+    return report
+
+
+def draw_heatmaps(model, processor, samples: list, path: Path) -> None:
+    """One row a modality: the image with the finding's box, the word's heat-map, the nonsense word's heat-map."""
+    names = list(model.config.modalities.values())
+    chosen = [next(s for s in samples if s["modality"] == number and s["word"]) for number in range(len(names))]
+    real = word_heatmaps(model, processor, chosen, [s["word"] for s in chosen], [s["caption"] for s in chosen])
+    none = word_heatmaps(model, processor, chosen, [NONSENSE] * len(chosen), [with_nonsense(s) for s in chosen])
+    figure, axes = plt.subplots(len(chosen), 3, figsize=(9, 3.2 * len(chosen)), layout="constrained")
+    for row, sample, word_map, nonsense_map, name in zip(axes, chosen, real, none, names, strict=True):
+        left, top, right, bottom = sample["box"]
+        panels = ((None, f"{name}: {sample['finding']}"), (word_map, sample["word"]), (nonsense_map, NONSENSE))
+        for axis, (heatmap, title) in zip(row, panels, strict=True):
+            axis.imshow(sample["image"], cmap="gray")
+            if heatmap is not None:
+                axis.imshow(heatmap, cmap="inferno", alpha=0.55)
+                y, x = np.unravel_index(heatmap.argmax(), heatmap.shape)
+                axis.plot(x, y, "+", color="cyan", markersize=11, markeredgewidth=2)
+            axis.add_patch(
+                Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, edgecolor="lime", linewidth=1.5)
+            )
+            axis.set_title(title, fontsize=11)
+            axis.set_axis_off()
+    figure.suptitle("Synthetic phantoms: finding (box), heat-map of its word, of a nonsense word; + is the hottest pixel")
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,384 @@
+"""The phantom stream: what reports say is what is drawn, and streams are exact."""
+
+import collections
+import hashlib
+import itertools
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import ImageFilter
+from tokenizers.pre_tokenizers import BertPreTokenizer
+
+from medmoe_hf.data.phantom import (
+    FINDINGS,
+    MODALITIES,
+    PHRASES,
+    phantom_features,
+    phantom_sample,
+    phantom_stream,
+    phantom_vocabulary,
+    write_webdataset,
+    zero_shot_prompts,
+)
+
+SIZE = 64
+COUNT = 2000
+RADIOLOGICAL = ("xray", "ct", "mri")
+
+
+def bert_words(text):
+    return [word for word, _ in BertPreTokenizer().pre_tokenize_str(text.lower())]
+
+
+def digest(sample):
+    parts = [sample["image"].tobytes(), sample["mask"].tobytes(), sample["image"].mode.encode()]
+    parts += [repr(sample[name]).encode() for name in ("id", "caption", "modality", "finding", "finding_word", "box")]
+    return hashlib.sha256(b"|".join(parts)).hexdigest()
+
+
+def contrast(sample):
+    """Mean intensity of the mask less that of a ring of 4 pixels around it (1 pixel apart, edges are soft)."""
+    image = np.asarray(sample["image"].convert("L"), dtype=float)
+    wide, tight = (np.asarray(sample["mask"].filter(ImageFilter.MaxFilter(size))) > 0 for size in (11, 3))
+    return image[np.asarray(sample["mask"]) > 0].mean() - image[wide & ~tight].mean()
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return [phantom_sample(11, index, image_size=SIZE) for index in range(COUNT)]
+
+
+@pytest.fixture(scope="module")
+def abnormal(samples):
+    return [sample for sample in samples if sample["finding"] != "normal"]
+
+
+def test_sample_has_the_declared_fields_and_types(samples):
+    assert set(samples[0]) == set(phantom_features())
+    for sample in samples[:300]:
+        modality = MODALITIES[sample["modality"]]
+        colour = modality in ("histopathology", "fundus")
+        assert sample["image"].mode == ("RGB" if colour else "L")
+        assert sample["image"].size == sample["mask"].size == (SIZE, SIZE)
+        assert sample["mask"].mode == "L"
+        assert set(np.unique(np.asarray(sample["mask"]))) <= {0, 255}
+        assert sample["finding"] in FINDINGS[modality]
+    assert samples[17]["id"] == "phantom-11-17"
+
+
+def test_another_process_draws_the_same_bytes_and_caches_nothing(tmp_path):
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from test_phantom import digest, phantom_sample, phantom_stream\n"
+        "print(*[digest(phantom_sample(5, i, image_size=80)) for i in range(12)])\n"
+        "print(*[digest(sample) for sample in phantom_stream(5, image_size=80, length=3)])"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_DATASETS_OFFLINE": "1", "PYTHONHASHSEED": "77"}
+    environment.pop("HF_DATASETS_CACHE", None)
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    command = [sys.executable, "-c", code, str(Path(__file__).parent)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    sampled, streamed = (line.split() for line in done.stdout.splitlines())
+    assert sampled == [digest(phantom_sample(5, index, image_size=80)) for index in range(12)]
+    assert streamed == sampled[:3]
+    # datasets itself makes an empty lock file per configuration; no sample is on disk
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) == 0
+
+
+def test_seed_and_index_change_the_sample_and_modalities_restrict_it():
+    digests = {digest(phantom_sample(seed, index, image_size=48)) for seed in range(3) for index in range(20)}
+    assert len(digests) == 60
+    chosen = [phantom_sample(0, index, image_size=48, modalities=("fundus", "ct")) for index in range(30)]
+    assert {MODALITIES[sample["modality"]] for sample in chosen} == {"ct", "fundus"}
+
+
+@pytest.mark.parametrize("size", [48, 160])
+def test_image_size_scales_the_same_scene(size):
+    for index in range(40):
+        small, large = phantom_sample(2, index, image_size=size), phantom_sample(2, index, image_size=320)
+        assert (small["caption"], small["finding"]) == (large["caption"], large["finding"])
+        if small["box"]:
+            np.testing.assert_allclose(np.array(small["box"]) / size, np.array(large["box"]) / 320, atol=2.5 / size)
+
+
+def test_boxes_are_tight_around_masks(samples):
+    for sample in samples:
+        rows, columns = np.nonzero(np.asarray(sample["mask"]))
+        if sample["finding"] == "normal":
+            assert sample["box"] == []
+            assert len(rows) == 0
+        else:
+            expected = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            assert sample["box"] == [float(value) for value in expected]
+            assert len(rows) >= 16
+
+
+def test_smallest_images_still_show_every_finding():
+    for index in range(300):
+        sample = phantom_sample(4, index, image_size=48)
+        assert (sample["box"] == []) == (sample["finding"] == "normal")
+
+
+def test_modalities_and_findings_are_balanced(samples):
+    modalities = collections.Counter(sample["modality"] for sample in samples)
+    normal = collections.Counter(sample["modality"] for sample in samples if sample["finding"] == "normal")
+    pairs = collections.Counter((sample["modality"], sample["finding"]) for sample in samples)
+    assert len(pairs) == 24
+    for modality in range(6):
+        assert 270 < modalities[modality] < 400
+        assert 0.16 < normal[modality] / modalities[modality] < 0.34
+    assert min(pairs.values()) > 50
+
+
+def test_caption_names_the_finding_with_its_word_and_no_other(samples):
+    for sample in samples:
+        modality = MODALITIES[sample["modality"]]
+        words = bert_words(sample["caption"])
+        assert 8 <= len(words) <= 25
+        named = {phrases.word for phrases in PHRASES[modality].values()} & set(words)
+        if sample["finding"] == "normal":
+            assert sample["finding_word"] == ""
+            assert not named
+        else:
+            assert sample["finding_word"] in sample["caption"]
+            assert named == {sample["finding_word"].lower()}
+            assert named == {PHRASES[modality][sample["finding"]].word}
+
+
+def test_left_and_right_agree_with_the_mask(abnormal):
+    checked = collections.Counter()
+    for sample in abnormal:
+        sides = {"left", "right"} & set(bert_words(sample["caption"]))
+        assert len(sides) <= 1
+        for side in sides:
+            modality = MODALITIES[sample["modality"]]
+            on_image_left = np.nonzero(np.asarray(sample["mask"]))[1].mean() < SIZE / 2 - 0.5
+            assert (side == "left") == (on_image_left != (modality in RADIOLOGICAL)), sample["id"]
+            checked[modality, sample["finding"]] += 1
+    assert len(checked) == 16
+    assert min(checked.values()) > 40
+
+
+@pytest.mark.parametrize(
+    ("upper", "lower"),
+    [("upper", "lower"), ("upper", "middle"), ("anterior", "posterior"), ("frontal", "occipital"), ("near", "far")],
+)
+def test_levels_agree_with_the_mask(abnormal, upper, lower):
+    heights = {upper: [], lower: []}
+    for sample in abnormal:
+        if (upper, lower) == PHRASES[MODALITIES[sample["modality"]]][sample["finding"]].levels:
+            (word,) = {upper, lower} & set(bert_words(sample["caption"]))
+            heights[word].append(np.nonzero(np.asarray(sample["mask"]))[0].mean() / SIZE)
+    assert np.percentile(heights[upper], 99) < np.percentile(heights[lower], 1)
+
+
+def test_size_words_agree_with_the_area(abnormal):
+    areas = collections.defaultdict(list)
+    for sample in abnormal:
+        key = MODALITIES[sample["modality"]], sample["finding"]
+        for size in set(PHRASES[key[0]][key[1]].sizes) & set(bert_words(sample["caption"])):
+            areas[(*key, size)].append(np.count_nonzero(sample["mask"]))
+    assert len(areas) == 18 * 3
+    for modality, findings in FINDINGS.items():
+        for finding in findings[1:]:
+            sizes = [np.mean(areas[modality, finding, size]) for size in PHRASES[modality][finding].sizes]
+            assert sizes[1] > 1.05 * sizes[0], (modality, finding)
+            assert sizes[2] > 1.05 * sizes[1], (modality, finding)
+
+
+def test_boxes_have_the_scale_of_their_modality_and_do_not_sit_in_the_centre(abnormal):
+    areas, hits = collections.defaultdict(list), []
+    for sample in abnormal:
+        x0, y0, x1, y1 = sample["box"]
+        areas[MODALITIES[sample["modality"]]].append((x1 - x0) * (y1 - y0) / SIZE**2)
+        hits.append(x0 <= SIZE / 2 < x1 and y0 <= SIZE / 2 < y1)
+    expected = {
+        "xray": (0.08, 0.20),
+        "ct": (0.03, 0.08),
+        "mri": (0.01, 0.04),
+        "ultrasound": (0.02, 0.08),
+        "histopathology": (0.10, 0.25),
+        "fundus": (0.01, 0.10),
+    }
+    for modality, (low, high) in expected.items():
+        assert low < np.mean(areas[modality]) < high, modality
+    assert np.mean(hits) < 0.3
+
+
+@pytest.mark.parametrize(
+    ("finding", "sign"),
+    [
+        ("effusion", 1),
+        ("consolidation", 1),
+        ("metastasis", -1),
+        ("plaque", 1),
+        ("hematoma", -1),
+        ("cyst", -1),
+        ("nodule", -1),
+        ("calcification", 1),
+        ("carcinoma", -1),
+        ("inflammation", -1),
+        ("necrosis", 1),
+        ("hemorrhages", -1),
+        ("exudates", 1),
+        ("cupping", 1),
+    ],
+)
+def test_findings_differ_from_their_surroundings(abnormal, finding, sign):
+    contrasts = np.array([sign * contrast(sample) for sample in abnormal if sample["finding"] == finding])
+    assert contrasts.mean() > 15
+    assert (contrasts > 0).mean() > 0.85
+
+
+def test_vocabulary_is_exactly_what_reports_and_prompts_use(samples):
+    vocabulary = phantom_vocabulary()
+    assert vocabulary == sorted(set(vocabulary))
+    prompts = [text for m in MODALITIES for texts in zero_shot_prompts(m).values() for text in texts]
+    used = {word for text in [sample["caption"] for sample in samples] + prompts for word in bert_words(text)}
+    assert used <= set(vocabulary)
+    # Nothing is left in the vocabulary that cannot come up: 2,000 reports use nearly all of it.
+    assert len(used) > 0.98 * len(vocabulary)
+
+
+def test_prompts_name_their_own_finding_only():
+    for modality in MODALITIES:
+        prompts = zero_shot_prompts(modality)
+        assert tuple(prompts) == FINDINGS[modality]
+        words = {phrases.word for phrases in PHRASES[modality].values()} - {""}
+        for finding, texts in prompts.items():
+            assert len(set(texts)) >= 6
+            for text in texts:
+                own = {PHRASES[modality][finding].word} - {""}
+                assert words & set(bert_words(text)) == own
+                assert not {"left", "right", "{"} & set(bert_words(text))
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 3])
+def test_shards_are_disjoint_and_complete(num_shards):
+    stream = phantom_stream(1, image_size=48, length=20, num_shards=num_shards)
+    assert stream.num_shards == num_shards
+    shards = [
+        [int(sample["id"].rsplit("-", 1)[1]) for sample in stream.shard(num_shards, shard)]
+        for shard in range(num_shards)
+    ]
+    assert shards == [list(range(shard, 20, num_shards)) for shard in range(num_shards)]
+
+
+def test_stream_yields_the_samples_with_declared_features():
+    stream = phantom_stream(9, image_size=64, length=6)
+    assert stream.features == phantom_features()
+    rows = [digest(sample) for sample in stream]
+    assert rows == [digest(phantom_sample(9, index, image_size=64)) for index in range(6)]
+    # Arrow tables have the declared types although the box of a normal sample is empty.
+    table = next(stream.with_format("arrow").iter(batch_size=6))
+    assert datasets.Features.from_arrow_schema(table.schema) == phantom_features()
+    assert 0 in table["box"].combine_chunks().value_lengths().to_pylist()
+    undecoded = next(iter(stream.cast_column("image", datasets.Image(decode=False))))
+    assert set(undecoded["image"]) == {"bytes", "path"}
+    assert next(iter(stream.with_format("torch")))["mask"].shape[-2:] == (64, 64)
+    assert list(phantom_stream(length=0)) == []
+
+
+def test_endless_stream_resumes_exactly():
+    stream = phantom_stream(3, image_size=48, num_shards=2)
+    iterator = iter(stream)
+    first = [next(iterator)["id"] for _ in range(7)]
+    state = stream.state_dict()
+    expected = [digest(sample) for sample in itertools.islice(iterator, 5)]
+    resumed = phantom_stream(3, image_size=48, num_shards=2)
+    resumed.load_state_dict(state)
+    assert [digest(sample) for sample in itertools.islice(resumed, 5)] == expected
+    assert first == [f"phantom-3-{2 * k}" for k in range(7)]
+
+
+def test_finite_stream_resumes_in_a_later_shard():
+    stream = phantom_stream(3, image_size=48, num_shards=3, length=11)
+    ids = [sample["id"] for sample in stream]
+    iterator = iter(stream)
+    for _ in range(6):
+        next(iterator)
+    resumed = phantom_stream(3, image_size=48, num_shards=3, length=11)
+    resumed.load_state_dict(stream.state_dict())
+    assert [sample["id"] for sample in resumed] == ids[6:]
+
+
+def test_streams_interleave_shuffle_and_read_in_workers():
+    torch_data = pytest.importorskip("torch.utils.data")
+    parts = [phantom_stream(0, image_size=48, modalities=(name,), length=4) for name in ("ct", "fundus")]
+    mixed = datasets.interleave_datasets(parts)
+    assert [MODALITIES[sample["modality"]] for sample in mixed][:4] == ["ct", "fundus", "ct", "fundus"]
+    assert mixed.features == phantom_features()
+    shuffled = phantom_stream(0, image_size=48, length=10, num_shards=2).shuffle(seed=1, buffer_size=4)
+    assert sorted(sample["id"] for sample in shuffled) == [f"phantom-0-{index}" for index in range(10)]
+    stream = phantom_stream(0, image_size=48, length=10, num_shards=2).select_columns(["id"])
+    loader = torch_data.DataLoader(stream, batch_size=None, num_workers=2)
+    assert sorted(row["id"] for row in loader) == sorted(f"phantom-0-{index}" for index in range(10))
+
+
+def test_webdataset_round_trip(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
+    out = tmp_path / "shards"
+    paths = write_webdataset(out, shards=2, samples_per_shard=4, seed=6, image_size=48)
+    assert sorted(out.iterdir()) == paths == [out / "phantom-000000.tar", out / "phantom-000001.tar"]
+    read = datasets.load_dataset(
+        "webdataset",
+        data_files=[str(path) for path in paths],
+        split="train",
+        streaming=True,
+        cache_dir=str(tmp_path / "cache"),
+    )
+    rows = list(read)
+    assert len(rows) == 8
+    for index, row in enumerate(rows):
+        sample = phantom_sample(6, index, image_size=48)
+        assert row["__key__"] == f"{index:09d}"
+        assert row["png"].tobytes() == sample["image"].tobytes()
+        assert row["mask.png"].tobytes() == sample["mask"].tobytes()
+        assert row["txt"] == sample["caption"]
+        assert int(row["cls"]) == sample["modality"]
+        assert row["json"] == {name: sample[name] for name in ("id", "finding", "finding_word", "box")}
+    with tarfile.open(paths[0]) as archive:
+        assert archive.getnames()[:5] == [f"000000000.{name}" for name in ("png", "mask.png", "txt", "cls", "json")]
+    again = write_webdataset(tmp_path / "again", shards=2, samples_per_shard=4, seed=6, image_size=48)
+    assert [path.read_bytes() for path in again] == [path.read_bytes() for path in paths]
+    with pytest.raises(FileExistsError, match=r"phantom-000000\.tar"):
+        write_webdataset(out, shards=1, image_size=48)
+
+
+def test_a_failed_write_leaves_no_shard(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("drawing failed")
+
+    monkeypatch.setattr("medmoe_hf.data.phantom.phantom_sample", fail)
+    with pytest.raises(RuntimeError, match="drawing failed"):
+        write_webdataset(tmp_path, shards=1, samples_per_shard=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: phantom_sample(0, 0, image_size=47), "image_size must be at least 48, got 47"),
+        (lambda: phantom_sample(-1, 0), "seed must be at least 0"),
+        (lambda: phantom_sample(0, -1), "index must be at least 0"),
+        (lambda: phantom_sample(0, 0, modalities=("pet",)), "modalities must be .*xray.*got .*pet"),
+        (lambda: phantom_sample(0, 0, modalities=()), "modalities must be one or more"),
+        (lambda: phantom_sample(0, 0, modalities=("ct", "ct")), "distinct"),
+        (lambda: phantom_stream(num_shards=0), "num_shards must be at least 1, got 0"),
+        (lambda: phantom_stream(length=-1), "length must be at least 0, got -1"),
+        (lambda: phantom_stream(image_size=10), "image_size must be at least 48"),
+        (lambda: phantom_stream(modalities=["ct", "skin"]), "skin"),
+        (lambda: zero_shot_prompts("pet"), "modality must be one of .*got 'pet'"),
+        (lambda: write_webdataset("nowhere", shards=0), "shards must be at least 1"),
+        (lambda: write_webdataset("nowhere", shards=1, samples_per_shard=0), "samples_per_shard must be at least 1"),
+    ],
+)
+def test_errors_name_the_argument(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
