@@ -214,11 +214,6 @@ class MedMoEVisionConfig(PreTrainedConfig):
         if len({name.lower() for name in names}) != len(names) or not all(name.strip() for name in names):
             raise ValueError(f"`modalities` must give each expert a name of its own, got {names}.")
 
-    def validate_swin(self) -> None:
-        # Validators do not recurse by themselves, and an assignment to a sub-config is not checked when it is made.
-        if self.swin_config is not None:
-            self.swin_config.validate()
-
     def validate_out_indices(self) -> None:
         if self.out_indices is not None and self.swin_config is not None:
             raise ValueError("`out_indices` chooses levels of a timm backbone; the Swin gives all of its stages.")
@@ -264,6 +259,7 @@ class MedMoETextConfig(PreTrainedConfig):
             )
 
     def validate_sub_configs(self) -> None:
+        # Validators do not recurse by themselves, and an assignment to a sub-config is not checked when it is made.
         for key in self.sub_configs:
             getattr(self, key).validate()
 

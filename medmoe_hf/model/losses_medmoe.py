@@ -44,22 +44,39 @@ def contrastive_loss(logits_per_image: Tensor) -> Tensor:
     )
 
 
-def _attended_regions(regions: Tensor, words: Tensor, word_mask: Tensor, temp1: float) -> Tensor:
-    """GLoRIA's context of each word in one image: softmax over words, times temp1, softmax over regions.
+# Elements of the largest intermediate tensor: small enough to stay in the allocator's reach, large enough that small
+# problems run in one piece.
+_CHUNK_ELEMENTS = 2**22
+
+
+def _region_chunks(local_embeds: Tensor, words: Tensor) -> tuple[Tensor, ...]:
+    """Splits the images into chunks (b, D, M) whose word-region scores (b, N, W, M) have a bounded size."""
+    regions = local_embeds.float().flatten(2)
+    per_image = words.shape[0] * words.shape[1] * regions.shape[2]
+    return regions.split(max(1, _CHUNK_ELEMENTS // max(per_image, 1)))
+
+
+def _without_empty_slots(word_embeds: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Cuts the word axis behind the last slot that any caption uses; texts are padded much further."""
+    used = word_mask.any(dim=0).nonzero()
+    width = int(used.max()) + 1 if len(used) else 1
+    return word_embeds[:, :width].float(), word_mask[:, :width]
+
+
+def gloria_attention(regions: Tensor, words: Tensor, word_mask: Tensor) -> Tensor:
+    """GLoRIA's first softmax: of each region, over the words of a caption.
 
     Args:
-        regions: (D, M) of one image.
+        regions: (b, D, M).
         words: (N, W, D).
-        word_mask: (N, W), False at slots without a word.
+        word_mask: (N, W) bool.
 
     Returns:
-        (N, W, D), the average of the regions under each word's attention.
+        (b, N, W, M), for each region the share of each word, 0 where there is no word.
     """
-    scores = words @ regions
+    scores = (words.flatten(0, 1) @ regions).unflatten(1, words.shape[:2])
     # The floor and not -inf: a caption without any word would turn the softmax into NaN.
-    scores = scores.masked_fill(~word_mask.unsqueeze(-1), torch.finfo(scores.dtype).min)
-    attention = (scores.softmax(dim=1) * temp1).softmax(dim=-1)
-    return attention @ regions.t()
+    return scores.masked_fill(~word_mask.unsqueeze(-1), torch.finfo(scores.dtype).min).softmax(dim=2)
 
 
 def gloria_logits(
@@ -67,8 +84,9 @@ def gloria_logits(
 ) -> Tensor:
     """Word-region similarity of every image with every caption: temp3 * log Σ_i exp(temp2 * cos(c_i, t_i)).
 
-    The reading of Huang et al. (ICCV 2021), which the official code runs. The loop goes over images, so that the
-    largest tensor is (N, W, M) and not (B, N, W, M).
+    The reading of Huang et al. (ICCV 2021), which the official code runs: c_i averages the regions under a softmax
+    over words, times temp1, then a softmax over regions. The loop goes over chunks of images, so that no tensor of
+    (B, N, W, M) is needed.
 
     Args:
         local_embeds: (B, D, H', W'), the local maps.
@@ -79,15 +97,18 @@ def gloria_logits(
         (B, N) float32.
     """
     with torch.autocast(local_embeds.device.type, enabled=False):
-        words = word_embeds.float()
-        has_words = word_mask.any(dim=1)
+        words, mask = _without_empty_slots(word_embeds, word_mask)
         rows = []
-        for regions in local_embeds.float().flatten(2):
-            context = _attended_regions(regions, words, word_mask, temp1)
+        for regions in _region_chunks(local_embeds, words):
+            # The second softmax without its normaliser: the cosine below does not see the length of the context. The
+            # largest weight is 1, whatever `temp1`, so that the length does not vanish.
+            attention = gloria_attention(regions, words, mask)
+            attention = ((attention - attention.detach().amax(dim=-1, keepdim=True)) * temp1).exp()
+            context = (attention.flatten(1, 2) @ regions.transpose(1, 2)).unflatten(1, words.shape[:2])
             cosine = nn.functional.cosine_similarity(words, context, dim=-1)
-            weighted = (temp2 * cosine).masked_fill(~word_mask, torch.finfo(cosine.dtype).min)
-            rows.append((temp3 * weighted.logsumexp(dim=1)).masked_fill(~has_words, 0.0))
-        return torch.stack(rows)
+            weighted = (temp2 * cosine).masked_fill(~mask, torch.finfo(cosine.dtype).min)
+            rows.append((temp3 * weighted.logsumexp(dim=-1)).masked_fill(~mask.any(dim=1), 0.0))
+        return torch.cat(rows)
 
 
 def _token_cosines(regions: Tensor, words: Tensor, scale: float) -> Tensor:
@@ -111,14 +132,15 @@ def token_logits(local_embeds: Tensor, word_embeds: Tensor, word_mask: Tensor, s
     Args, returns: as `gloria_logits`; `scale` is 1/τ.
     """
     with torch.autocast(local_embeds.device.type, enabled=False):
-        words = word_embeds.float()
-        count = word_mask.sum(dim=1).clamp_min(1)
+        words, mask = _without_empty_slots(word_embeds, word_mask)
+        count = mask.sum(dim=1).clamp_min(1)
         rows = []
-        for regions in local_embeds.float().flatten(2):
-            attention = (scale * words @ regions).softmax(dim=-1)
-            cosine = nn.functional.cosine_similarity(attention @ regions.t(), words, dim=-1)
-            rows.append(scale * (cosine * word_mask).sum(dim=1) / count)
-        return torch.stack(rows)
+        for regions in _region_chunks(local_embeds, words):
+            attention = (scale * words.flatten(0, 1) @ regions).softmax(dim=-1)
+            context = (attention @ regions.transpose(1, 2)).unflatten(1, words.shape[:2])
+            cosine = nn.functional.cosine_similarity(context, words, dim=-1)
+            rows.append(scale * (cosine * mask).sum(dim=-1) / count)
+        return torch.cat(rows)
 
 
 def token_loss(local_embeds: Tensor, word_embeds: Tensor, word_mask: Tensor, scale: float) -> Tensor:

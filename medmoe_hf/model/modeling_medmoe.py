@@ -276,8 +276,9 @@ class MedMoEPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, MedMoEConvLayer):
-            init.kaiming_normal_(module.convolution.weight, mode="fan_out", nonlinearity="relu")
+        # The convolutions of `MedMoEConvLayer`; those of the scorer are linear layers, and initialised as such.
+        if isinstance(module, nn.Conv2d) and module.bias is None:
+            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:
         """As in transformers; the folder also gets every Python file, and an `auto_map` for every Auto class."""
@@ -835,6 +836,8 @@ class MedMoEModel(MedMoEPreTrainedModel):
             columns = pairs.any(dim=0).nonzero().squeeze(1)
             local, weights = self.vision_model.experts[expert]([maps[rows] for maps in backbone_output.feature_maps])
             parts.append((local[own[rows]], weights[own[rows]]))
+            if not len(columns):
+                continue
             some = MedMoEBackboneOutput(pooler_output=backbone_output.pooler_output[rows])
             image_embeds, local = self._project_image(self.vision_model.global_embeds(some, local), local)
             selected = MedMoETextOutput(
@@ -970,8 +973,7 @@ class MedMoEForImageClassification(MedMoEPreTrainedModel):
         width["both"] = sum(width.values())
         self.classifier = nn.Linear(width[config.classifier_features], config.num_labels)
         self.post_init()
-        if config.freeze_vision_model:
-            self.vision_model.requires_grad_(False)
+        self.train()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.vision_model.get_input_embeddings()
@@ -981,6 +983,8 @@ class MedMoEForImageClassification(MedMoEPreTrainedModel):
         if self.config.freeze_vision_model:
             # Otherwise BatchNorm would go on adapting its statistics, and the tower would not be frozen.
             self.vision_model.eval()
+            # Here because `from_pretrained` makes the parameters anew after `__init__`, and then calls `eval`.
+            self.vision_model.requires_grad_(False)
         return self
 
     @can_return_tuple

@@ -1,0 +1,95 @@
+"""Fine-tune a MedMoE image tower as a classifier with transformers' Trainer.
+
+    python examples/finetune_classification.py                       # on the quickstart's model and ultrasound phantoms
+    python examples/finetune_classification.py --model you/medmoe --data FOLDER
+
+FOLDER holds one folder of images for each class (the `imagefolder` layout).
+"""
+
+import argparse
+
+import datasets
+import numpy as np
+import torch
+from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments
+
+from medmoe_hf.data import FINDINGS, phantom_sample
+
+
+def phantoms(modality: str, count: int, seed: int) -> datasets.Dataset:
+    """Labelled synthetic images, in the columns of an image folder."""
+    names = list(FINDINGS[modality])
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    samples = [phantom_sample(seed, index, image_size=96, modalities=[modality]) for index in range(count)]
+    columns = {
+        "image": [sample["image"] for sample in samples],
+        "label": [names.index(sample["finding"]) for sample in samples],
+    }
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="quickstart/model", help="folder or Hub id of a MedMoE checkpoint")
+    parser.add_argument("--data", help="image folder; without it, ultrasound phantoms are drawn")
+    parser.add_argument("--output", default="runs/classifier")
+    parser.add_argument("--features", default="both", choices=("backbone", "expert", "both"))
+    parser.add_argument("--freeze", action="store_true", help="train the head alone (linear probe)")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    arguments = parser.parse_args()
+
+    if arguments.data:
+        parts = datasets.load_dataset("imagefolder", data_dir=arguments.data, split="train").train_test_split(0.2, seed=0)
+        train, test = parts["train"], parts["test"]
+    else:
+        train, test = phantoms("ultrasound", 800, seed=11), phantoms("ultrasound", 200, seed=12)
+    names = train.features["label"].names
+
+    processor = AutoImageProcessor.from_pretrained(arguments.model, trust_remote_code=True)
+    model = AutoModelForImageClassification.from_pretrained(
+        arguments.model,
+        trust_remote_code=True,
+        id2label=dict(enumerate(names)),
+        label2id={name: index for index, name in enumerate(names)},
+        classifier_features=arguments.features,
+        freeze_vision_model=arguments.freeze,
+    )
+
+    def collate(rows: list[dict]) -> dict:
+        batch = processor(images=[row["image"] for row in rows], return_tensors="pt")
+        return {"pixel_values": batch["pixel_values"], "labels": torch.tensor([row["label"] for row in rows])}
+
+    def accuracy(prediction) -> dict:
+        return {"accuracy": float(np.mean(prediction.predictions.argmax(-1) == prediction.label_ids))}
+
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=arguments.output,
+            num_train_epochs=arguments.epochs,
+            per_device_train_batch_size=32,
+            learning_rate=arguments.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=10,
+            logging_steps=10,
+            save_strategy="no",
+            report_to="none",
+            remove_unused_columns=False,
+            use_cpu=not torch.cuda.is_available(),
+        ),
+        data_collator=collate,
+        train_dataset=train,
+        eval_dataset=test,
+        compute_metrics=accuracy,
+    )
+    print("before:", trainer.evaluate()["eval_accuracy"])
+    trainer.train()
+    print("after: ", trainer.evaluate()["eval_accuracy"], "of", len(test), "test images")
+    trainer.save_model(arguments.output)
+    processor.save_pretrained(arguments.output)
+    print(f"saved: AutoModelForImageClassification.from_pretrained({arguments.output!r}, trust_remote_code=True)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""What the tests share: no network, no caches outside a temporary folder, and a model small enough for all of them."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+# Read by the libraries when they are imported, so this comes first.
+_HF_HOME = tempfile.TemporaryDirectory(prefix="medmoe_hf_home_")
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HOME=_HF_HOME.name)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from medmoe_hf.model import MedMoEConfig  # noqa: E402
+
+torch.set_num_threads(1)
+
+SMALL: dict[str, Any] = {
+    "text_config": {
+        "vocab_size": 90,
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 48,
+    },
+    "num_summed_layers": 2,
+    "vision_config": {
+        "image_size": 64,
+        "swin_config": {"embed_dim": 8, "depths": (2, 2, 2, 2), "num_heads": (1, 1, 2, 2), "window_size": 4},
+        "expert_hidden_size": 8,
+        "local_size": 64,
+        "scale_attention_size": 8,
+        "router_hidden_size": 16,
+    },
+}
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    nested = [key for key in base.keys() & changes.keys() if isinstance(base[key], dict)]
+    return base | changes | {key: merged(base[key], changes[key]) for key in nested}
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def small_config() -> Callable[..., MedMoEConfig]:
+    """Makes the configuration of the paper's model in miniature (64x64 images, widths of 64), with changes on top."""
+    return lambda **changes: MedMoEConfig.from_preset("tiny", **merged(SMALL, changes))

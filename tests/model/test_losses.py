@@ -1,0 +1,238 @@
+"""The losses against the equations of the paper (sections 4.4, 4.5) and of GLoRIA, written out with Python loops."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from medmoe_hf.model import losses_medmoe as losses
+
+TEMP1, TEMP2, TEMP3 = 4.0, 5.0, 10.0
+IMAGES, WORDS, WIDTH, SIDE, EXPERTS = 4, 5, 6, 3, 6
+WORDS_OF_CAPTION = (5, 1, 0, 3)  # the third has none
+
+
+def dot(a, b):
+    return sum(x * y for x, y in zip(a, b, strict=True))
+
+
+def cosine(a, b):
+    return dot(a, b) / (dot(a, a).sqrt() * dot(b, b).sqrt())
+
+
+def softmax(values):
+    total = sum(value.exp() for value in values)
+    return [value.exp() / total for value in values]
+
+
+def mixture(weights, vectors):
+    return sum(weight * vector for weight, vector in zip(weights, vectors, strict=True))
+
+
+def regions_of(local, image):
+    return [local[image, :, y, x] for y in range(SIDE) for x in range(SIDE)]
+
+
+def words_of(words, caption):
+    return [words[caption, word] for word in range(WORDS_OF_CAPTION[caption])]
+
+
+def slow_contrast(logits):
+    """-Σ_i log softmax_j(logits[i, j])[i] / B, plus the same over the columns."""
+    size = len(logits)
+    images = [softmax(logits[i])[i].log() for i in range(size)]
+    texts = [softmax([logits[j][i] for j in range(size)])[i].log() for i in range(size)]
+    return -sum(images) / size - sum(texts) / size
+
+
+def slow_global(image_embeds, text_embeds):
+    return slow_contrast([[TEMP3 * cosine(image, text) for text in text_embeds] for image in image_embeds])
+
+
+def slow_gloria_similarity(regions, words):
+    if not words:
+        return regions[0].new_zeros(())
+    over_words = [softmax([dot(word, region) for word in words]) for region in regions]
+    total = 0
+    for i, word in enumerate(words):
+        over_regions = softmax([TEMP1 * over_words[j][i] for j in range(len(regions))])
+        total = total + (TEMP2 * cosine(mixture(over_regions, regions), word)).exp()
+    return TEMP3 * total.log()
+
+
+def token_context(regions, word):
+    return mixture(softmax([TEMP3 * dot(word, region) for region in regions]), regions)
+
+
+def slow_token_similarity(regions, words):
+    if not words:
+        return regions[0].new_zeros(())
+    return TEMP3 * sum(cosine(token_context(regions, word), word) for word in words) / len(words)
+
+
+def slow_similarities(similarity, local, words):
+    return [
+        [similarity(regions_of(local, image), words_of(words, caption)) for caption in range(IMAGES)]
+        for image in range(IMAGES)
+    ]
+
+
+def slow_gloria(local, words):
+    return slow_contrast(slow_similarities(slow_gloria_similarity, local, words))
+
+
+def slow_token(local, words):
+    reports = []
+    for report in range(IMAGES):
+        regions, own = regions_of(local, report), words_of(words, report)
+        terms = []
+        for i, word in enumerate(own):
+            context = token_context(regions, word)
+            terms.append(-softmax([TEMP3 * cosine(context, other) for other in own])[i].log())
+        if terms:
+            reports.append(sum(terms) / len(terms))
+    return sum(reports) / len(reports)
+
+
+def slow_modality(logits, labels):
+    known = [i for i in range(len(labels)) if labels[i] != -100]
+    return -sum(softmax(logits[i])[int(labels[i])].log() for i in known) / len(known)
+
+
+def config(local_loss):
+    return SimpleNamespace(local_loss=local_loss, temp1=TEMP1, temp2=TEMP2, temp3=TEMP3)
+
+
+def leaf(*shape, scale=1.0):
+    return (scale * torch.randn(*shape)).requires_grad_()
+
+
+@pytest.fixture
+def word_mask() -> Tensor:
+    return torch.arange(WORDS) < torch.tensor(WORDS_OF_CAPTION).unsqueeze(1)
+
+
+@pytest.fixture
+def local() -> Tensor:
+    return leaf(IMAGES, WIDTH, SIDE, SIDE, scale=0.7)
+
+
+@pytest.fixture
+def words(word_mask) -> Tensor:
+    return (torch.randn(IMAGES, WORDS, WIDTH) * word_mask.unsqueeze(-1)).requires_grad_()
+
+
+def assert_same_with_gradients(fast, slow, *inputs):
+    """`fast` in float32 and `slow` in float64 agree in value (1e-6) and in the gradient of every input (1e-5)."""
+    doubles = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    value, expected = fast(*inputs), slow(*doubles)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-6, abs=1e-6)
+    gradients = torch.autograd.grad(value, inputs)
+    for gradient, right in zip(gradients, torch.autograd.grad(expected, doubles), strict=True):
+        torch.testing.assert_close(gradient.double(), right, rtol=1e-5, atol=1e-6)
+
+
+def test_global_loss():
+    assert_same_with_gradients(
+        lambda image, text: losses.contrastive_loss(losses.cosine_logits(image, text, TEMP3)),
+        slow_global,
+        leaf(IMAGES, WIDTH),
+        leaf(IMAGES, WIDTH),
+    )
+
+
+@pytest.mark.parametrize(("name", "slow"), [("gloria", slow_gloria), ("token", slow_token)])
+def test_local_loss(name, slow, local, words, word_mask):
+    assert_same_with_gradients(
+        lambda regions, pieces: losses.local_loss(config(name), regions, pieces, word_mask), slow, local, words
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "similarity"), [("gloria", slow_gloria_similarity), ("token", slow_token_similarity)]
+)
+def test_local_similarity_of_every_image_with_every_caption(name, similarity, local, words, word_mask):
+    logits = losses.local_logits(config(name), local[:3], words, word_mask)
+    expected = torch.tensor(slow_similarities(similarity, local.detach().double(), words.detach().double()))[:3]
+    torch.testing.assert_close(logits, expected.float(), rtol=1e-6, atol=1e-5)
+    assert logits[:, 2].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("name", ["gloria", "token"])
+@pytest.mark.parametrize("elements", [1, 2 * IMAGES * WORDS * SIDE**2])
+def test_images_are_read_in_chunks_of_bounded_size(name, elements, local, words, word_mask, monkeypatch):
+    expected = losses.local_logits(config(name), local, words, word_mask)
+    monkeypatch.setattr(losses, "_CHUNK_ELEMENTS", elements)
+    torch.testing.assert_close(losses.local_logits(config(name), local, words, word_mask), expected)
+
+
+@pytest.mark.parametrize("size", [1.0, 0.01])
+def test_a_sharp_attention_over_small_regions(size, local, words, word_mask, monkeypatch):
+    monkeypatch.setitem(globals(), "TEMP1", 60.0)
+    logits = losses.local_logits(config("gloria"), size * local, words, word_mask)
+    expected = slow_similarities(slow_gloria_similarity, size * local.detach().double(), words.detach().double())
+    torch.testing.assert_close(logits, torch.tensor(expected).float(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gloria", "token"])
+@pytest.mark.parametrize("count", [0, 1])
+def test_captions_without_words_give_numbers_and_gradients(name, count, local, words):
+    """Not one word in the batch, and one word in one caption."""
+    mask = torch.zeros(IMAGES, WORDS, dtype=torch.bool)
+    mask[0, :count] = True
+    words = (words.detach() * mask.unsqueeze(-1)).requires_grad_()
+    loss = losses.local_loss(config(name), local, words, mask)
+    if count == 0:
+        assert loss.item() == pytest.approx(2 * math.log(IMAGES) if name == "gloria" else 0)
+    for gradient in torch.autograd.grad(loss, (local, words)):
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["gloria", "token"])
+def test_slots_without_a_word_do_not_count(name, local, words, word_mask):
+    def loss(pieces, mask):
+        return losses.local_loss(config(name), local, pieces, mask)
+
+    noise = torch.where(word_mask.unsqueeze(-1), words, torch.randn_like(words))
+    wider = torch.cat([words, torch.zeros_like(words)], dim=1)
+    assert loss(noise, word_mask).item() == pytest.approx(loss(words, word_mask).item(), rel=1e-6)
+    wider_mask = torch.cat([word_mask, torch.zeros_like(word_mask)], dim=1)
+    assert loss(wider, wider_mask).item() == pytest.approx(loss(words, word_mask).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("labels", [(0, 5, 2, 2), (0, -100, 3, -100)])
+def test_modality_loss(labels):
+    labels = torch.tensor(labels)
+    assert_same_with_gradients(
+        lambda logits: losses.modality_loss(logits, labels),
+        lambda logits: slow_modality(logits, labels),
+        leaf(IMAGES, EXPERTS),
+    )
+
+
+def test_modality_loss_of_unknown_modalities_is_zero_with_a_gradient_of_zero():
+    logits = leaf(IMAGES, EXPERTS)
+    loss = losses.modality_loss(logits, torch.full((IMAGES,), -100))
+    loss.backward()
+    assert loss.item() == 0
+    assert logits.grad.tolist() == [[0.0] * EXPERTS] * IMAGES
+
+
+@pytest.mark.parametrize("name", ["gloria", "token"])
+def test_losses_are_float32_under_autocast_and_for_half_precision(name, local, words, word_mask):
+    halves = local.detach().bfloat16(), words.detach().bfloat16()
+    expected = losses.local_loss(config(name), *(half.float() for half in halves), word_mask)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = losses.local_loss(config(name), *halves, word_mask)
+        embeds = halves[1].mean(dim=1)
+        logits = losses.cosine_logits(embeds, embeds, TEMP3)
+    assert loss.dtype == logits.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(logits, losses.cosine_logits(embeds.float(), embeds.float(), TEMP3))
+
+
+def test_contrast_needs_a_caption_for_each_image():
+    with pytest.raises(ValueError, match="got 2 images, 3 captions"):
+        losses.contrastive_loss(torch.zeros(2, 3))

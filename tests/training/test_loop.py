@@ -1,0 +1,148 @@
+"""The training loop on a few steps of a very small model."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from medmoe_hf import MedMoEModel, MedMoEProcessor
+from medmoe_hf.data import phantom_sample
+from medmoe_hf.data.collate import ContrastiveCollator
+from medmoe_hf.training import TrainConfig, TrainingError, build_model, train
+from medmoe_hf.training.build import parameter_groups
+from medmoe_hf.training.config import ModelSection
+
+SMALL = {
+    "text_config": {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 32},
+    "projection_dim": 16,
+    "vision_config": {
+        "image_size": 64,
+        "expert_hidden_size": 8,
+        "local_size": 16,
+        "scale_attention_size": 8,
+        "router_hidden_size": 8,
+        "swin_config": {"embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": 4},
+    },
+}
+
+
+def config(output_dir, **changes):
+    content = {
+        "output_dir": str(output_dir),
+        "model": {"preset": "tiny", "overrides": SMALL},
+        "data": {
+            "train": {"kind": "phantom", "image_size": 64},
+            "evaluation": {"kind": "phantom", "seed": 1, "image_size": 64},
+            "num_workers": 0,
+        },
+        "max_steps": 3,
+        "batch_size": 6,
+        "learning_rate": 1e-3,
+        "warmup_steps": 1,
+        "evaluation_samples": 12,
+        "log_every": 1,
+    }
+    return TrainConfig.from_dict(content | changes)
+
+
+def test_a_run_equals_plain_steps_on_the_same_samples(tmp_path):
+    """Against a loop written out here: same seed, samples 0, 1, 2, ... of the stream, AdamW, cosine with warm-up."""
+    run = config(tmp_path / "out")
+    record = train(run)
+
+    torch.manual_seed(0)
+    model, processor = build_model(run.model)
+    collator = ContrastiveCollator(processor)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=1e-3, betas=(0.9, 0.98))
+    model.train()
+    for step, factor in enumerate((0.0, 1.0, 0.5)):  # the schedule: warm-up from 0 in 1 step, then half a cosine
+        for group in optimizer.param_groups:
+            group["lr"] = factor * 1e-3
+        batch = collator([phantom_sample(0, 6 * step + index, image_size=64) for index in range(6)])
+        output = model(**batch)
+        output.loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        assert record.log[step]["loss"] == pytest.approx(output.loss.item(), rel=1e-5)
+        assert record.log[step]["gradient_norm"] == pytest.approx(norm.item(), rel=1e-4)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    assert set(saved) == set(model.state_dict())
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(saved[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_folder_is_whole_and_loads(tmp_path):
+    record = train(config(tmp_path / "out", evaluate_every=2))
+    written = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert written["steps"] == record.steps == 3
+    assert written["samples"] == 18
+    assert [entry["step"] for entry in written["evaluations"]] == [2, 3]
+    assert {"routing_image", "routing_report", "image_to_text_r1"} <= set(written["evaluations"][0])
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]  # nothing half written is left
+    MedMoEModel.from_pretrained(tmp_path / "out")
+    assert MedMoEProcessor.from_pretrained(tmp_path / "out").image_processor.size["height"] == 64
+
+
+def test_an_existing_folder_is_not_overwritten(tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(FileExistsError, match="exists already"):
+        train(config(tmp_path / "out"))
+
+
+def test_workers_read_every_sample_once(tmp_path):
+    source = {"kind": "phantom", "image_size": 64, "length": 24}
+    record = train(config(tmp_path / "out", data={"train": source, "num_workers": 2}, max_steps=4, batch_size=6))
+    assert record.samples == 24
+    with pytest.raises(TrainingError, match="ended after 4 of 5 steps"):
+        train(config(tmp_path / "again", data={"train": source, "num_workers": 2}, max_steps=5, batch_size=6))
+    assert not (tmp_path / "again").exists()
+
+
+def test_frozen_parameters_stay_and_unknown_prefixes_are_refused(tmp_path):
+    run = config(tmp_path / "out", freeze=["text_model"])
+    train(run)
+    torch.manual_seed(0)
+    fresh, _ = build_model(run.model)
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    changed = {name for name, value in fresh.state_dict().items() if not torch.equal(saved[name], value)}
+    assert changed
+    assert not any(name.startswith("text_model.") for name in changed)
+    with pytest.raises(ValueError, match=r'no parameter begins with "text_tower".*text_model'):
+        train(config(tmp_path / "other", freeze=["text_tower"]))
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+    run = config(tmp_path / "out", learning_rate=1e30, warmup_steps=0)
+    with pytest.raises(TrainingError, match="The loss is .* lower `learning_rate`"):
+        train(run)
+    assert not (tmp_path / "out").exists()
+
+
+def test_weight_decay_leaves_vectors_alone():
+    model, _ = build_model(ModelSection(preset="tiny", overrides=SMALL))
+    decayed, plain = parameter_groups(model, 0.1)
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    assert all(parameter.ndim > 1 for parameter in decayed["params"])
+    assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
+
+
+def test_a_run_goes_on_from_a_checkpoint(tmp_path):
+    train(config(tmp_path / "first"))
+    train(config(tmp_path / "second", model={"from_pretrained": str(tmp_path / "first")}, learning_rate=1e-12))
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
+    weights = [name for name in first if "running_" not in name and "num_batches" not in name]
+    for name in weights:
+        torch.testing.assert_close(first[name], second[name], rtol=0, atol=1e-8)
+
+
+def test_training_reads_the_tars_that_phantom_writes(tmp_path):
+    from medmoe_hf.data import write_webdataset
+
+    write_webdataset(tmp_path / "tars", shards=2, samples_per_shard=12, image_size=64)
+    tars = {"train": {"kind": "webdataset", "files": [str(tmp_path / "tars" / "*.tar")]}, "num_workers": 0}
+    from_tars = train(config(tmp_path / "a", data=tars))
+    drawn = train(config(tmp_path / "b", data={"train": {"kind": "phantom", "image_size": 64}, "num_workers": 0}))
+    assert [entry["loss"] for entry in from_tars.log] == pytest.approx([entry["loss"] for entry in drawn.log], rel=1e-5)
