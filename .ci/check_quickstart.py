@@ -1,6 +1,6 @@
 """Fails if a quickstart report falls short of what the README promises.
 
-    python .ci/check_quickstart.py quickstart/report.json
+python .ci/check_quickstart.py quickstart/report.json
 """
 
 import json

@@ -1,6 +1,6 @@
 """Fine-tune a MedMoE image tower as a classifier with transformers' Trainer.
 
-    python examples/finetune_classification.py                       # on the quickstart's model and ultrasound phantoms
+    python examples/finetune_classification.py                      # on the quickstart's model and ultrasound phantoms
     python examples/finetune_classification.py --model you/medmoe --data FOLDER
 
 FOLDER holds one folder of images for each class (the `imagefolder` layout).
@@ -40,7 +40,9 @@ def main() -> None:
     arguments = parser.parse_args()
 
     if arguments.data:
-        parts = datasets.load_dataset("imagefolder", data_dir=arguments.data, split="train").train_test_split(0.2, seed=0)
+        parts = datasets.load_dataset("imagefolder", data_dir=arguments.data, split="train").train_test_split(
+            0.2, seed=0
+        )
         train, test = parts["train"], parts["test"]
     else:
         train, test = phantoms("ultrasound", 800, seed=11), phantoms("ultrasound", 200, seed=12)

@@ -4,8 +4,8 @@
 
 1. trains the `tiny` preset on synthetic image-report pairs (phantoms) of six modalities;
 2. saves it as a folder ready for the Hub;
-3. starts a second process that cannot import `medmoe_hf` (`quickstart_measure.py`), loads the folder there with the Auto
-   classes, measures it on phantoms it has not seen, and sends three real images through it;
+3. starts a second process that cannot import `medmoe_hf` (`quickstart_measure.py`), loads the folder there with the
+   Auto classes, measures it on phantoms it has not seen, and sends three real images through it;
 4. prints one table. `report.json` and `heatmaps.png` stay in the output folder.
 
 The numbers say that the software works. They are measured on drawings, and say nothing about patients.
@@ -13,15 +13,10 @@ The numbers say that the software works. They are measured on drawings, and say 
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
 from pathlib import Path
-
-# Large activations are mapped anew by every allocation; huge pages make that several times cheaper (PyTorch reads this
-# when it is imported).
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 from medmoe_hf.data import FINDINGS, write_webdataset, zero_shot_prompts
 from medmoe_hf.training import TrainConfig, train

@@ -6,7 +6,6 @@ Everything here works for anybody who has only the folder, or its repository on 
 """
 
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -25,7 +24,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.patches import Rectangle
 
-NONSENSE = "glorbix"
+NONSENSE = ("glorbix", "quandle", "zwyvex")
 BATCH = 50
 
 
@@ -119,7 +118,9 @@ def measure_zero_shot(model, processor, samples: list, prompts: dict) -> dict:
     result = {}
     for number, modality in enumerate(names):
         findings = list(prompts[modality])
-        classes = torch.stack([text_embeddings(model, processor, prompts[modality][name]).mean(0) for name in findings])
+        classes = torch.stack(
+            [text_embeddings(model, processor, prompts[modality][name]).mean(0) for name in findings]
+        )
         chosen = [sample for sample in samples if sample["modality"] == number]
         truth = torch.tensor([findings.index(sample["finding"]) for sample in chosen])
         images, _ = image_embeddings(model, processor, chosen)
@@ -130,47 +131,56 @@ def measure_zero_shot(model, processor, samples: list, prompts: dict) -> dict:
 
 
 @torch.no_grad()
-def word_heatmaps(model, processor, samples: list, words: list, captions: list) -> list:
-    """For each sample the (H, W) heat-map of one word of its caption, in the pixels of its image."""
+def word_heatmaps(model, processor, samples: list, words: list) -> list:
+    """For each sample the (H, W) heat-map of one word, in the pixels of its image.
+
+    The word stands in a short phrase, "effusion on xray": its other words give those regions that are not about the
+    finding something else to belong to.
+    """
+    names = model.config.modalities
     heatmaps = []
-    for batch in batches(list(zip(samples, words, captions, strict=True))):
-        inputs = processor(
-            images=[sample["image"] for sample, _, _ in batch], text=[text for _, _, text in batch], return_tensors="pt"
-        )
-        sizes = [sample["image"].size[::-1] for sample, _, _ in batch]
-        maps = processor.post_process_grounding(model.ground(**inputs), target_sizes=sizes)
-        for word_maps, (_, word, caption) in zip(maps, batch, strict=True):
-            listed = [item.lower() for item in processor.tokenizer.words(caption)]
-            heatmaps.append(word_maps[listed.index(word.lower())].numpy())
+    for batch in batches(list(zip(samples, words, strict=True))):
+        phrases = [f"{word} on {names[sample['modality']]}" for sample, word in batch]
+        inputs = processor(images=[sample["image"] for sample, _ in batch], text=phrases, return_tensors="pt")
+        grounding = model.ground(**inputs, modality=[sample["modality"] for sample, _ in batch])
+        sizes = [sample["image"].size[::-1] for sample, _ in batch]
+        for maps in processor.post_process_grounding(grounding, target_sizes=sizes):
+            heatmaps.append(maps[0].numpy())  # the phrase's first word
     return heatmaps
 
 
-def with_nonsense(sample: dict) -> str:
-    """The caption with the word that names the finding replaced by a word that means nothing."""
-    return re.sub(rf"\b{re.escape(sample['word'])}\b", NONSENSE, sample["caption"])
+def is_hit(heatmap: np.ndarray, box: list) -> bool:
+    """Whether the hottest pixel lies in the box."""
+    y, x = np.unravel_index(heatmap.argmax(), heatmap.shape)
+    left, top, right, bottom = box
+    return bool(left <= x < right and top <= y < bottom)
 
 
 def measure_pointing(model, processor, samples: list) -> dict:
-    """How often a word's hottest pixel lies in the finding's box."""
+    """How often the hottest pixel of the finding's word lies in its box; and of words that mean nothing."""
     chosen = [sample for sample in samples if sample["word"]]
-    runs = {
-        "finding_word": ([sample["word"] for sample in chosen], [sample["caption"] for sample in chosen]),
-        "nonsense_word": ([NONSENSE] * len(chosen), [with_nonsense(sample) for sample in chosen]),
+
+    def hits(words: list) -> list:
+        maps = word_heatmaps(model, processor, chosen, words)
+        return [is_hit(heatmap, sample["box"]) for heatmap, sample in zip(maps, chosen, strict=True)]
+
+    real = hits([sample["word"] for sample in chosen])
+    by_modality = {
+        name: float(np.mean([hit for hit, sample in zip(real, chosen, strict=True) if sample["modality"] == number]))
+        for number, name in model.config.modalities.items()
     }
-    result = {}
-    for name, (words, captions) in runs.items():
-        hits = []
-        for sample, heatmap in zip(chosen, word_heatmaps(model, processor, chosen, words, captions), strict=True):
-            y, x = np.unravel_index(heatmap.argmax(), heatmap.shape)
-            left, top, right, bottom = sample["box"]
-            hits.append(left <= x < right and top <= y < bottom)
-        result[name] = float(np.mean(hits))
     areas = [
         (right - left) * (bottom - top) / np.prod(sample["image"].size)
         for sample in chosen
         for left, top, right, bottom in [sample["box"]]
     ]
-    return {**result, "chance": float(np.mean(areas)), "images": len(chosen)}
+    return {
+        "finding_word": float(np.mean(real)),
+        "nonsense_word": float(np.mean([hits([word] * len(chosen)) for word in NONSENSE])),
+        "chance": float(np.mean(areas)),
+        "by_modality": by_modality,
+        "images": len(chosen),
+    }
 
 
 def real_images() -> list:
@@ -209,12 +219,12 @@ def draw_heatmaps(model, processor, samples: list, path: Path) -> None:
     """One row a modality: the image with the finding's box, the word's heat-map, the nonsense word's heat-map."""
     names = list(model.config.modalities.values())
     chosen = [next(s for s in samples if s["modality"] == number and s["word"]) for number in range(len(names))]
-    real = word_heatmaps(model, processor, chosen, [s["word"] for s in chosen], [s["caption"] for s in chosen])
-    none = word_heatmaps(model, processor, chosen, [NONSENSE] * len(chosen), [with_nonsense(s) for s in chosen])
+    real = word_heatmaps(model, processor, chosen, [sample["word"] for sample in chosen])
+    none = word_heatmaps(model, processor, chosen, NONSENSE[:1] * len(chosen))
     figure, axes = plt.subplots(len(chosen), 3, figsize=(9, 3.2 * len(chosen)), layout="constrained")
     for row, sample, word_map, nonsense_map, name in zip(axes, chosen, real, none, names, strict=True):
         left, top, right, bottom = sample["box"]
-        panels = ((None, f"{name}: {sample['finding']}"), (word_map, sample["word"]), (nonsense_map, NONSENSE))
+        panels = ((None, f"{name}: {sample['finding']}"), (word_map, sample["word"]), (nonsense_map, NONSENSE[0]))
         for axis, (heatmap, title) in zip(row, panels, strict=True):
             axis.imshow(sample["image"], cmap="gray")
             if heatmap is not None:
@@ -222,11 +232,15 @@ def draw_heatmaps(model, processor, samples: list, path: Path) -> None:
                 y, x = np.unravel_index(heatmap.argmax(), heatmap.shape)
                 axis.plot(x, y, "+", color="cyan", markersize=11, markeredgewidth=2)
             axis.add_patch(
-                Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, edgecolor="lime", linewidth=1.5)
+                Rectangle(
+                    (left - 0.5, top - 0.5), right - left, bottom - top, fill=False, edgecolor="lime", linewidth=1.5
+                )
             )
             axis.set_title(title, fontsize=11)
             axis.set_axis_off()
-    figure.suptitle("Synthetic phantoms: finding (box), heat-map of its word, of a nonsense word; + is the hottest pixel")
+    figure.suptitle(
+        "Synthetic phantoms: finding (box), heat-map of its word, of a nonsense word; + is the hottest pixel"
+    )
     figure.savefig(path, dpi=110)
 
 

@@ -1,7 +1,7 @@
 """Zero-shot labels for images with any MedMoE checkpoint, by the stock pipeline and by hand.
 
-    python examples/zero_shot.py                           # on the quickstart's model and a few unseen phantoms
-    python examples/zero_shot.py --model you/medmoe --image scan.png --labels "a chest x-ray with effusion" "a normal ..."
+python examples/zero_shot.py                           # on the quickstart's model and a few unseen phantoms
+python examples/zero_shot.py --model you/medmoe --image scan.png --labels "a chest x-ray with effusion" "a normal ..."
 """
 
 import argparse

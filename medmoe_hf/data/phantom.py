@@ -652,7 +652,7 @@ def _draw_ct(rng: np.random.Generator, size: int, plan: _Plan) -> tuple[Pixels, 
         _paint(hu, _disc(u, v, cx, cy, rx, ry, soft), value)
     mask |= _ct_aorta(rng, u, v, soft, hu, plan)
     if plan.finding == "metastasis":
-        radius = _between(plan.extent, 0.15, 0.27)
+        radius = _between(plan.extent, 0.18, 0.30)
         cx, cy = rng.uniform(-0.48, -0.34), (-0.28, 0.10)[plan.level > 0] + rng.uniform(-0.04, 0.04)
         tumour = _disc(u, v, cx, cy, radius, radius * rng.uniform(0.85, 1.0), 0.03, warp=0.12 * _smooth(rng, 9, size))
         tumour = tumour * cavity
@@ -730,7 +730,7 @@ def _draw_mri(rng: np.random.Generator, size: int, plan: _Plan) -> tuple[Pixels,
         _paint(signal, _disc(u, v, side * 0.14, 0.22, 0.055 * open_by, 0.18, soft, tilt=side * -0.35), csf)
     mask = np.zeros((size, size), dtype=bool)
     if plan.finding in ("plaque", "hematoma"):
-        radius = _between(plan.extent, 0.10, 0.18)
+        radius = _between(plan.extent, 0.16, 0.25)
         cx, cy = plan.side * rng.uniform(0.24, 0.38), (-0.36, 0.38)[plan.level > 0] + rng.uniform(-0.08, 0.08)
         tilt, flat, warp = rng.uniform(-0.8, 0.8), rng.uniform(0.8, 1.0), 0.15 * _smooth(rng, 12, size)
         focus = _disc(u, v, cx, cy, radius, radius * flat, soft, tilt=tilt, warp=warp)
@@ -740,7 +740,7 @@ def _draw_mri(rng: np.random.Generator, size: int, plan: _Plan) -> tuple[Pixels,
         _paint(signal, focus, 1.0 if plan.finding == "plaque" else 0.02)
         mask = focus > 0.5
     elif plan.finding == "meningioma":
-        radius = _between(plan.extent, 0.15, 0.24)
+        radius = _between(plan.extent, 0.22, 0.33)
         angle = math.atan2(plan.level, plan.side) + rng.uniform(-0.35, 0.35)
         cx, cy = 0.96 * (rx - 0.11) * math.cos(angle), 0.96 * (ry - 0.11) * math.sin(angle)
         inner = _disc(u, v, 0.0, 0.0, rx - 0.10, ry - 0.10, soft)
@@ -795,20 +795,20 @@ def _ultrasound_focus(
         return _ramp(width / distance - np.abs(beam - angle), 0.04) * _ramp(depth - distance, px)
 
     if plan.finding == "cyst":
-        radius = _between(plan.extent, 0.14, 0.25)
+        radius = _between(plan.extent, 0.19, 0.30)
         tail = behind(radius * 0.9)
         echo *= 1.0 + 1.2 * tail
         _paint(echo, _disc(u, v, cx, cy, radius * 1.08, radius * 1.02, px), 0.8)
         focus = _disc(u, v, cx, cy, radius, radius * 0.94, px)
         echo *= 1.0 - 0.99 * focus
     elif plan.finding == "nodule":
-        radius = _between(plan.extent, 0.16, 0.27)
+        radius = _between(plan.extent, 0.22, 0.34)
         focus = _disc(u, v, cx, cy, radius, radius * 0.85, px, warp=0.35 * _smooth(rng, 11, u.shape[0]))
         echo *= 1.0 - 0.78 * focus
     else:
-        radius = _between(plan.extent, 0.15, 0.26)
+        radius = _between(plan.extent, 0.20, 0.32)
         echo *= 1.0 - 0.97 * behind(radius * 0.9)
-        focus = _disc(u, v, cx, cy, radius, radius * 0.42, px, tilt=angle * -1.0)
+        focus = _disc(u, v, cx, cy, radius, radius * 0.5, px, tilt=angle * -1.0)
         _paint(echo, focus, 5.0)
     return focus > 0.5
 
@@ -915,7 +915,7 @@ def _draw_fundus(rng: np.random.Generator, size: int, plan: _Plan) -> tuple[Pixe
     eye = plan.side
     ox, oy = eye * rng.uniform(0.34, 0.50), rng.uniform(-0.14, 0.14)
     mx, my = ox - eye * rng.uniform(0.62, 0.72), oy + rng.uniform(0.02, 0.12)
-    radius = rng.uniform(0.16, 0.20)
+    radius = rng.uniform(0.20, 0.24)
     shade = 1.0 - 0.28 * (x * x + y * y) + 0.04 * _smooth(rng, 5, size)
     macula = np.exp(((x - mx) ** 2 + (y - my) ** 2) * -22.0)
     vessels = _vessels(rng, size, ox, oy, eye)
@@ -935,7 +935,7 @@ def _draw_fundus(rng: np.random.Generator, size: int, plan: _Plan) -> tuple[Pixe
     tint(cup * (1.0 - 0.5 * vessels), (1.0, 0.95, 0.72))
     mask = cup > 0.5 if plan.finding == "cupping" else np.zeros((size, size), dtype=bool)
     if plan.finding in ("hemorrhages", "exudates"):
-        spread = _between(plan.extent, 0.18, 0.32)
+        spread = _between(plan.extent, 0.24, 0.38)
         cx, cy = plan.side * rng.uniform(0.32, 0.42), plan.level * rng.uniform(0.36, 0.46)
         spots = _spots(rng, x, y, px, cx, cy, spread, plan.finding == "exudates") * rim
         tint(spots, (1.0, 0.93, 0.45) if plan.finding == "exudates" else (0.36, 0.03, 0.03))

@@ -79,6 +79,31 @@ def gloria_attention(regions: Tensor, words: Tensor, word_mask: Tensor) -> Tenso
     return scores.masked_fill(~word_mask.unsqueeze(-1), torch.finfo(scores.dtype).min).softmax(dim=2)
 
 
+def word_log_odds(regions: Tensor, words: Tensor, word_mask: Tensor) -> Tensor:
+    """How much more a region is like one word than like its text's other words: the logit of GLoRIA's first softmax.
+
+    With t_i·v_j = s_ij this is s_ij - log Σ_{k≠i} exp s_kj: what all words of a text share, its modality above all,
+    drops out. A text of a single word has nothing to compare with; there it is s_ij alone.
+
+    Args:
+        regions: (B, D, M).
+        words: (B, W, D), text i about image i.
+        word_mask: (B, W) bool.
+
+    Returns:
+        (B, W, M) float32, 0 where there is no word.
+    """
+    with torch.autocast(regions.device.type, enabled=False):
+        scores = words.float() @ regions.float()
+        others = word_mask.unsqueeze(1) & ~torch.eye(words.shape[1], dtype=torch.bool, device=words.device)
+        # Row i of (W, W, M) would be memory for nothing: one row of rivals at a time.
+        rows = []
+        for index in range(words.shape[1]):
+            rivals = scores.masked_fill(~others[:, index].unsqueeze(-1), -torch.inf).logsumexp(dim=1)
+            rows.append(scores[:, index] - rivals.masked_fill(rivals == -torch.inf, 0.0))
+        return torch.stack(rows, dim=1).masked_fill(~word_mask.unsqueeze(-1), 0.0)
+
+
 def gloria_logits(
     local_embeds: Tensor, word_embeds: Tensor, word_mask: Tensor, temp1: float, temp2: float, temp3: float
 ) -> Tensor:

@@ -27,7 +27,7 @@ from .configuration_medmoe import (
     MedMoETextConfig,
     MedMoEVisionConfig,
 )
-from .losses_medmoe import contrastive_loss, cosine_logits, local_logits, local_loss, modality_loss
+from .losses_medmoe import contrastive_loss, cosine_logits, local_logits, local_loss, modality_loss, word_log_odds
 
 try:
     import timm
@@ -177,7 +177,8 @@ class MedMoEGroundingOutput(ModelOutput):
     """Where in its image each word of a text is.
 
     Args:
-        heatmaps: (B, L, H/4, W/4), cosine of each word with each region, -1..1; 0 at slots without a word.
+        heatmaps: (B, L, H/4, W/4), the log-odds that a region belongs to a word and not to another word of the same
+            text; their sigmoid is the share of GLoRIA's attention. 0 at slots without a word.
         word_mask: (B, L) bool, True where there is a word.
         expert_ids: (B,), the expert whose map was read.
     """
@@ -801,11 +802,11 @@ class MedMoEModel(MedMoEPreTrainedModel):
         local, _ = self.vision_model.fuse(backbone_output.feature_maps, expert_ids)
         _, local = self._project_image(self.vision_model.global_embeds(backbone_output, local), local)
         text = self._project_text(text)
-        words = nn.functional.normalize(text.word_embeds.float(), dim=-1).expand(images, -1, -1)
-        regions = nn.functional.normalize(local.float(), dim=1)
+        word_mask = text.word_mask.expand(images, -1)
+        log_odds = word_log_odds(local.flatten(2), text.word_embeds.expand(images, -1, -1), word_mask)
         return MedMoEGroundingOutput(
-            heatmaps=torch.einsum("bld,bdhw->blhw", words, regions),
-            word_mask=text.word_mask.expand(images, -1),
+            heatmaps=log_odds.unflatten(2, local.shape[2:]),
+            word_mask=word_mask,
             expert_ids=expert_ids,
         )
 

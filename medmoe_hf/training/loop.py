@@ -82,7 +82,11 @@ def train(config: TrainConfig) -> TrainingRecord:
         model.gradient_checkpointing_enable()
     collator = ContrastiveCollator(processor)
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=config.betas
+        # fused: one pass over all parameters; experts have hundreds of small ones
+        parameter_groups(model, config.weight_decay),
+        lr=config.learning_rate,
+        betas=config.betas,
+        fused=True,
     )
     scheduler = get_scheduler(config.schedule, optimizer, config.warmup_steps, config.max_steps)
     model, optimizer = accelerator.prepare(model, optimizer)

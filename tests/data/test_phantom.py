@@ -201,7 +201,7 @@ def test_boxes_have_the_scale_of_their_modality_and_do_not_sit_in_the_centre(abn
     expected = {
         "xray": (0.08, 0.20),
         "ct": (0.03, 0.08),
-        "mri": (0.01, 0.04),
+        "mri": (0.01, 0.06),
         "ultrasound": (0.02, 0.08),
         "histopathology": (0.10, 0.25),
         "fundus": (0.01, 0.10),

@@ -25,8 +25,12 @@ def test_recall_equals_brute_force_with_ties_and_twins():
         captions = [f"report {number}" for number in torch.randint(0, 8, (12,), generator=generator).tolist()]
         result = recall_at_k(scores, captions, ks=(1, 3))
         for k in (1, 3):
-            assert result[f"image_to_text_r{k}"] == pytest.approx(brute_force(scores.tolist(), captions, k, False)), trial
-            assert result[f"text_to_image_r{k}"] == pytest.approx(brute_force(scores.tolist(), captions, k, True)), trial
+            assert result[f"image_to_text_r{k}"] == pytest.approx(brute_force(scores.tolist(), captions, k, False)), (
+                trial
+            )
+            assert result[f"text_to_image_r{k}"] == pytest.approx(brute_force(scores.tolist(), captions, k, True)), (
+                trial
+            )
 
 
 def test_ties_count_against_us():

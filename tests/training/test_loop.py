@@ -116,7 +116,7 @@ def test_frozen_parameters_stay_and_unknown_prefixes_are_refused(tmp_path):
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     run = config(tmp_path / "out", learning_rate=1e30, warmup_steps=0)
-    with pytest.raises(TrainingError, match="The loss is .* lower `learning_rate`"):
+    with pytest.raises(TrainingError, match=r"The loss is .* lower `learning_rate`"):
         train(run)
     assert not (tmp_path / "out").exists()
 
@@ -145,4 +145,6 @@ def test_training_reads_the_tars_that_phantom_writes(tmp_path):
     tars = {"train": {"kind": "webdataset", "files": [str(tmp_path / "tars" / "*.tar")]}, "num_workers": 0}
     from_tars = train(config(tmp_path / "a", data=tars))
     drawn = train(config(tmp_path / "b", data={"train": {"kind": "phantom", "image_size": 64}, "num_workers": 0}))
-    assert [entry["loss"] for entry in from_tars.log] == pytest.approx([entry["loss"] for entry in drawn.log], rel=1e-5)
+    assert [entry["loss"] for entry in from_tars.log] == pytest.approx(
+        [entry["loss"] for entry in drawn.log], rel=1e-5
+    )
