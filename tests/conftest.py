@@ -24,10 +24,22 @@ SMALL: dict[str, Any] = {
         "num_attention_heads": 2,
         "max_position_embeddings": 48,
     },
+    # as in the paper, where `tiny` differs
+    "projection_dim": None,
+    "temp1": 4.0,
+    "temp2": 5.0,
     "num_summed_layers": 2,
     "vision_config": {
         "image_size": 64,
-        "swin_config": {"embed_dim": 8, "depths": (2, 2, 2, 2), "num_heads": (1, 1, 2, 2), "window_size": 4},
+        "global_features": "backbone",
+        "initializer_range": 0.02,
+        "swin_config": {
+            "embed_dim": 8,
+            "depths": (2, 2, 2, 2),
+            "num_heads": (1, 1, 2, 2),
+            "window_size": 4,
+            "drop_path_rate": 0.0,
+        },
         "expert_hidden_size": 8,
         "local_size": 64,
         "scale_attention_size": 8,

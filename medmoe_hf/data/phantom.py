@@ -440,15 +440,15 @@ def _report(rng: np.random.Generator, plan: _Plan) -> tuple[str, str]:
 def zero_shot_prompts(modality: str) -> dict[str, list[str]]:
     """Prompt sentences for classifying one modality's findings without training a head.
 
-    They are written like the reports of :func:`phantom_sample` but name neither place nor size, so that a prompt says
-    one thing only.
+    They are written like the reports of :func:`phantom_sample`. A finding's prompts go through its sizes and places,
+    as the prompt ensembles of GLoRIA do: averaged, they leave what they have in common, the finding.
 
     Args:
         modality: one of :data:`MODALITIES`.
 
     Returns:
-        Finding -> its prompts (six or more, one per report template), in the order of ``FINDINGS[modality]``. No
-        prompt contains another finding's key noun.
+        Finding -> its prompts (six or more), in the order of ``FINDINGS[modality]``. No prompt contains another
+        finding's key noun.
 
     Raises:
         ValueError: if ``modality`` is not known.
@@ -459,11 +459,24 @@ def zero_shot_prompts(modality: str) -> dict[str, list[str]]:
     views = [view for group in zip(*style.views.values(), strict=True) for view in group]
     prompts: dict[str, list[str]] = {}
     for finding, phrases in PHRASES[modality].items():
-        templates = style.templates if phrases.plain else style.normal
-        nouns = phrases.plain or ("",)
+        if finding == "normal":
+            prompts[finding] = [_sentence(text, view=view) for text in style.normal for view in views[:3]]
+            continue
+        nouns = [noun.format(size=size) for size in phrases.sizes for noun in phrases.sized] + list(phrases.plain)
+        places = [
+            place.format(side=side, level=level)
+            for place in phrases.where
+            for side in _SIDE_WORDS[modality]
+            for level in phrases.levels or ("",)
+        ]
+        # Lists of different lengths, walked in step until each has been gone through.
         prompts[finding] = [
-            _sentence(template, view=views[k % len(views)], finding=nouns[k % len(nouns)])
-            for k, template in enumerate(templates)
+            _sentence(
+                style.templates[k % len(style.templates)],
+                view=views[k % len(views)],
+                finding=f"{nouns[k % len(nouns)]} {places[k % len(places)]}",
+            )
+            for k in range(max(len(nouns), len(places), len(style.templates)))
         ]
     return prompts
 
@@ -735,12 +748,12 @@ def _draw_mri(rng: np.random.Generator, size: int, plan: _Plan) -> tuple[Pixels,
         tilt, flat, warp = rng.uniform(-0.8, 0.8), rng.uniform(0.8, 1.0), 0.15 * _smooth(rng, 12, size)
         focus = _disc(u, v, cx, cy, radius, radius * flat, soft, tilt=tilt, warp=warp)
         if plan.finding == "hematoma":
-            rim = _disc(u, v, cx, cy, radius + 0.035, radius * flat + 0.035, soft, tilt=tilt, warp=warp)
-            _paint(signal, rim * brain, max(grey, white) + 0.1)
+            rim = _disc(u, v, cx, cy, radius + 0.06, radius * flat + 0.06, soft, tilt=tilt, warp=warp)
+            _paint(signal, rim * brain, 0.9)
         _paint(signal, focus, 1.0 if plan.finding == "plaque" else 0.02)
         mask = focus > 0.5
     elif plan.finding == "meningioma":
-        radius = _between(plan.extent, 0.22, 0.33)
+        radius = _between(plan.extent, 0.26, 0.37)
         angle = math.atan2(plan.level, plan.side) + rng.uniform(-0.35, 0.35)
         cx, cy = 0.96 * (rx - 0.11) * math.cos(angle), 0.96 * (ry - 0.11) * math.sin(angle)
         inner = _disc(u, v, 0.0, 0.0, rx - 0.10, ry - 0.10, soft)
@@ -804,7 +817,7 @@ def _ultrasound_focus(
     elif plan.finding == "nodule":
         radius = _between(plan.extent, 0.22, 0.34)
         focus = _disc(u, v, cx, cy, radius, radius * 0.85, px, warp=0.35 * _smooth(rng, 11, u.shape[0]))
-        echo *= 1.0 - 0.78 * focus
+        echo *= 1.0 - 0.66 * focus
     else:
         radius = _between(plan.extent, 0.20, 0.32)
         echo *= 1.0 - 0.97 * behind(radius * 0.9)
