@@ -42,11 +42,11 @@ def main(folder: Path) -> None:
         "synthetic": True,
         **measure_pairs(model, processor, samples),
         "zero_shot_accuracy": measure_zero_shot(model, processor, samples, prompts),
-        "pointing_game": measure_pointing(model, processor, samples),
+        "pointing_game": measure_pointing(model, processor, samples, prompts),
         "real_images": route_real_images(model, processor),
     }
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    draw_heatmaps(model, processor, samples, folder / "heatmaps.png")
+    draw_heatmaps(model, processor, samples, prompts, folder / "heatmaps.png")
 
 
 def read_sample(sample: dict) -> dict:
@@ -131,21 +131,21 @@ def measure_zero_shot(model, processor, samples: list, prompts: dict) -> dict:
 
 
 @torch.no_grad()
-def word_heatmaps(model, processor, samples: list, words: list) -> list:
+def word_heatmaps(model, processor, samples: list, words: list, prompts: dict) -> list:
     """For each sample the (H, W) heat-map of one word, in the pixels of its image.
 
-    The word stands in a short phrase, "effusion on xray": its other words give those regions that are not about the
-    finding something else to belong to.
+    The word stands before a normal report, "effusion. frontal chest radiograph shows no abnormality": its words give
+    those regions that are not about the finding something else to belong to.
     """
     names = model.config.modalities
     heatmaps = []
     for batch in batches(list(zip(samples, words, strict=True))):
-        phrases = [f"{word} on {names[sample['modality']]}" for sample, word in batch]
+        phrases = [f"{word}. {prompts[names[sample['modality']]]['normal'][0]}" for sample, word in batch]
         inputs = processor(images=[sample["image"] for sample, _ in batch], text=phrases, return_tensors="pt")
         grounding = model.ground(**inputs, modality=[sample["modality"] for sample, _ in batch])
         sizes = [sample["image"].size[::-1] for sample, _ in batch]
         for maps in processor.post_process_grounding(grounding, target_sizes=sizes):
-            heatmaps.append(maps[0].numpy())  # the phrase's first word
+            heatmaps.append(maps[0].numpy())  # the first word
     return heatmaps
 
 
@@ -156,12 +156,12 @@ def is_hit(heatmap: np.ndarray, box: list) -> bool:
     return bool(left <= x < right and top <= y < bottom)
 
 
-def measure_pointing(model, processor, samples: list) -> dict:
+def measure_pointing(model, processor, samples: list, prompts: dict) -> dict:
     """How often the hottest pixel of the finding's word lies in its box; and of words that mean nothing."""
     chosen = [sample for sample in samples if sample["word"]]
 
     def hits(words: list) -> list:
-        maps = word_heatmaps(model, processor, chosen, words)
+        maps = word_heatmaps(model, processor, chosen, words, prompts)
         return [is_hit(heatmap, sample["box"]) for heatmap, sample in zip(maps, chosen, strict=True)]
 
     real = hits([sample["word"] for sample in chosen])
@@ -215,12 +215,12 @@ def route_real_images(model, processor) -> list:
     return report
 
 
-def draw_heatmaps(model, processor, samples: list, path: Path) -> None:
+def draw_heatmaps(model, processor, samples: list, prompts: dict, path: Path) -> None:
     """One row a modality: the image with the finding's box, the word's heat-map, the nonsense word's heat-map."""
     names = list(model.config.modalities.values())
     chosen = [next(s for s in samples if s["modality"] == number and s["word"]) for number in range(len(names))]
-    real = word_heatmaps(model, processor, chosen, [sample["word"] for sample in chosen])
-    none = word_heatmaps(model, processor, chosen, NONSENSE[:1] * len(chosen))
+    real = word_heatmaps(model, processor, chosen, [sample["word"] for sample in chosen], prompts)
+    none = word_heatmaps(model, processor, chosen, NONSENSE[:1] * len(chosen), prompts)
     figure, axes = plt.subplots(len(chosen), 3, figsize=(9, 3.2 * len(chosen)), layout="constrained")
     for row, sample, word_map, nonsense_map, name in zip(axes, chosen, real, none, names, strict=True):
         left, top, right, bottom = sample["box"]

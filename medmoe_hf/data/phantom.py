@@ -106,8 +106,8 @@ PHRASES: dict[str, dict[str, FindingPhrases]] = {
         "metastasis": FindingPhrases(
             "metastasis",
             _AMOUNT,
-            ("a liver metastasis", "a hypodense hepatic metastasis", "a metastasis of the liver"),
-            ("a {size} liver metastasis", "a {size} hypodense hepatic metastasis"),
+            ("a liver metastasis", "a ring enhancing hepatic metastasis", "a metastasis of the liver"),
+            ("a {size} liver metastasis", "a {size} ring enhancing metastasis"),
             ("in the {level} {side} lobe", "in the {level} part of the {side} lobe"),
             ("anterior", "posterior"),
         ),
@@ -139,8 +139,8 @@ PHRASES: dict[str, dict[str, FindingPhrases]] = {
         "hematoma": FindingPhrases(
             "hematoma",
             _AMOUNT,
-            ("a dark hematoma", "an intracerebral hematoma", "a hypointense hematoma"),
-            ("a {size} dark hematoma", "a {size} intracerebral hematoma"),
+            ("a layered hematoma", "an intracerebral hematoma", "a hematoma with a fluid level"),
+            ("a {size} layered hematoma", "a {size} intracerebral hematoma"),
             ("in the {side} {level} lobe", "in the {level} region on the {side}"),
             ("frontal", "occipital"),
         ),
@@ -158,24 +158,24 @@ PHRASES: dict[str, dict[str, FindingPhrases]] = {
         "cyst": FindingPhrases(
             "cyst",
             _AMOUNT,
-            ("an anechoic cyst", "a simple cyst", "a thin walled cyst with posterior enhancement"),
-            ("a {size} anechoic cyst", "a {size} simple cyst"),
+            ("an anechoic cyst", "a thick walled cyst", "an anechoic cyst with posterior enhancement"),
+            ("a {size} anechoic cyst", "a {size} thick walled cyst"),
             ("in the {level} field on the {side}", "at the {side} of the {level} field"),
             ("near", "far"),
         ),
         "nodule": FindingPhrases(
             "nodule",
             _AMOUNT,
-            ("a hypoechoic nodule", "a solid nodule", "an irregular solid nodule"),
-            ("a {size} hypoechoic nodule", "a {size} solid nodule"),
+            ("an echogenic nodule", "a solid nodule", "an irregular solid nodule"),
+            ("a {size} echogenic nodule", "a {size} solid nodule"),
             ("in the {level} field on the {side}", "at the {side} of the {level} field"),
             ("near", "far"),
         ),
         "calcification": FindingPhrases(
             "calcification",
             _AMOUNT,
-            ("a bright calcification", "a calcification with acoustic shadowing", "an echogenic calcification"),
-            ("a {size} calcification with acoustic shadowing", "a {size} echogenic calcification"),
+            ("a bright calcification", "a calcification with acoustic shadowing", "a dense calcification"),
+            ("a {size} calcification with acoustic shadowing", "a {size} dense calcification"),
             ("in the {level} field on the {side}", "at the {side} of the {level} field"),
             ("near", "far"),
         ),
@@ -669,7 +669,9 @@ def _draw_ct(rng: np.random.Generator, size: int, plan: _Plan) -> tuple[Pixels, 
         cx, cy = rng.uniform(-0.48, -0.34), (-0.28, 0.10)[plan.level > 0] + rng.uniform(-0.04, 0.04)
         tumour = _disc(u, v, cx, cy, radius, radius * rng.uniform(0.85, 1.0), 0.03, warp=0.12 * _smooth(rng, 9, size))
         tumour = tumour * cavity
-        _paint(hu, tumour, rng.uniform(10.0, 30.0))
+        _paint(hu, tumour, 210.0)
+        core = _disc(u, v, cx, cy, radius - 0.07, radius - 0.09, 0.03) * tumour
+        _paint(hu, core, rng.uniform(10.0, 30.0))
         mask |= tumour > 0.5
     hu += rng.standard_normal((size, size), dtype=np.float32) * rng.uniform(10.0, 22.0)
     level = rng.uniform(35.0, 65.0)
@@ -677,7 +679,7 @@ def _draw_ct(rng: np.random.Generator, size: int, plan: _Plan) -> tuple[Pixels, 
 
 
 def _ct_kidney(rng: np.random.Generator, u: Field, v: Field, soft: float, hu: Field, side: int, plan: _Plan) -> Mask:
-    """Paint the kidney on one side and return the dilated collecting system (empty unless the plan asks for it)."""
+    """Paint the kidney on one side and return the swollen one (empty unless the plan asks for it)."""
     cx, cy, value = side * rng.uniform(0.35, 0.40), rng.uniform(0.24, 0.30), rng.uniform(165.0, 200.0)
     if plan.finding != "hydronephrosis" or side != plan.side:
         _paint(hu, _disc(u, v, cx, cy, 0.13, 0.17, soft, tilt=side * -0.3), value)
@@ -686,13 +688,14 @@ def _ct_kidney(rng: np.random.Generator, u: Field, v: Field, soft: float, hu: Fi
     radius = _between(plan.extent, 0.15, 0.225)
     # A swollen kidney grows forwards, the muscles of the back are in its way.
     cy -= 1.2 * (radius - 0.15)
-    _paint(hu, _disc(u, v, cx, cy, radius + 0.055, radius + 0.085, soft, tilt=side * -0.3), value)
+    kidney = _disc(u, v, cx, cy, radius + 0.055, radius + 0.085, soft, tilt=side * -0.3)
+    _paint(hu, kidney, value + 60.0)
     pelvis = np.maximum(
         _disc(u, v, cx - side * 0.1 * radius, cy, radius * 0.92, radius * 0.7, soft, tilt=side * -0.3),
         _disc(u, v, cx + side * 0.1 * radius, cy, radius * 0.5, radius * 1.1, soft, tilt=side * -0.3),
     )
     _paint(hu, pelvis, rng.uniform(0.0, 10.0))
-    return pelvis > 0.5
+    return kidney > 0.5
 
 
 def _ct_aorta(rng: np.random.Generator, u: Field, v: Field, soft: float, hu: Field, plan: _Plan) -> Mask:
@@ -750,7 +753,10 @@ def _draw_mri(rng: np.random.Generator, size: int, plan: _Plan) -> tuple[Pixels,
         if plan.finding == "hematoma":
             rim = _disc(u, v, cx, cy, radius + 0.06, radius * flat + 0.06, soft, tilt=tilt, warp=warp)
             _paint(signal, rim * brain, 0.9)
-        _paint(signal, focus, 1.0 if plan.finding == "plaque" else 0.02)
+        _paint(signal, focus, 1.0)
+        if plan.finding == "hematoma":
+            # The patient lies on the back: cells settle below, plasma stays above.
+            _paint(signal, focus * _ramp(v - cy, px), 0.02)
         mask = focus > 0.5
     elif plan.finding == "meningioma":
         radius = _between(plan.extent, 0.26, 0.37)
@@ -760,6 +766,9 @@ def _draw_mri(rng: np.random.Generator, size: int, plan: _Plan) -> tuple[Pixels,
         _paint(signal, inner * _disc(u, v, cx, cy, radius + 0.04, radius + 0.04, soft), 0.04)
         tumour = inner * _disc(u, v, cx, cy, radius, radius, soft)
         _paint(signal, tumour, dural)
+        # Vessels that radiate from its foot on the dura, the spoke wheel of angiograms.
+        spokes = np.cos(7.0 * np.arctan2(v - cy, u - cx) + rng.uniform(0.0, 6.28))
+        _paint(signal, tumour * np.clip(2.0 * spokes, 0.0, 1.0), 0.1)
         mask = tumour > 0.5
     bias = 1.0 + rng.uniform(-0.14, 0.14) * u + rng.uniform(-0.14, 0.14) * v
     sigma = rng.uniform(0.02, 0.045)
@@ -808,16 +817,16 @@ def _ultrasound_focus(
         return _ramp(width / distance - np.abs(beam - angle), 0.04) * _ramp(depth - distance, px)
 
     if plan.finding == "cyst":
-        radius = _between(plan.extent, 0.19, 0.30)
+        radius = _between(plan.extent, 0.20, 0.31)
         tail = behind(radius * 0.9)
         echo *= 1.0 + 1.2 * tail
-        _paint(echo, _disc(u, v, cx, cy, radius * 1.08, radius * 1.02, px), 0.8)
         focus = _disc(u, v, cx, cy, radius, radius * 0.94, px)
-        echo *= 1.0 - 0.99 * focus
+        _paint(echo, focus, 3.0)
+        echo *= 1.0 - 0.99 * _disc(u, v, cx, cy, radius * 0.74, radius * 0.68, px)
     elif plan.finding == "nodule":
         radius = _between(plan.extent, 0.22, 0.34)
         focus = _disc(u, v, cx, cy, radius, radius * 0.85, px, warp=0.35 * _smooth(rng, 11, u.shape[0]))
-        echo *= 1.0 - 0.66 * focus
+        echo *= 1.0 + 3.2 * focus
     else:
         radius = _between(plan.extent, 0.20, 0.32)
         echo *= 1.0 - 0.97 * behind(radius * 0.9)

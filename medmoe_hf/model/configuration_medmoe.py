@@ -370,7 +370,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Swin-T, six experts (36.9 M parameters in the image tower) and Bio_ClinicalBERT's shapes.
     "paper": {"text_config": {"model_type": "bert", "vocab_size": 28996}},
     # Made to learn in minutes on two CPU cores, from nothing: shallow, initialised wider than pretrained shapes are,
-    # and with v_g from the expert, whose convolutions learn faster than attention does.
+    # and with v_g from the expert, whose convolutions learn faster than attention does. Two levels and small windows
+    # keep each region's view narrow, so that its vector tells where something is.
     "tiny": {
         "text_config": {
             "model_type": "bert",
@@ -393,9 +394,9 @@ PRESETS: dict[str, dict[str, Any]] = {
             "initializer_range": 0.08,
             "swin_config": {
                 "embed_dim": 32,
-                "depths": (1, 1, 1, 1),
-                "num_heads": (2, 4, 8, 8),
-                "window_size": 4,
+                "depths": (1, 1),
+                "num_heads": (2, 4),
+                "window_size": 2,
                 "drop_path_rate": 0.0,
                 "initializer_range": 0.08,
             },

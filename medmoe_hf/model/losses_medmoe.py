@@ -104,6 +104,23 @@ def word_log_odds(regions: Tensor, words: Tensor, word_mask: Tensor) -> Tensor:
         return torch.stack(rows, dim=1).masked_fill(~word_mask.unsqueeze(-1), 0.0)
 
 
+def word_contributions(regions: Tensor, words: Tensor, word_mask: Tensor) -> Tensor:
+    """How much more a region adds to the global similarity by one word than by its text's other words.
+
+    Where v_g is the mean of the regions and t_g the mean of the words, v_g·t_g is the mean over regions j and words i
+    of s_ij = t_i·v_j: a class-activation map of the contrast that `contrastive_loss` trains, exact and for each word.
+    What all words of a text share, its modality above all, is taken off: s_ij - mean_{k≠i} s_kj. A text of a single
+    word has nothing to compare with; there it is s_ij alone.
+
+    Args, returns: as `word_log_odds`, both in the space of the global embeddings.
+    """
+    with torch.autocast(regions.device.type, enabled=False):
+        scores = (words.float() @ regions.float()).masked_fill(~word_mask.unsqueeze(-1), 0.0)
+        rivals = (word_mask.sum(dim=1) - 1).clamp_min(1).view(-1, 1, 1)
+        others = (scores.sum(dim=1, keepdim=True) - scores) / rivals
+        return (scores - others).masked_fill(~word_mask.unsqueeze(-1), 0.0)
+
+
 def gloria_logits(
     local_embeds: Tensor, word_embeds: Tensor, word_mask: Tensor, temp1: float, temp2: float, temp3: float
 ) -> Tensor:

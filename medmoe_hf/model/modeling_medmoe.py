@@ -27,7 +27,15 @@ from .configuration_medmoe import (
     MedMoETextConfig,
     MedMoEVisionConfig,
 )
-from .losses_medmoe import contrastive_loss, cosine_logits, local_logits, local_loss, modality_loss, word_log_odds
+from .losses_medmoe import (
+    contrastive_loss,
+    cosine_logits,
+    local_logits,
+    local_loss,
+    modality_loss,
+    word_contributions,
+    word_log_odds,
+)
 
 try:
     import timm
@@ -177,8 +185,9 @@ class MedMoEGroundingOutput(ModelOutput):
     """Where in its image each word of a text is.
 
     Args:
-        heatmaps: (B, L, H/4, W/4), the log-odds that a region belongs to a word and not to another word of the same
-            text; their sigmoid is the share of GLoRIA's attention. 0 at slots without a word.
+        heatmaps: (B, L, H/4, W/4), how much more a region is about a word than about the text's other words; 0 at
+            slots without a word. With `global_features="backbone"` the log-odds of GLoRIA's attention (their sigmoid
+            is a word's share of a region); with `"expert"` the part in the global similarity (`word_contributions`).
         word_mask: (B, L) bool, True where there is a word.
         expert_ids: (B,), the expert whose map was read.
     """
@@ -781,7 +790,11 @@ class MedMoEModel(MedMoEPreTrainedModel):
         word_ids: Tensor | None = None,
         modality: Any = None,
     ) -> MedMoEGroundingOutput:
-        """A heat-map for each word of each image's text: the cosine of the word with every region.
+        """A heat-map for each word of each image's text, higher where a region is more about it than about the others.
+
+        Where the local maps make the global embedding (`global_features="expert"`), both are read in the space of the
+        global similarity, which says what tells images apart; else in that of the local loss. There two words that
+        often come together share their regions, and one of them may be found where the other is not.
 
         Args:
             pixel_values: (B, 3, H, W).
@@ -800,12 +813,18 @@ class MedMoEModel(MedMoEPreTrainedModel):
             logits = self.vision_model.router(backbone_output.pooler_output)
         expert_ids = self.vision_model.select_experts(logits, modality)
         local, _ = self.vision_model.fuse(backbone_output.feature_maps, expert_ids)
-        _, local = self._project_image(self.vision_model.global_embeds(backbone_output, local), local)
-        text = self._project_text(text)
         word_mask = text.word_mask.expand(images, -1)
-        log_odds = word_log_odds(local.flatten(2), text.word_embeds.expand(images, -1, -1), word_mask)
+        if self.config.vision_config.global_features == "expert":
+            regions, words, score = local.flatten(2), text.word_embeds, word_contributions
+            if self.visual_projection is not None and self.text_projection is not None:
+                regions = self.visual_projection(regions.transpose(1, 2)).transpose(1, 2)
+                words = self.text_projection(words)
+        else:
+            _, projected = self._project_image(backbone_output.pooler_output, local)
+            regions, words, score = projected.flatten(2), self._project_text(text).word_embeds, word_log_odds
+        heatmaps = score(regions, words.expand(images, -1, -1), word_mask)
         return MedMoEGroundingOutput(
-            heatmaps=log_odds.unflatten(2, local.shape[2:]),
+            heatmaps=heatmaps.unflatten(2, local.shape[2:]),
             word_mask=word_mask,
             expert_ids=expert_ids,
         )

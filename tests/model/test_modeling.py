@@ -787,6 +787,46 @@ def test_grounding(small, changes, count, modality):
     assert not grounded.heatmaps[~grounded.word_mask].any()
 
 
+@pytest.mark.parametrize("size", [None, 16])
+@pytest.mark.parametrize("count", [1, 3])
+def test_grounding_in_the_global_space(small, size, count):
+    model = small(projection_dim=size, vision_config={"global_features": "expert"})
+    pixels, batch = images(3), texts(count)
+    grounded = model.ground(pixels, **batch)
+    tower = model.vision_model(pixels, modality=grounded.expert_ids)
+    words = model.text_model(**batch)
+
+    def same(embeds):
+        return embeds
+
+    to_image = model.visual_projection or same
+    to_text = model.text_projection or same
+    for image in range(3):
+        text = image if count == 3 else 0
+        mask = words.word_mask[text].tolist()
+        for y, x in ((0, 0), (5, 9), (15, 15)):
+            region = to_image(tower.local_embeds[image, :, y, x])
+            scores = [(to_text(words.word_embeds[text, word]) @ region).item() for word in range(sum(mask))]
+            for word, score in enumerate(scores):
+                others = scores[:word] + scores[word + 1 :]
+                expected = torch.tensor(score - sum(others) / len(others))
+                assert_same(grounded.heatmaps[image, word, y, x], expected, 1e-5)
+    assert not grounded.heatmaps[~grounded.word_mask].any()
+
+
+@pytest.mark.parametrize("size", [None, 16])
+def test_a_single_words_heatmap_sums_up_to_the_global_similarity(small, size):
+    model = small(projection_dim=size, vision_config={"global_features": "expert"})
+    pixels, batch = images(3), texts(3, length=5)
+    batch["word_ids"] = torch.where(batch["word_ids"] >= 0, 0, -1)
+    batch = row(batch, 0)
+    grounded = model.ground(pixels, **batch)
+    global_embeds = model.get_image_features(pixels, modality=grounded.expert_ids).pooler_output
+    expected = global_embeds @ model.get_text_features(**batch).pooler_output[0]
+    assert grounded.word_mask.sum(dim=1).tolist() == [1, 1, 1]
+    assert_same(grounded.heatmaps[:, 0].mean(dim=(1, 2)), expected, 1e-5)
+
+
 def test_grounding_needs_one_text_or_one_for_each_image(small):
     with pytest.raises(ValueError, match="each of the 3 images; got 2"):
         small().ground(images(3), **texts(2))
