@@ -27,7 +27,7 @@ TRAIN_SEED, HELD_OUT_SEED, UNSEEN_SEED = 0, 1, 2
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("quickstart"), help="folder for all results")
-    parser.add_argument("--steps", type=int, default=600, help="training steps")
+    parser.add_argument("--steps", type=int, default=1000, help="training steps")
     parser.add_argument("--unseen", type=int, default=600, help="phantoms to measure on")
     arguments = parser.parse_args()
     if arguments.output.exists():

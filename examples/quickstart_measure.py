@@ -134,18 +134,20 @@ def measure_zero_shot(model, processor, samples: list, prompts: dict) -> dict:
 def word_heatmaps(model, processor, samples: list, words: list, prompts: dict) -> list:
     """For each sample the (H, W) heat-map of one word, in the pixels of its image.
 
-    The word stands before a normal report, "effusion. frontal chest radiograph shows no abnormality": its words give
-    those regions that are not about the finding something else to belong to.
+    The word alone is held against normal reports of the image's modality: what speaks for it and against them.
     """
-    names = model.config.modalities
-    heatmaps = []
-    for batch in batches(list(zip(samples, words, strict=True))):
-        phrases = [f"{word}. {prompts[names[sample['modality']]]['normal'][0]}" for sample, word in batch]
-        inputs = processor(images=[sample["image"] for sample, _ in batch], text=phrases, return_tensors="pt")
-        grounding = model.ground(**inputs, modality=[sample["modality"] for sample, _ in batch])
-        sizes = [sample["image"].size[::-1] for sample, _ in batch]
-        for maps in processor.post_process_grounding(grounding, target_sizes=sizes):
-            heatmaps.append(maps[0].numpy())  # the first word
+    heatmaps = [None] * len(samples)
+    for number, name in model.config.modalities.items():
+        rows = [row for row, sample in enumerate(samples) if sample["modality"] == number]
+        normal = processor(text=prompts[name]["normal"], return_tensors="pt")
+        for batch in batches(rows):
+            images = [samples[row]["image"] for row in batch]
+            inputs = processor(images=images, text=[words[row] for row in batch], return_tensors="pt")
+            grounding = model.ground(**inputs, reference=normal, modality=name)
+            sizes = [image.size[::-1] for image in images]
+            maps = processor.post_process_grounding(grounding, target_sizes=sizes, sigma=1.0)
+            for row, by_word in zip(batch, maps, strict=True):
+                heatmaps[row] = by_word[0].numpy()
     return heatmaps
 
 

@@ -26,7 +26,7 @@ def by_hand(model: str, images: list[Image.Image], prompts: dict[str, list[str]]
     medmoe = AutoModel.from_pretrained(model, trust_remote_code=True).eval()
     processor = AutoProcessor.from_pretrained(model, trust_remote_code=True)
     pixels = processor(images=images, return_tensors="pt")
-    # The global embedding does not need the experts; local=False leaves them out.
+    # Only the global embedding is needed here, not the local maps.
     embeds = torch.nn.functional.normalize(medmoe.get_image_features(**pixels, local=False).pooler_output, dim=-1)
     classes = []
     for sentences in prompts.values():

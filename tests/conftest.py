@@ -28,6 +28,7 @@ SMALL: dict[str, Any] = {
     "projection_dim": None,
     "temp1": 4.0,
     "temp2": 5.0,
+    "temp3": 10.0,
     "num_summed_layers": 2,
     "vision_config": {
         "image_size": 64,

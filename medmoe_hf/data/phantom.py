@@ -284,9 +284,10 @@ _STYLES: dict[str, _Style] = {
     ),
     "mri": _Style(
         {
-            "t1": ("post contrast T1-weighted MRI", "T1-weighted MRI of the brain", "axial T1 brain MRI"),
-            "t2": ("axial T2-weighted MRI", "T2-weighted MRI of the brain", "axial T2 brain MRI"),
-            "flair": ("axial FLAIR MRI", "FLAIR MRI of the brain", "axial FLAIR brain MRI"),
+            # Not every report says which weighting it is about.
+            "t1": ("axial T1-weighted MRI of the brain", "axial brain MRI", "MRI of the brain"),
+            "t2": ("axial T2-weighted MRI of the brain", "axial brain MRI", "MRI of the brain"),
+            "flair": ("axial FLAIR MRI of the brain", "axial brain MRI", "MRI of the brain"),
         },
         (
             "{view} shows {finding}.",
@@ -614,7 +615,7 @@ def _draw_xray(rng: np.random.Generator, size: int, plan: _Plan) -> tuple[Pixels
     if plan.finding == "effusion":
         level = dome - _between(plan.extent, 0.10, 0.65)
         fluid = half_lung * _ramp(v - level + 0.9 * (fold - 0.2) ** 2 - 0.1, soft)
-        _paint(density, fluid, 0.72 + 0.05 * v)
+        _paint(density, fluid, 0.86 + 0.05 * v)
         mask = fluid > 0.5
     elif plan.finding == "consolidation":
         radius = _between(plan.extent, 0.22, 0.36)
@@ -707,8 +708,9 @@ def _ct_aorta(rng: np.random.Generator, u: Field, v: Field, soft: float, hu: Fie
     radius = _between(plan.extent, 0.17, 0.27)
     cx, cy = 0.04 + rng.uniform(-0.05, 0.08), 0.24 - radius
     wall = _disc(u, v, cx, cy, radius, radius * 0.95, soft)
-    _paint(hu, wall, 230.0)
-    _paint(hu, _disc(u, v, cx, cy, radius - 0.02, radius * 0.95 - 0.02, soft), 60.0)
+    # Chalk in the wall, an unenhanced thrombus, and what is left of the lumen.
+    _paint(hu, wall, 420.0)
+    _paint(hu, _disc(u, v, cx, cy, radius - 0.045, radius * 0.95 - 0.045, soft), -30.0)
     _paint(hu, _disc(u, v, cx + 0.2 * radius, cy + 0.15 * radius, radius * 0.66, radius * 0.6, soft), lumen)
     return wall > 0.5
 
@@ -765,10 +767,9 @@ def _draw_mri(rng: np.random.Generator, size: int, plan: _Plan) -> tuple[Pixels,
         inner = _disc(u, v, 0.0, 0.0, rx - 0.10, ry - 0.10, soft)
         _paint(signal, inner * _disc(u, v, cx, cy, radius + 0.04, radius + 0.04, soft), 0.04)
         tumour = inner * _disc(u, v, cx, cy, radius, radius, soft)
+        # It enhances at its rim; the calcified core gives no signal.
         _paint(signal, tumour, dural)
-        # Vessels that radiate from its foot on the dura, the spoke wheel of angiograms.
-        spokes = np.cos(7.0 * np.arctan2(v - cy, u - cx) + rng.uniform(0.0, 6.28))
-        _paint(signal, tumour * np.clip(2.0 * spokes, 0.0, 1.0), 0.1)
+        _paint(signal, inner * _disc(u, v, cx, cy, radius - 0.03, radius - 0.03, soft), 0.02)
         mask = tumour > 0.5
     bias = 1.0 + rng.uniform(-0.14, 0.14) * u + rng.uniform(-0.14, 0.14) * v
     sigma = rng.uniform(0.02, 0.045)
@@ -829,8 +830,8 @@ def _ultrasound_focus(
         echo *= 1.0 + 3.2 * focus
     else:
         radius = _between(plan.extent, 0.20, 0.32)
-        echo *= 1.0 - 0.97 * behind(radius * 0.9)
-        focus = _disc(u, v, cx, cy, radius, radius * 0.5, px, tilt=angle * -1.0)
+        echo *= 1.0 - 0.5 * behind(radius * 0.9)
+        focus = _disc(u, v, cx, cy, radius, radius * 0.75, px, tilt=angle * -1.0)
         _paint(echo, focus, 5.0)
     return focus > 0.5
 

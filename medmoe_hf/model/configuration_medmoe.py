@@ -388,6 +388,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "projection_dim": 64,
         "temp1": 8.0,
         "temp2": 8.0,
+        "temp3": 6.0,
         "vision_config": {
             "image_size": 64,
             "global_features": "expert",

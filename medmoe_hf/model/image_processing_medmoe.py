@@ -27,6 +27,24 @@ _SECONDS_PER_DOWNLOAD = 60
 _TORCH_FILTERS = {PILImageResampling.BILINEAR: "bilinear", PILImageResampling.BICUBIC: "bicubic"}
 
 
+def smooth_heatmaps(heatmaps: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Gaussian smoothing of maps (..., h, w) to the same shape in float32; `sigma` in cells, 0 for none.
+
+    A single hot cell is mostly noise; peaks that neighbours share are what a finding leaves. Borders are repeated, so
+    that a constant map stays constant.
+    """
+    maps = heatmaps.to(torch.float32)
+    reach = math.ceil(3 * sigma)
+    if not reach or not maps.numel():
+        return maps
+    kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=maps.device) / sigma) ** 2)
+    kernel = kernel / kernel.sum()
+    rows = maps.reshape(-1, 1, *maps.shape[-2:])
+    rows = torch.nn.functional.pad(rows, (reach,) * 4, mode="replicate")
+    rows = torch.nn.functional.conv2d(rows, kernel.view(1, 1, -1, 1))
+    return torch.nn.functional.conv2d(rows, kernel.view(1, 1, 1, -1)).view(maps.shape)
+
+
 def resize_heatmaps(heatmaps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Stretch maps over an image: the inverse of the image processors' geometry.
 

@@ -5,6 +5,7 @@ K experts.
 Everything is computed in float32, whatever the embeddings' type and any autocast around it.
 """
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -44,9 +45,11 @@ def contrastive_loss(logits_per_image: Tensor) -> Tensor:
     )
 
 
-# Elements of the largest intermediate tensor: small enough to stay in the allocator's reach, large enough that small
-# problems run in one piece.
-_CHUNK_ELEMENTS = 2**22
+# Elements of the largest intermediate tensor: small enough to stay in the caches' and the allocator's reach, large
+# enough that small problems run in one piece.
+_CHUNK_ELEMENTS = 2**20
+# Elements of a softmax that is worth keeping for the backward pass: 64 MiB.
+_KEPT_ELEMENTS = 2**24
 
 
 def _region_chunks(local_embeds: Tensor, words: Tensor) -> tuple[Tensor, ...]:
@@ -61,22 +64,6 @@ def _without_empty_slots(word_embeds: Tensor, word_mask: Tensor) -> tuple[Tensor
     used = word_mask.any(dim=0).nonzero()
     width = int(used.max()) + 1 if len(used) else 1
     return word_embeds[:, :width].float(), word_mask[:, :width]
-
-
-def gloria_attention(regions: Tensor, words: Tensor, word_mask: Tensor) -> Tensor:
-    """GLoRIA's first softmax: of each region, over the words of a caption.
-
-    Args:
-        regions: (b, D, M).
-        words: (N, W, D).
-        word_mask: (N, W) bool.
-
-    Returns:
-        (b, N, W, M), for each region the share of each word, 0 where there is no word.
-    """
-    scores = (words.flatten(0, 1) @ regions).unflatten(1, words.shape[:2])
-    # The floor and not -inf: a caption without any word would turn the softmax into NaN.
-    return scores.masked_fill(~word_mask.unsqueeze(-1), torch.finfo(scores.dtype).min).softmax(dim=2)
 
 
 def word_log_odds(regions: Tensor, words: Tensor, word_mask: Tensor) -> Tensor:
@@ -104,17 +91,28 @@ def word_log_odds(regions: Tensor, words: Tensor, word_mask: Tensor) -> Tensor:
         return torch.stack(rows, dim=1).masked_fill(~word_mask.unsqueeze(-1), 0.0)
 
 
-def word_contributions(regions: Tensor, words: Tensor, word_mask: Tensor) -> Tensor:
-    """How much more a region adds to the global similarity by one word than by its text's other words.
+def word_contributions(regions: Tensor, words: Tensor, word_mask: Tensor, reference: Tensor | None = None) -> Tensor:
+    """How much more a region adds to the similarity by one word than by what the word is held against.
 
     Where v_g is the mean of the regions and t_g the mean of the words, v_g·t_g is the mean over regions j and words i
     of s_ij = t_i·v_j: a class-activation map of the contrast that `contrastive_loss` trains, exact and for each word.
-    What all words of a text share, its modality above all, is taken off: s_ij - mean_{k≠i} s_kj. A text of a single
-    word has nothing to compare with; there it is s_ij alone.
+    With a reference r (the embedding of reports without the finding, say) it is (t_i - r)·v_j: what speaks for the
+    word and against the reference. Without one, what all words of a text share, its modality above all, is taken off:
+    s_ij - mean_{k≠i} s_kj; a text of a single word has nothing to compare with, and there it is s_ij alone.
 
-    Args, returns: as `word_log_odds`, both in the space of the global embeddings.
+    Args:
+        regions: (B, D, M).
+        words: (B, W, D), text i about image i; both in the space of the global embeddings.
+        word_mask: (B, W) bool.
+        reference: (B, D) or (D,).
+
+    Returns:
+        (B, W, M) float32, 0 where there is no word.
     """
     with torch.autocast(regions.device.type, enabled=False):
+        if reference is not None:
+            scores = (words.float() - reference.float().unsqueeze(-2)) @ regions.float()
+            return scores.masked_fill(~word_mask.unsqueeze(-1), 0.0)
         scores = (words.float() @ regions.float()).masked_fill(~word_mask.unsqueeze(-1), 0.0)
         rivals = (word_mask.sum(dim=1) - 1).clamp_min(1).view(-1, 1, 1)
         others = (scores.sum(dim=1, keepdim=True) - scores) / rivals
@@ -127,8 +125,8 @@ def gloria_logits(
     """Word-region similarity of every image with every caption: temp3 * log Σ_i exp(temp2 * cos(c_i, t_i)).
 
     The reading of Huang et al. (ICCV 2021), which the official code runs: c_i averages the regions under a softmax
-    over words, times temp1, then a softmax over regions. The loop goes over chunks of images, so that no tensor of
-    (B, N, W, M) is needed.
+    over words, times temp1, then a softmax over regions. Differentiable once; no tensor of (B, N, W, M) is made in
+    either direction unless it is small.
 
     Args:
         local_embeds: (B, D, H', W'), the local maps.
@@ -139,18 +137,135 @@ def gloria_logits(
         (B, N) float32.
     """
     with torch.autocast(local_embeds.device.type, enabled=False):
-        words, mask = _without_empty_slots(word_embeds, word_mask)
-        rows = []
-        for regions in _region_chunks(local_embeds, words):
-            # The second softmax without its normaliser: the cosine below does not see the length of the context. The
-            # largest weight is 1, whatever `temp1`, so that the length does not vanish.
-            attention = gloria_attention(regions, words, mask)
-            attention = ((attention - attention.detach().amax(dim=-1, keepdim=True)) * temp1).exp()
-            context = (attention.flatten(1, 2) @ regions.transpose(1, 2)).unflatten(1, words.shape[:2])
-            cosine = nn.functional.cosine_similarity(words, context, dim=-1)
-            weighted = (temp2 * cosine).masked_fill(~mask, torch.finfo(cosine.dtype).min)
-            rows.append((temp3 * weighted.logsumexp(dim=-1)).masked_fill(~mask.any(dim=1), 0.0))
-        return torch.cat(rows)
+        counts = word_mask.sum(dim=1)
+        # Captions with as many words as each other come to lie side by side, and their words without any padding.
+        order = counts.argsort(stable=True)
+        words = word_embeds.float()[order][word_mask[order]]
+        widths, captions = counts.unique(return_counts=True)
+        groups = [(width, number) for width, number in zip(widths.tolist(), captions.tolist(), strict=True) if width]
+        similarity = _GloriaSimilarity.apply(local_embeds.float().flatten(2), words, groups, temp1, temp2)
+        # No words, no similarity: such captions stand first.
+        wordless = len(counts) - similarity.shape[1]
+        similarity = nn.functional.pad(temp3 * similarity, (wordless, 0))
+        return similarity[:, order.argsort()]
+
+
+class _GloriaSimilarity(torch.autograd.Function):
+    """log Σ_i exp(temp2 * cos(c_i, t_i)) of every image and caption, with a backward pass of its own.
+
+    Autograd would keep half a dozen tensors of (B, P, M), P the words of all captions. Here a chunk of images at a
+    time is taken through all of it in one or two buffers, and only the contexts c_i (B, P, D) are kept, with the
+    first softmax where that is small; else it is computed again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, regions: Tensor, words: Tensor, groups: list[tuple[int, int]], temp1: float, temp2: float
+    ) -> Tensor:
+        """Gives (B, G).
+
+        Args:
+            regions: (B, D, M) float32.
+            words: (P, D) float32, the words of caption after caption.
+            groups: (words of a caption, number of such captions), in the order of `words`; G captions in all.
+        """
+        images, _, positions = regions.shape
+        elements = images * len(words) * positions
+        contexts = regions.new_empty(images, len(words), regions.shape[1])
+        shares = regions.new_empty(images, len(words), positions) if elements <= _KEPT_ELEMENTS else None
+        for rows in _image_chunks(regions, words):
+            part = _word_shares(regions[rows], words, groups, None if shares is None else shares[rows])
+            torch.bmm(_region_weights(part, temp1), regions[rows].transpose(1, 2), out=contexts[rows])
+        cosines = torch.einsum("bpd,pd->bp", _unit(contexts), _unit(words))
+        similarity = _by_caption(lambda values: values.logsumexp(dim=-1), temp2 * cosines, groups)
+        ctx.save_for_backward(regions, words, contexts, shares, cosines, similarity)
+        ctx.groups, ctx.temp1, ctx.temp2 = groups, temp1, temp2
+        return similarity
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        regions, words, contexts, kept, cosines, similarity = ctx.saved_tensors
+        wants_regions, wants_words = ctx.needs_input_grad[:2]
+        sizes = torch.tensor(
+            [width for width, number in ctx.groups for _ in range(number)], dtype=torch.long, device=words.device
+        )
+        with torch.autocast(regions.device.type, enabled=False):
+            # d similarity / d cos is temp2 times the softmax over a caption's words.
+            spread = [part.repeat_interleave(sizes, dim=1) for part in (gradient * ctx.temp2, similarity)]
+            grad_cosines = spread[0] * (ctx.temp2 * cosines - spread[1]).exp()
+            unit_words = _unit(words)
+            grad_regions = torch.empty_like(regions) if wants_regions else None
+            grad_words = torch.zeros_like(words)
+            for rows in _image_chunks(regions, words):
+                maps, weight, cosine = regions[rows], grad_cosines[rows, :, None], cosines[rows, :, None]
+                unit_contexts = _unit(contexts[rows])
+                if wants_words:
+                    pull = (weight * (unit_contexts - cosine * unit_words)).sum(dim=0)
+                    grad_words += pull * _inverse_length(words)
+                grad_contexts = unit_words - cosine * unit_contexts
+                grad_contexts *= weight * _inverse_length(contexts[rows])
+                shares = _word_shares(maps, words, ctx.groups) if kept is None else kept[rows]
+                region_weights = _region_weights(shares, ctx.temp1)
+                if grad_regions is not None:
+                    torch.bmm(grad_contexts.transpose(1, 2), region_weights, out=grad_regions[rows])
+                # Back through both softmaxes, in place: first the one over regions (without a normaliser) ...
+                grad_scores = region_weights.mul_(grad_contexts @ maps).mul_(shares)
+                # ... then the one over the words of a caption.
+                for section, share in _captions(ctx.groups, grad_scores, shares):
+                    section.addcmul_(share, section.sum(dim=2, keepdim=True), value=-1)
+                grad_scores *= ctx.temp1
+                if wants_words:
+                    grad_words += torch.einsum("bpm,bdm->pd", grad_scores, maps)
+                if grad_regions is not None:
+                    grad_regions[rows].baddbmm_(words.t().expand(len(maps), -1, -1), grad_scores)
+        return grad_regions, grad_words if wants_words else None, None, None, None
+
+
+def _image_chunks(regions: Tensor, words: Tensor) -> list[slice]:
+    step = max(1, _CHUNK_ELEMENTS // max(1, len(words) * regions.shape[2]))
+    return [slice(start, start + step) for start in range(0, len(regions), step)]
+
+
+def _captions(groups: list[tuple[int, int]], *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views (B, captions of the group, their words, ...) of tensors (B, P, ...)."""
+    start = 0
+    for width, number in groups:
+        yield tuple(tensor[:, start : start + width * number].unflatten(1, (number, width)) for tensor in tensors)
+        start += width * number
+
+
+def _by_caption(function: Callable[[Tensor], Tensor], values: Tensor, groups: list[tuple[int, int]]) -> Tensor:
+    """(B, P) to (B, G): what `function` makes of the last axis, the words of a caption."""
+    parts = [function(section) for (section,) in _captions(groups, values)]
+    return torch.cat(parts, dim=1) if parts else values.new_zeros(len(values), 0)
+
+
+def _word_shares(regions: Tensor, words: Tensor, groups: list[tuple[int, int]], out: Tensor | None = None) -> Tensor:
+    """(b, P, M): for each region the share of each word, a softmax over the words of each caption."""
+    if out is None:
+        out = regions.new_empty(len(regions), len(words), regions.shape[2])
+    torch.matmul(words, regions, out=out)
+    for (section,) in _captions(groups, out):
+        section.copy_(section.softmax(dim=2))
+    return out
+
+
+def _region_weights(shares: Tensor, temp1: float) -> Tensor:
+    """The second softmax without its normaliser, which the cosine does not see. Shares lie in 0..1, so that a
+    constant keeps the weights from overflowing; where it would let them vanish, each word's own largest share does."""
+    peak = 1.0 if temp1 <= 20 else shares.amax(dim=-1, keepdim=True)
+    return (shares - peak).mul_(temp1).exp_()
+
+
+def _inverse_length(vectors: Tensor) -> Tensor:
+    """(..., D) to (..., 1); 0 for a vector of length 0, so that it has no direction and no gradient."""
+    length = vectors.norm(dim=-1, keepdim=True)
+    return torch.where(length > 0, 1 / length, 0.0)
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    return vectors * _inverse_length(vectors)
 
 
 def _token_cosines(regions: Tensor, words: Tensor, scale: float) -> Tensor:

@@ -6,7 +6,7 @@ local map (and of the shared space where there are no projections).
 
 import inspect
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -185,9 +185,10 @@ class MedMoEGroundingOutput(ModelOutput):
     """Where in its image each word of a text is.
 
     Args:
-        heatmaps: (B, L, H/4, W/4), how much more a region is about a word than about the text's other words; 0 at
-            slots without a word. With `global_features="backbone"` the log-odds of GLoRIA's attention (their sigmoid
-            is a word's share of a region); with `"expert"` the part in the global similarity (`word_contributions`).
+        heatmaps: (B, L, H/4, W/4), how much more a region is about a word than about the reference, or than about the
+            text's other words; 0 at slots without a word. The part in the similarity (`word_contributions`), except
+            without a reference and with `global_features="backbone"`: there the log-odds of GLoRIA's attention, whose
+            sigmoid is a word's share of a region.
         word_mask: (B, L) bool, True where there is a word.
         expert_ids: (B,), the expert whose map was read.
     """
@@ -789,8 +790,12 @@ class MedMoEModel(MedMoEPreTrainedModel):
         token_type_ids: Tensor | None = None,
         word_ids: Tensor | None = None,
         modality: Any = None,
+        reference: Mapping[str, Tensor] | None = None,
     ) -> MedMoEGroundingOutput:
-        """A heat-map for each word of each image's text, higher where a region is more about it than about the others.
+        """A heat-map for each word of each image's text, higher where a region is more about it than the reference is.
+
+        Best held against reports of the same modality that lack what is looked for: `text="effusion"`, with normal
+        chest radiographs as the reference. Without a reference a word is held against the other words of its text.
 
         Where the local maps make the global embedding (`global_features="expert"`), both are read in the space of the
         global similarity, which says what tells images apart; else in that of the local loss. There two words that
@@ -801,6 +806,8 @@ class MedMoEModel(MedMoEPreTrainedModel):
             input_ids, attention_mask, token_type_ids, word_ids: (B, L), text i about image i; or (1, L), one text
                 about all images.
             modality: overrules the routers, as in `forward`.
+            reference: tokenized texts (any number of them, averaged) that all images are held against: what the
+                processor gives for `text=[...]`.
         """
         images = len(pixel_values)
         if len(input_ids) not in (1, images):
@@ -813,16 +820,25 @@ class MedMoEModel(MedMoEPreTrainedModel):
             logits = self.vision_model.router(backbone_output.pooler_output)
         expert_ids = self.vision_model.select_experts(logits, modality)
         local, _ = self.vision_model.fuse(backbone_output.feature_maps, expert_ids)
-        word_mask = text.word_mask.expand(images, -1)
-        if self.config.vision_config.global_features == "expert":
-            regions, words, score = local.flatten(2), text.word_embeds, word_contributions
-            if self.visual_projection is not None and self.text_projection is not None:
-                regions = self.visual_projection(regions.transpose(1, 2)).transpose(1, 2)
-                words = self.text_projection(words)
+        held_against = None
+        if reference is not None:
+            held_against = self.text_model(**reference, return_dict=True).pooler_output.mean(dim=0)
+        by_global = self.config.vision_config.global_features == "expert"
+        of_regions, of_words = (
+            (self.visual_projection, self.text_projection)
+            if by_global
+            else (self.local_projection, self.word_projection)
+        )
+        regions, words = local.flatten(2), text.word_embeds
+        if of_regions is not None and of_words is not None:
+            # Linear without a bias: the mean of the words and the projection may change places.
+            regions, words = of_regions(regions.transpose(1, 2)).transpose(1, 2), of_words(words)
+            held_against = None if held_against is None else of_words(held_against)
+        words, word_mask = words.expand(images, -1, -1), text.word_mask.expand(images, -1)
+        if by_global or held_against is not None:
+            heatmaps = word_contributions(regions, words, word_mask, held_against)
         else:
-            _, projected = self._project_image(backbone_output.pooler_output, local)
-            regions, words, score = projected.flatten(2), self._project_text(text).word_embeds, word_log_odds
-        heatmaps = score(regions, words.expand(images, -1, -1), word_mask)
+            heatmaps = word_log_odds(regions, words, word_mask)
         return MedMoEGroundingOutput(
             heatmaps=heatmaps.unflatten(2, local.shape[2:]),
             word_mask=word_mask,

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers.processing_utils import ProcessorMixin
 
-from .image_processing_medmoe import resize_heatmaps
+from .image_processing_medmoe import resize_heatmaps, smooth_heatmaps
 from .tokenization_medmoe import MedMoETokenizer
 
 
@@ -45,7 +45,10 @@ class MedMoEProcessor(ProcessorMixin):
         self.max_length = max_length
 
     def post_process_grounding(
-        self, heatmaps: Any, target_sizes: Sequence[tuple[int, int]] | torch.Tensor | None = None
+        self,
+        heatmaps: Any,
+        target_sizes: Sequence[tuple[int, int]] | torch.Tensor | None = None,
+        sigma: float = 0.0,
     ) -> list[torch.Tensor]:
         """Bring word heat-maps to the pixels of the original images.
 
@@ -54,6 +57,8 @@ class MedMoEProcessor(ProcessorMixin):
                 `word_mask` (B, W), true where a word is real.
             target_sizes: height and width of each original image, in pixels: B pairs or a tensor (B, 2). None means
                 the image processor's `size`.
+            sigma: width of a Gaussian that the maps are smoothed with first, in cells of the map; 0 leaves them as
+                they are, about 1 steadies the place of the peak.
 
         Returns:
             For each image a tensor (W_i, height, width) float32, bilinear between the cells. W_i counts the real
@@ -71,6 +76,8 @@ class MedMoEProcessor(ProcessorMixin):
             raise ValueError(f"heatmaps must be (images, words, height, width), got shape {tuple(maps.shape)}")
         if mask is not None and mask.shape != maps.shape[:2]:
             raise ValueError(f"word_mask {tuple(mask.shape)} does not fit heatmaps {tuple(maps.shape)}")
+        if sigma < 0:
+            raise ValueError(f"sigma is a width in cells and cannot be negative, got {sigma}")
 
         if target_sizes is None:
             size = self.image_processor.size
@@ -83,6 +90,7 @@ class MedMoEProcessor(ProcessorMixin):
         for size in sizes:
             if min(size) < 1:
                 raise ValueError(f"target_sizes are heights and widths in pixels, got {size}")
+        maps = smooth_heatmaps(maps, sigma)
         rows = maps if mask is None else [row[keep.bool()] for row, keep in zip(maps, mask, strict=True)]
         return [resize_heatmaps(row, size) for row, size in zip(rows, sizes, strict=True)]
 

@@ -75,6 +75,7 @@ def train(config: TrainConfig) -> TrainingRecord:
         # An expert that no sample of a batch selects has no gradient in that step.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+    _share_cores(accelerator, config.data.num_workers)
     set_seed(config.seed)
     model, processor = build_model(config.model)
     _freeze(model, config.freeze)
@@ -133,6 +134,14 @@ def train(config: TrainConfig) -> TrainingRecord:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return record
+
+
+def _share_cores(accelerator: Accelerator, num_workers: int) -> None:
+    """Leaves a core to each reader: on a CPU, threads that wait for a busy core cost more than they bring."""
+    if accelerator.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        # Processes on one machine share its cores as well; Accelerate's launcher sets OMP_NUM_THREADS for them.
+        torch.set_num_threads(max(1, cores - num_workers))
 
 
 def _freeze(model: torch.nn.Module, prefixes: list[str]) -> None:

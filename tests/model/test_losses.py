@@ -168,6 +168,43 @@ def test_images_are_read_in_chunks_of_bounded_size(name, elements, local, words,
     torch.testing.assert_close(losses.local_logits(config(name), local, words, word_mask), expected)
 
 
+@pytest.mark.parametrize("kept", [0, 2**24])
+@pytest.mark.parametrize("elements", [1, 2 * sum(WORDS_OF_CAPTION) * SIDE**2])
+def test_gloria_is_exact_however_it_is_cut(kept, elements, local, words, word_mask, monkeypatch):
+    """Image by image or three and one, the first softmax kept for the backward pass or computed again."""
+    monkeypatch.setattr(losses, "_CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(losses, "_KEPT_ELEMENTS", kept)
+    assert_same_with_gradients(
+        lambda regions, pieces: losses.local_loss(config("gloria"), regions, pieces, word_mask),
+        slow_gloria,
+        local,
+        words,
+    )
+
+
+@pytest.mark.parametrize("frozen", ["regions", "words"])
+def test_gloria_gives_gradients_only_where_they_are_wanted(frozen, local, words, word_mask):
+    def gradients(regions, pieces):
+        losses.local_loss(config("gloria"), regions, pieces, word_mask).backward()
+        return regions.grad, pieces.grad
+
+    both = gradients(*(tensor.detach().clone().requires_grad_() for tensor in (local, words)))
+    given = [tensor.detach().clone() for tensor in (local, words)]
+    trained = 0 if frozen == "words" else 1
+    given[trained].requires_grad_()
+    some = gradients(*given)
+    assert some[1 - trained] is None
+    torch.testing.assert_close(some[trained], both[trained])
+
+
+def test_regions_of_zeros_have_no_direction_and_no_gradient(words, word_mask):
+    """A dead expert: its map is zero everywhere."""
+    regions = torch.zeros(IMAGES, WIDTH, SIDE, SIDE, requires_grad=True)
+    loss = losses.local_loss(config("gloria"), regions, words, word_mask)
+    for gradient in torch.autograd.grad(loss, (regions, words)):
+        assert gradient.isfinite().all()
+
+
 @pytest.mark.parametrize("size", [1.0, 0.01])
 def test_a_sharp_attention_over_small_regions(size, local, words, word_mask, monkeypatch):
     monkeypatch.setitem(globals(), "TEMP1", 60.0)

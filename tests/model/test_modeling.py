@@ -827,6 +827,26 @@ def test_a_single_words_heatmap_sums_up_to_the_global_similarity(small, size):
     assert_same(grounded.heatmaps[:, 0].mean(dim=(1, 2)), expected, 1e-5)
 
 
+@pytest.mark.parametrize("changes", [{}, {"projection_dim": 16}, {"vision_config": {"global_features": "expert"}}])
+@pytest.mark.parametrize("count", [1, 3])
+def test_grounding_against_a_reference(small, changes, count):
+    model, pixels, batch, others = small(**changes), images(3), texts(count), texts(2, length=5)
+    grounded = model.ground(pixels, **batch, reference=others)
+    local = model.vision_model(pixels, modality=grounded.expert_ids).local_embeds
+    words, reference = model.text_model(**batch), model.text_model(**others).pooler_output.mean(dim=0)
+
+    def same(embeds):
+        return embeds
+
+    to_region, to_word = (model.local_projection or same), (model.word_projection or same)
+    for image, word, y, x in ((0, 0, 0, 0), (1, 2, 5, 9), (2, 1, 15, 15)):
+        text = image if count == 3 else 0
+        difference = to_word(words.word_embeds[text, word]) - to_word(reference)
+        expected = difference @ to_region(local[image, :, y, x])
+        assert_same(grounded.heatmaps[image, word, y, x], expected, 1e-5)
+    assert not grounded.heatmaps[~grounded.word_mask].any()
+
+
 def test_grounding_needs_one_text_or_one_for_each_image(small):
     with pytest.raises(ValueError, match="each of the 3 images; got 2"):
         small().ground(images(3), **texts(2))

@@ -1,6 +1,7 @@
 """The processor as a whole: one call, saving, loading in a process without this package, heat-maps back to pixels."""
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -235,6 +236,22 @@ def test_grounding_keeps_the_place_of_the_peak():
             assert column <= (x + 0.5) / width * 7 <= column + 1
 
 
+@pytest.mark.parametrize("sigma", [0.7, 1.5])
+def test_smoothing_is_a_gaussian_with_repeated_borders(sigma):
+    maps = torch.randn(2, 3, 9, 12)
+    smooth = build().post_process_grounding(maps, target_sizes=[(9, 12)] * 2, sigma=sigma)
+    reach = math.ceil(3 * sigma)
+    for image, word, row, column in ((0, 0, 4, 5), (1, 2, 0, 11)):
+        total = weights = 0.0
+        for dy in range(-reach, reach + 1):
+            for dx in range(-reach, reach + 1):
+                weight = math.exp(-(dy * dy + dx * dx) / (2 * sigma * sigma))
+                y, x = min(max(row + dy, 0), 8), min(max(column + dx, 0), 11)
+                total += weight * maps[image, word, y, x].item()
+                weights += weight
+        assert smooth[image][word, row, column].item() == pytest.approx(total / weights, abs=1e-5)
+
+
 @pytest.mark.parametrize("output", [Grounding, SimpleNamespace])
 def test_grounding_takes_only_real_words(output):
     maps = torch.randn(3, 4, 6, 6, dtype=torch.float64)
@@ -274,3 +291,8 @@ def test_labels_fit_the_words():
 def test_grounding_errors(heatmaps, sizes, message):
     with pytest.raises(ValueError, match=message):
         build().post_process_grounding(heatmaps, sizes)
+
+
+def test_smoothing_needs_a_width():
+    with pytest.raises(ValueError, match="cannot be negative, got -1"):
+        build().post_process_grounding(torch.zeros(1, 1, 4, 4), sigma=-1)
