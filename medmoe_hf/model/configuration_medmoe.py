@@ -82,10 +82,17 @@ class MedMoESwinConfig(SwinConfig):
     """The Swin Transformer inside the vision tower: `transformers.SwinConfig` under a model type of its own.
 
     The type of its own keeps transformers from writing the weights under the key names of its old Swin.
+
+    Args:
+        pyramid: what the experts read: `"stages"`, each stage's output before patches are merged, or `"merged"`, the
+            patch embedding and then each stage's output after merging, without the last stage (the official code).
+            The shapes are the same.
     """
 
     model_type = "medmoe_swin"
     base_config_key = "swin_config"
+
+    pyramid: Literal["stages", "merged"] = "stages"
 
 
 @strict
@@ -100,12 +107,21 @@ class MedMoEVisionConfig(PreTrainedConfig):
         image_size: side in pixels that the tower was made for (224 by default). Other sizes from 64 up work too.
         modalities: what expert k is, `{0: "xray", ...}` (or a sequence of names in order). Their number is the number
             of experts K.
-        global_features: where the global embedding v_g comes from: `"backbone"` (mean of the backbone's last tokens)
-            or `"expert"` (mean of the selected expert's map).
-        expert_hidden_size: width C of an expert's 3x3 convolutions.
+        pyramid_norm: whether each level of the pyramid is layer-normed before the experts read it.
+        global_features: where the global embedding v_g comes from: `"backbone"` (mean of the backbone's last tokens),
+            `"expert"` (mean of the selected expert's map) or `"both"` (the two side by side).
+        expert_type: `"convolution"` (three convolutions with BatchNorm a scale, two-dimensional alignment) or
+            `"token"` (one linear layer a scale, alignment of the flattened tokens, as in the official code).
+        expert_hidden_size: width C of a convolutional expert's 3x3 convolutions.
         local_size: width D of the local map V that an expert gives.
+        map_size: side of the local map; None for that of the finest level.
+        mixture: `"hard"` (each image goes to one expert) or `"soft"` (all experts, weighted by the router's
+            probabilities: version 1 of the official code).
         scale_attention_size: hidden width of the MLP that scores each scale at each position.
+        scale_attention_native: whether scales are scored at their own resolution, and the scores aligned (cheaper), or
+            aligned first.
         router_hidden_size: hidden width of the router's MLP.
+        router_norm: whether a LayerNorm stands in front of the router's MLP.
         initializer_range: standard deviation of newly initialised linear layers.
     """
 
@@ -118,11 +134,17 @@ class MedMoEVisionConfig(PreTrainedConfig):
     out_indices: list[int] | tuple[int, ...] | None = None
     image_size: int | None = None
     modalities: _Modalities = DEFAULT_MODALITIES
-    global_features: Literal["backbone", "expert"] = "backbone"
+    pyramid_norm: bool = False
+    global_features: Literal["backbone", "expert", "both"] = "backbone"
+    expert_type: Literal["convolution", "token"] = "convolution"
     expert_hidden_size: int = 144
     local_size: int = 768
+    map_size: int | None = None
+    mixture: Literal["hard", "soft"] = "hard"
     scale_attention_size: int = 192
+    scale_attention_native: bool = False
     router_hidden_size: int = 128
+    router_norm: bool = False
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -204,6 +226,8 @@ class MedMoEVisionConfig(PreTrainedConfig):
 
     def validate_sizes(self) -> None:
         _positive(self, "image_size", "expert_hidden_size", "local_size", "scale_attention_size", "router_hidden_size")
+        if self.map_size is not None:
+            _positive(self, "map_size")
 
     def validate_modalities(self) -> None:
         names = list(self.modalities.values())
@@ -227,6 +251,12 @@ class MedMoETextConfig(PreTrainedConfig):
         text_config: the encoder's own configuration, resolved by its `model_type` (BERT by default).
         num_summed_layers: how many of the last layers are summed into a token's embedding.
         word_pooling: how the pieces of a word become one embedding: `"sum"` or `"mean"`.
+        word_rule: what counts as a word: `"words"` (the tokenizer's), or `"official"` (the official code: special
+            tokens are words too, and the local loss sees the first 1 + n words, n the number of words that begin with
+            none of `bracket_token_ids`).
+        bracket_token_ids: ids of the tokens that begin with "[" (`word_rule="official"` only).
+        report_length: the report embedding is the sum of the words over this number (the official code divides by the
+            padded length); None for the mean of the words.
     """
 
     model_type = "medmoe_text_model"
@@ -235,6 +265,9 @@ class MedMoETextConfig(PreTrainedConfig):
     text_config: _SubConfig = None
     num_summed_layers: int = 4
     word_pooling: Literal["sum", "mean"] = "sum"
+    word_rule: Literal["words", "official"] = "words"
+    bracket_token_ids: list[int] | tuple[int, ...] = ()
+    report_length: int | None = None
     initializer_range: float = 0.02
 
     @property
@@ -246,9 +279,12 @@ class MedMoETextConfig(PreTrainedConfig):
         # The dual encoder's file holds these fields beside its own, so `MedMoETextModel.from_pretrained` on a dual
         # encoder's folder takes its part and leaves the rest.
         if cls.model_type == "medmoe_text_model" and config_dict.get("model_type") == "medmoe":
-            mine = ("text_config", "num_summed_layers", "word_pooling", "initializer_range", "dtype")
-            config_dict = {key: config_dict[key] for key in mine if key in config_dict}
+            config_dict = {key: config_dict[key] for key in (*_TEXT_FIELDS, "dtype") if key in config_dict}
         return super().from_dict(config_dict, **kwargs)
+
+    def validate_report_length(self) -> None:
+        if self.report_length is not None:
+            _positive(self, "report_length")
 
     def validate_summed_layers(self) -> None:
         layers = self.text_config.num_hidden_layers
@@ -264,6 +300,9 @@ class MedMoETextConfig(PreTrainedConfig):
             getattr(self, key).validate()
 
 
+_TEXT_FIELDS = tuple(MedMoETextConfig.__annotations__)
+
+
 @strict
 class MedMoEConfig(MedMoETextConfig):
     """MedMoE: image tower with modality experts, text tower, and how the two are compared.
@@ -271,18 +310,29 @@ class MedMoEConfig(MedMoETextConfig):
     Use `MedMoEConfig.from_preset("paper")` for the model of the paper; the defaults here are the same.
 
     Args:
-        text_config, num_summed_layers, word_pooling: the text tower, see `MedMoETextConfig`.
+        text_config, num_summed_layers, word_pooling, word_rule, bracket_token_ids, report_length: the text tower, see
+            `MedMoETextConfig`.
         vision_config: the image tower, see `MedMoEVisionConfig`.
         router: what selects the expert where there is a report: the `"report"` router or the `"image"` router. Without
-            a report it is always the image router; a caller's `modality` wins over both.
+            a report it is always the image router; a caller's `modality` wins over both. With `"image"` there is no
+            report router; with `"both"` there is one, trained beside it and asked by `route`, but the image's selects.
         projection_dim: width D of the shared space; None for no projections at all (the towers' widths must agree).
         similarity: what `logits_per_image` scores: `"global"` (v_g with t_g), `"local"` (words with regions) or their
             `"mean"`.
         local_loss: `"gloria"` (Huang et al., ICCV 2021) or `"token"` (the formula of section 4.4).
         temp1: inverse temperature of the attention over regions (`gloria`).
+        temp1_regions: the number of regions that `temp1` is meant for (361 = 19x19 in GLoRIA): with M regions it grows
+            to temp1 + ln(M / temp1_regions), so that the largest weight a region can have stays the same. None keeps
+            `temp1` as it is.
         temp2: inverse temperature with which a caption's words are aggregated (`gloria`).
         temp3: inverse temperature 1/τ of the contrast: the global loss, the local similarities, and both places of
             `token`'s formula.
+        learned_scale: whether the global loss has an inverse temperature of its own that is trained (`logit_scale`,
+            from 1/0.07, at most 100) in the place of `temp3`.
+        contrast: whether the two directions of a contrastive loss are added (`"sum"`) or averaged (`"mean"`).
+        aux_loss_on: what the auxiliary cross-entropy is given: the routers' `"logits"`, or their `"probabilities"`
+            (the official code: a second softmax, which never falls below 1.04 for six experts).
+        aux_label_smoothing: share of the auxiliary target that is spread over all modalities.
         global_loss_weight, local_loss_weight, aux_loss_weight: the weights of the total loss (section 4.6); the last
             is λ.
         classifier_features: what the head of `MedMoEForImageClassification` sees: `"backbone"`, `"expert"` (mean of
@@ -298,13 +348,18 @@ class MedMoEConfig(MedMoETextConfig):
     }
 
     vision_config: _SubConfig = None
-    router: Literal["report", "image"] = "report"
+    router: Literal["report", "image", "both"] = "report"
     projection_dim: int | None = None
     similarity: Literal["global", "local", "mean"] = "global"
     local_loss: Literal["gloria", "token"] = "gloria"
     temp1: float | int = 4.0
+    temp1_regions: int | None = None
     temp2: float | int = 5.0
     temp3: float | int = 10.0
+    learned_scale: bool = False
+    contrast: Literal["sum", "mean"] = "sum"
+    aux_loss_on: Literal["logits", "probabilities"] = "logits"
+    aux_label_smoothing: float | int = 0.0
     global_loss_weight: float | int = 1.0
     local_loss_weight: float | int = 1.0
     aux_loss_weight: float | int = 4.0
@@ -316,8 +371,9 @@ class MedMoEConfig(MedMoETextConfig):
         """The configuration of a preset.
 
         Args:
-            name: one of `PRESETS`: `"paper"` (the model of arXiv 2506.08356) or `"tiny"` (the same in small, for
-                demonstrations and tests).
+            name: one of `PRESETS`: `"paper"` (the model of arXiv 2506.08356), `"plus"` (what we recommend for new
+                training), `"official"` (what the authors' code computes, version 3; `OFFICIAL_VERSIONS` holds what
+                the others change) or `"tiny"` (`paper` in small, for demonstrations and tests).
             **overrides: fields to change; nested dictionaries change single fields of a sub-config.
 
         Raises:
@@ -336,10 +392,7 @@ class MedMoEConfig(MedMoETextConfig):
     def text_model_config(self) -> MedMoETextConfig:
         """The text tower's configuration; shares the encoder's configuration object with this one."""
         return MedMoETextConfig(
-            text_config=self.text_config,
-            num_summed_layers=self.num_summed_layers,
-            word_pooling=self.word_pooling,
-            initializer_range=self.initializer_range,
+            **{name: getattr(self, name) for name in _TEXT_FIELDS},
             dtype=self.dtype,
             attn_implementation=self._attn_implementation,
         )
@@ -348,6 +401,10 @@ class MedMoEConfig(MedMoETextConfig):
         if self.projection_dim is not None:
             _positive(self, "projection_dim")
             return
+        if self.vision_config.global_features == "both":
+            raise ValueError(
+                '`vision_config.global_features="both"` needs `projection_dim`, to bring the two together.'
+            )
         vision, text = self.vision_config, self.text_config
         widths = {"text_config.hidden_size": text.hidden_size, "vision_config.local_size": vision.local_size}
         # A timm backbone tells its width once it is built; the model checks it there.
@@ -359,6 +416,18 @@ class MedMoEConfig(MedMoETextConfig):
 
     def validate_temperatures(self) -> None:
         _positive(self, "temp1", "temp2", "temp3")
+        if self.temp1_regions is not None:
+            _positive(self, "temp1_regions")
+
+    def validate_routing(self) -> None:
+        if self.vision_config.mixture == "soft" and self.router == "report":
+            raise ValueError(
+                '`vision_config.mixture="soft"` mixes by the image router\'s probabilities; set `router="image"`.'
+            )
+
+    def validate_label_smoothing(self) -> None:
+        if not 0 <= self.aux_label_smoothing < 1:
+            raise ValueError(f"`aux_label_smoothing` must lie in 0..1, got {self.aux_label_smoothing}.")
 
     def validate_loss_weights(self) -> None:
         for name in ("global_loss_weight", "local_loss_weight", "aux_loss_weight"):
@@ -369,6 +438,40 @@ class MedMoEConfig(MedMoETextConfig):
 PRESETS: dict[str, dict[str, Any]] = {
     # Swin-T, six experts (36.9 M parameters in the image tower) and Bio_ClinicalBERT's shapes.
     "paper": {"text_config": {"model_type": "bert", "vocab_size": 28996}},
+    # The official code, version 3 (see `OFFICIAL_VERSIONS`).
+    "official": {
+        "text_config": {"model_type": "bert", "vocab_size": 28996},
+        "word_rule": "official",
+        "report_length": 25,
+        "router": "image",
+        "aux_loss_on": "probabilities",
+        "global_loss_weight": 0.5,
+        "local_loss_weight": 0.5,
+        "aux_loss_weight": 2.0,
+        "vision_config": {
+            "swin_config": {"pyramid": "merged"},
+            "expert_type": "token",
+            "scale_attention_size": 384,
+            "global_features": "expert",
+        },
+    },
+    "plus": {
+        "text_config": {"model_type": "bert", "vocab_size": 28996},
+        "word_pooling": "mean",
+        "router": "both",
+        "projection_dim": 512,
+        "temp1_regions": 361,
+        "learned_scale": True,
+        "contrast": "mean",
+        "aux_label_smoothing": 0.1,
+        "aux_loss_weight": 0.5,
+        "vision_config": {
+            "pyramid_norm": True,
+            "global_features": "both",
+            "scale_attention_native": True,
+            "router_norm": True,
+        },
+    },
     # Made to learn in minutes on two CPU cores, from nothing: shallow, initialised wider than pretrained shapes are,
     # and with v_g from the expert, whose convolutions learn faster than attention does. Two levels and small windows
     # keep each region's view narrow, so that its vector tells where something is.
@@ -408,6 +511,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
     },
 }
+
+OFFICIAL_VERSIONS: dict[int, dict[str, Any]] = {
+    1: {"global_features": "backbone", "mixture": "soft", "map_size": 16},
+    2: {"global_features": "backbone"},
+    3: {},
+}
+"""What the versions of the official code, which share their parameters, change in the preset's `vision_config`."""
 
 MedMoEConfig.register_for_auto_class()
 MedMoETextConfig.register_for_auto_class()

@@ -5,6 +5,7 @@ K experts.
 Everything is computed in float32, whatever the embeddings' type and any autocast around it.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,19 +31,21 @@ def cosine_logits(image_embeds: Tensor, text_embeds: Tensor, scale: float) -> Te
         return scale * image @ text.t()
 
 
-def contrastive_loss(logits_per_image: Tensor) -> Tensor:
-    """InfoNCE in both directions, summed (section 4.4); image i and caption i belong together.
+def contrastive_loss(logits_per_image: Tensor, contrast: str = "sum") -> Tensor:
+    """InfoNCE in both directions (section 4.4); image i and caption i belong together.
 
     Args:
         logits_per_image: (B, B).
+        contrast: whether the directions are added (`"sum"`) or averaged (`"mean"`).
     """
     if logits_per_image.shape[0] != logits_per_image.shape[1]:
         rows, columns = logits_per_image.shape
         raise ValueError(f"A contrastive loss needs a caption for each image, got {rows} images, {columns} captions.")
     target = torch.arange(logits_per_image.shape[0], device=logits_per_image.device)
-    return nn.functional.cross_entropy(logits_per_image, target) + nn.functional.cross_entropy(
+    both = nn.functional.cross_entropy(logits_per_image, target) + nn.functional.cross_entropy(
         logits_per_image.t(), target
     )
+    return both if contrast == "sum" else both / 2
 
 
 # Elements of the largest intermediate tensor: small enough to stay in the caches' and the allocator's reach, large
@@ -321,29 +324,69 @@ def token_loss(local_embeds: Tensor, word_embeds: Tensor, word_mask: Tensor, sca
         return per_report.sum() / word_mask.any(dim=1).sum().clamp_min(1)
 
 
-def modality_loss(router_logits: Tensor, modality_labels: Tensor) -> Tensor:
-    """Cross-entropy of a router's logits against the modality (section 4.5); labels of -100 are ignored.
+def modality_loss(config: Any, router_logits: Tensor, modality_labels: Tensor) -> Tensor:
+    """Cross-entropy of a router against the modality (section 4.5); labels of -100 are ignored.
 
     Args:
+        config: whose `aux_loss_on` and `aux_label_smoothing` are used.
         router_logits: (B, K).
         modality_labels: (B,) in 0..K-1, or -100. If all are -100 the loss is 0, with a gradient of 0.
     """
     with torch.autocast(router_logits.device.type, enabled=False):
+        scores = router_logits.float()
+        if config.aux_loss_on == "probabilities":
+            scores = scores.softmax(dim=-1)
         total = nn.functional.cross_entropy(
-            router_logits.float(), modality_labels, ignore_index=UNKNOWN_MODALITY, reduction="sum"
+            scores,
+            modality_labels,
+            ignore_index=UNKNOWN_MODALITY,
+            reduction="sum",
+            label_smoothing=config.aux_label_smoothing,
         )
         return total / (modality_labels != UNKNOWN_MODALITY).sum().clamp_min(1)
+
+
+def region_temperature(config: Any, positions: int) -> float:
+    """`config.temp1` for a map of so many positions (see `temp1_regions`)."""
+    if config.temp1_regions is None:
+        return config.temp1
+    return config.temp1 + math.log(positions / config.temp1_regions)
+
+
+def word_attention(config: Any, regions: Tensor, words: Tensor, word_mask: Tensor) -> Tensor:
+    """a_ij, which regions the context c_i of a word averages in the local loss that `config.local_loss` names.
+
+    `gloria`: a softmax over words, times temp1, then a softmax over regions; `token`: a softmax over regions.
+
+    Args:
+        regions: (B, D, M).
+        words: (B, W, D), text i about image i.
+        word_mask: (B, W) bool.
+
+    Returns:
+        (B, W, M) float32, rows that sum to 1; 0 where there is no word.
+    """
+    with torch.autocast(regions.device.type, enabled=False):
+        scores = words.float() @ regions.float()
+        if config.local_loss == "gloria":
+            # A text without words has nothing to share out: NaN, and masked below.
+            shares = scores.masked_fill(~word_mask.unsqueeze(-1), -torch.inf).softmax(dim=1)
+            scores = region_temperature(config, regions.shape[2]) * shares
+        else:
+            scores = config.temp3 * scores
+        return scores.softmax(dim=-1).masked_fill(~word_mask.unsqueeze(-1), 0.0)
 
 
 def local_logits(config: Any, local_embeds: Tensor, word_embeds: Tensor, word_mask: Tensor) -> Tensor:
     """The word-region similarity that belongs to `config.local_loss`; shapes as `gloria_logits`."""
     if config.local_loss == "gloria":
-        return gloria_logits(local_embeds, word_embeds, word_mask, config.temp1, config.temp2, config.temp3)
+        temp1 = region_temperature(config, local_embeds.shape[2] * local_embeds.shape[3])
+        return gloria_logits(local_embeds, word_embeds, word_mask, temp1, config.temp2, config.temp3)
     return token_logits(local_embeds, word_embeds, word_mask, config.temp3)
 
 
 def local_loss(config: Any, local_embeds: Tensor, word_embeds: Tensor, word_mask: Tensor) -> Tensor:
     """The local loss that `config.local_loss` names; caption i belongs to image i."""
     if config.local_loss == "gloria":
-        return contrastive_loss(local_logits(config, local_embeds, word_embeds, word_mask))
+        return contrastive_loss(local_logits(config, local_embeds, word_embeds, word_mask), config.contrast)
     return token_loss(local_embeds, word_embeds, word_mask, config.temp3)

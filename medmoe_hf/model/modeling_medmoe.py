@@ -5,6 +5,7 @@ local map (and of the shared space where there are no projections).
 """
 
 import inspect
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from .losses_medmoe import (
     local_logits,
     local_loss,
     modality_loss,
+    word_attention,
     word_contributions,
     word_log_odds,
 )
@@ -41,6 +43,8 @@ try:
     import timm
 except ImportError:  # only backbones named "timm/..." need it
     timm = None
+
+INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 
 MINIMUM_IMAGE_SIDE = 64
 """Below this a stride-32 pyramid ends in a single cell, and BatchNorm has no statistics for a single image."""
@@ -189,13 +193,41 @@ class MedMoEGroundingOutput(ModelOutput):
             text's other words; 0 at slots without a word. The part in the similarity (`word_contributions`), except
             without a reference and with `global_features="backbone"`: there the log-odds of GLoRIA's attention, whose
             sigmoid is a word's share of a region.
+        attention: (B, L, H/4, W/4), which regions the local loss averages for a word (GLoRIA's a_ij; the softmax over
+            regions of section 4.4 with `local_loss="token"`): sums to 1 for each word.
         word_mask: (B, L) bool, True where there is a word.
         expert_ids: (B,), the expert whose map was read.
     """
 
     heatmaps: Tensor | None = None
+    attention: Tensor | None = None
     word_mask: Tensor | None = None
     expert_ids: Tensor | None = None
+
+
+def word_starts(word_ids: Tensor) -> Tensor:
+    """(N, L) bool: the first piece of each word; `word_ids` as for `pool_words`."""
+    starts = word_ids >= 0
+    starts[:, 1:] &= word_ids[:, 1:] != word_ids[:, :-1]
+    return starts
+
+
+def official_word_ids(word_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """(N, L) word numbers in which special tokens are words too, as the official code groups pieces."""
+    positions = torch.arange(word_ids.shape[1], device=word_ids.device)
+    return torch.where((word_ids < 0) & (attention_mask > 0), word_ids.shape[1] + positions, word_ids)
+
+
+def official_word_mask(input_ids: Tensor, word_ids: Tensor, bracket_token_ids: Sequence[int]) -> Tensor:
+    """(N, L) bool: the words that the official code's local loss sees.
+
+    They are the first `cap_len`, 1 + the number of words that do not begin with "[". That is meant to be [CLS] and the
+    words, but a literal "[" in a text, or an unknown word ([UNK]), moves the cut.
+    """
+    brackets = torch.tensor(list(bracket_token_ids), dtype=input_ids.dtype, device=input_ids.device)
+    counted = word_starts(word_ids) & ~torch.isin(input_ids, brackets)
+    lengths = 1 + counted.sum(dim=1, keepdim=True)
+    return torch.arange(input_ids.shape[1], device=input_ids.device) < lengths
 
 
 def pool_words(hidden_states: Tensor, word_ids: Tensor, pooling: str) -> tuple[Tensor, Tensor]:
@@ -211,9 +243,7 @@ def pool_words(hidden_states: Tensor, word_ids: Tensor, pooling: str) -> tuple[T
         word embeddings (N, L, C), zero at slots without a word, and a bool mask (N, L), True where there is a word.
     """
     in_word = word_ids >= 0
-    starts = in_word.clone()
-    starts[:, 1:] &= word_ids[:, 1:] != word_ids[:, :-1]
-    slots = (starts.cumsum(dim=1) - 1).clamp_min(0)
+    slots = (word_starts(word_ids).cumsum(dim=1) - 1).clamp_min(0)
     pieces = hidden_states * in_word.unsqueeze(-1)
     words = torch.zeros_like(pieces).scatter_add(1, slots.unsqueeze(-1).expand_as(pieces), pieces)
     counts = torch.zeros_like(slots).scatter_add(1, slots, in_word.to(slots.dtype))
@@ -243,17 +273,20 @@ class MedMoESwinModel(SwinModel):
     def forward(
         self, pixel_values: Tensor, output_hidden_states: bool = False, output_attentions: bool = False, **kwargs: Any
     ) -> MedMoEBackboneOutput:
-        """(B, 3, H, W) to a `MedMoEBackboneOutput`; the pyramid is each stage's output before merging."""
-        window = self.config.window_size
+        """(B, 3, H, W) to a `MedMoEBackboneOutput`; `config.pyramid` says which maps are its pyramid."""
+        window, merged = self.config.window_size, self.config.pyramid == "merged"
         hidden_states, size = self.embeddings(pixel_values, interpolate_pos_encoding=True)
         feature_maps, all_states, attentions = [], [hidden_states], []
         for stage in self.encoder.layers:
+            if merged:
+                feature_maps.append(hidden_states.transpose(1, 2).unflatten(2, size))
             for index, block in enumerate(stage.blocks):
                 block.shift_size = 0 if index % 2 == 0 or min(size) <= window else window // 2
             hidden_states, feature_map, attention = stage(
                 hidden_states, size, always_partition=True, output_hidden_states_before_downsampling=True
             )
-            feature_maps.append(feature_map)
+            if not merged:
+                feature_maps.append(feature_map)
             all_states.append(hidden_states)
             attentions.append(attention)
             size = tuple(-(-side // 2) for side in size)
@@ -413,37 +446,76 @@ class MedMoEScaleScorer(nn.Module):
 
 
 class MedMoEExpert(nn.Module):
-    """One modality's expert (section 4.3): projects each scale, brings all to the finest and mixes them.
+    """One modality's expert (section 4.3): projects each scale, brings all to one size and mixes them.
 
     V = Σ_s β(s) F(s) at each position, β a softmax over the scales.
     """
 
     def __init__(self, config: MedMoEVisionConfig, channels: Sequence[int]) -> None:
         super().__init__()
-        hidden, size = config.expert_hidden_size, config.local_size
-        self.scale_projections = nn.ModuleList(
-            nn.Sequential(
-                MedMoEConvLayer(width, hidden, 1),
-                MedMoEConvLayer(hidden, hidden, 3),
-                MedMoEConvLayer(hidden, size, 1),
-            )
-            for width in channels
-        )
-        self.scale_attention = MedMoEScaleScorer(size, config.scale_attention_size)
+        self.score_native = config.scale_attention_native
+        self.scale_projections = nn.ModuleList(self.projection(config, width) for width in channels)
+        self.scale_attention = MedMoEScaleScorer(config.local_size, config.scale_attention_size)
 
-    def forward(self, feature_maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """S maps (B, C_s, H_s, W_s) to the local map (B, D, H_1, W_1) and the scale weights (B, S, H_1, W_1)."""
-        size = feature_maps[0].shape[-2:]
-        scales = [
-            align_map(project(feature_map), size)
-            for project, feature_map in zip(self.scale_projections, feature_maps, strict=True)
+    @staticmethod
+    def projection(config: MedMoEVisionConfig, width: int) -> nn.Module:
+        """The layers of one scale: (B, width, H, W) to (B, D, H, W)."""
+        hidden = config.expert_hidden_size
+        return nn.Sequential(
+            MedMoEConvLayer(width, hidden, 1),
+            MedMoEConvLayer(hidden, hidden, 3),
+            MedMoEConvLayer(hidden, config.local_size, 1),
+        )
+
+    @staticmethod
+    def align(feature_map: Tensor, size: Sequence[int]) -> Tensor:
+        """(B, D, h, w) to (B, D, *size)."""
+        return align_map(feature_map, size)
+
+    def forward(self, feature_maps: Sequence[Tensor], size: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """S maps (B, C_s, H_s, W_s) to the local map (B, D, *size) and the scale weights (B, S, *size).
+
+        Without a size, that of the first map.
+        """
+        size = feature_maps[0].shape[-2:] if size is None else size
+        projected = [
+            project(feature_map) for project, feature_map in zip(self.scale_projections, feature_maps, strict=True)
         ]
-        logits = torch.cat([self.scale_attention(scale) for scale in scales], dim=1)
+        scales = [self.align(scale, size) for scale in projected]
+        if self.score_native:
+            scores = [align_map(self.scale_attention(scale), size) for scale in projected]
+        else:
+            scores = [self.scale_attention(scale) for scale in scales]
+        logits = torch.cat(scores, dim=1)
         weights = logits.float().softmax(dim=1).to(logits.dtype)
         local = scales[0] * weights[:, :1]
         for index, scale in enumerate(scales[1:], start=1):
             local = local + scale * weights[:, index : index + 1]
         return local, weights
+
+
+class MedMoETokenExpert(MedMoEExpert):
+    """The official code's expert: a linear layer a scale, no norm, and tokens aligned as one row.
+
+    There tokens are up-sampled, projected and rectified in this order; projecting first is the same (interpolation
+    weights sum to one) and costs less.
+    """
+
+    @staticmethod
+    def projection(config: MedMoEVisionConfig, width: int) -> nn.Module:
+        return nn.Conv2d(width, config.local_size, 1)
+
+    @staticmethod
+    def align(feature_map: Tensor, size: Sequence[int]) -> Tensor:
+        """Linear interpolation along the flattened tokens, as it is there: it scrambles space."""
+        tokens = feature_map.flatten(2)
+        positions = size[0] * size[1]
+        if tokens.shape[2] != positions:
+            tokens = nn.functional.interpolate(tokens, size=positions, mode="linear", align_corners=False)
+        return nn.functional.relu(tokens).unflatten(2, tuple(size))
+
+
+_EXPERTS = {"convolution": MedMoEExpert, "token": MedMoETokenExpert}
 
 
 def align_map(feature_map: Tensor, size: Sequence[int]) -> Tensor:
@@ -454,15 +526,16 @@ def align_map(feature_map: Tensor, size: Sequence[int]) -> Tensor:
 
 
 class MedMoERouter(nn.Module):
-    """W2 ReLU(W1 x) (section 4.3): an embedding (B, C) to logits (B, K)."""
+    """W2 ReLU(W1 x) (section 4.3), with a LayerNorm in front or not: an embedding (B, C) to logits (B, K)."""
 
-    def __init__(self, in_features: int, hidden_size: int, num_experts: int) -> None:
+    def __init__(self, in_features: int, hidden_size: int, num_experts: int, norm: bool = False) -> None:
         super().__init__()
+        self.norm = nn.LayerNorm(in_features) if norm else nn.Identity()
         self.fc1 = nn.Linear(in_features, hidden_size)
         self.fc2 = nn.Linear(hidden_size, num_experts)
 
     def forward(self, embeds: Tensor) -> Tensor:
-        return self.fc2(nn.functional.relu(self.fc1(embeds)))
+        return self.fc2(nn.functional.relu(self.fc1(self.norm(embeds))))
 
 
 class MedMoEVisionModel(MedMoEPreTrainedModel):
@@ -484,14 +557,20 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
         else:
             self.backbone = MedMoETimmBackbone._from_config(config)
         channels = self.backbone.channels
-        self.router = MedMoERouter(channels[-1], config.router_hidden_size, config.num_experts)
-        self.experts = nn.ModuleList(MedMoEExpert(config, channels) for _ in range(config.num_experts))
+        self.router = MedMoERouter(
+            channels[-1], config.router_hidden_size, config.num_experts, norm=config.router_norm
+        )
+        self.level_norms = nn.ModuleList(nn.LayerNorm(width) for width in channels if config.pyramid_norm)
+        expert = _EXPERTS[config.expert_type]
+        self.experts = nn.ModuleList(expert(config, channels) for _ in range(config.num_experts))
         self.post_init()
 
     @property
     def global_size(self) -> int:
         """Width of v_g before any projection."""
-        return self.backbone.channels[-1] if self.config.global_features == "backbone" else self.config.local_size
+        widths = {"backbone": self.backbone.channels[-1], "expert": self.config.local_size}
+        widths["both"] = sum(widths.values())
+        return widths[self.config.global_features]
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()
@@ -507,7 +586,13 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
                 f"`pixel_values` must be (batch, channels, height, width) with sides of {MINIMUM_IMAGE_SIDE} pixels "
                 f"and more, got {tuple(pixel_values.shape)}."
             )
-        return self.backbone(pixel_values.to(self.backbone.dtype), **kwargs)
+        output = self.backbone(pixel_values.to(self.backbone.dtype), **kwargs)
+        if len(self.level_norms):
+            output.feature_maps = tuple(
+                norm(feature_map.movedim(1, -1)).movedim(-1, 1)
+                for norm, feature_map in zip(self.level_norms, output.feature_maps, strict=True)
+            )
+        return output
 
     def select_experts(self, router_logits: Tensor, modality: Any = None) -> Tensor:
         """(B, ..., K) logits to expert ids (B, ...): the largest, except where the caller's `modality` names one."""
@@ -518,31 +603,61 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
         ids = ids.view(-1, *[1] * (selected.dim() - 1))
         return torch.where(ids == UNKNOWN_MODALITY, selected, ids)
 
-    def fuse(self, feature_maps: Sequence[Tensor], expert_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def mixture_weights(self, router_logits: Tensor, modality: Any = None) -> Tensor | None:
+        """How a soft mixture weighs the experts, (B, K); None with `mixture="hard"`.
+
+        The router's probabilities; all on one expert where the caller's `modality` names it.
+        """
+        if self.config.mixture == "hard":
+            return None
+        weights = router_logits.softmax(dim=-1)
+        if modality is None:
+            return weights
+        ids = torch.tensor(self.config.modality_ids(modality, len(weights)), device=weights.device).unsqueeze(1)
+        named = torch.zeros_like(weights).scatter(1, ids.clamp_min(0), 1.0)
+        return torch.where(ids == UNKNOWN_MODALITY, weights, named)
+
+    def map_size(self, feature_maps: Sequence[Tensor]) -> tuple[int, int]:
+        """Height and width of the local map that is made of a pyramid."""
+        side = self.config.map_size
+        height, width = feature_maps[0].shape[-2:]
+        return (height, width) if side is None else (side, side)
+
+    def fuse(
+        self, feature_maps: Sequence[Tensor], expert_ids: Tensor, mixture: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Sends each image through its expert; experts that nobody selects are not computed.
 
         Args:
             feature_maps: S maps (B, C_s, H_s, W_s).
             expert_ids: (B,).
+            mixture: (B, K) from `mixture_weights`; then all experts are computed, and their results averaged so.
 
         Returns:
             local maps (B, D, H_1, W_1) and scale weights (B, S, H_1, W_1), in the order of the batch.
         """
+        size = self.map_size(feature_maps)
+        if mixture is not None:
+            everything = [expert(feature_maps, size) for expert in self.experts]
+            local, weights = (torch.stack(parts, dim=1) for parts in zip(*everything, strict=True))
+            return torch.einsum("bk,bkdhw->bdhw", mixture, local), torch.einsum("bk,bkshw->bshw", mixture, weights)
         order = expert_ids.argsort(stable=True)
         counts = torch.bincount(expert_ids, minlength=len(self.experts)).tolist()
         groups = [(expert, rows) for expert, rows in zip(self.experts, order.split(counts), strict=True) if len(rows)]
         if len(groups) == 1:
-            return groups[0][0](feature_maps)
-        parts = [expert([feature_map[rows] for feature_map in feature_maps]) for expert, rows in groups]
+            return groups[0][0](feature_maps, size)
+        parts = [expert([feature_map[rows] for feature_map in feature_maps], size) for expert, rows in groups]
         back = order.argsort()
         return torch.cat([local for local, _ in parts])[back], torch.cat([weights for _, weights in parts])[back]
 
     def global_embeds(self, backbone_output: MedMoEBackboneOutput, local_embeds: Tensor | None) -> Tensor:
-        """v_g: the backbone's mean (B, C), or the mean of the expert's map (B, D)."""
-        if self.config.global_features == "backbone":
-            return backbone_output.pooler_output
-        assert local_embeds is not None
-        return local_embeds.mean(dim=(2, 3))
+        """v_g: the backbone's mean (B, C), the mean of the expert's map (B, D), or the two side by side."""
+        kind = self.config.global_features
+        parts = [] if kind == "expert" else [backbone_output.pooler_output]
+        if kind != "backbone":
+            assert local_embeds is not None
+            parts.append(local_embeds.mean(dim=(2, 3)))
+        return torch.cat(parts, dim=-1)
 
     @can_return_tuple
     def forward(
@@ -559,8 +674,10 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
         router_logits = self.router(backbone_output.pooler_output)
         expert_ids = self.select_experts(router_logits, modality)
         local_embeds = scale_weights = None
-        if local or self.config.global_features == "expert":
-            local_embeds, scale_weights = self.fuse(backbone_output.feature_maps, expert_ids)
+        if local or self.config.global_features != "backbone":
+            local_embeds, scale_weights = self.fuse(
+                backbone_output.feature_maps, expert_ids, self.mixture_weights(router_logits, modality)
+            )
         return MedMoEVisionOutput(
             last_hidden_state=backbone_output.last_hidden_state,
             pooler_output=self.global_embeds(backbone_output, local_embeds),
@@ -635,10 +752,17 @@ class MedMoETextModel(MedMoEPreTrainedModel):
         )
         # Layers first, then pieces: one sum over words and not one a layer.
         tokens = torch.stack(outputs.hidden_states[-self.config.num_summed_layers :]).sum(dim=0)
-        word_embeds, word_mask = pool_words(
-            tokens, self._word_ids(tokens, attention_mask, word_ids), self.config.word_pooling
-        )
+        if attention_mask is None:
+            attention_mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
+        word_ids = self._word_ids(attention_mask, word_ids)
+        word_embeds, word_mask = pool_words(tokens, word_ids, self.config.word_pooling)
         count = word_mask.sum(dim=1, keepdim=True).clamp_min(1)
+        if self.config.report_length is not None:
+            count = torch.full_like(count, self.config.report_length)
+        if self.config.word_rule == "official":
+            if input_ids is None:
+                raise ValueError('`word_rule="official"` needs `input_ids`: it looks at the tokens themselves.')
+            word_mask = official_word_mask(input_ids, word_ids, self.config.bracket_token_ids)
         return MedMoETextOutput(
             last_hidden_state=outputs.last_hidden_state,
             pooler_output=word_embeds.sum(dim=1) / count,
@@ -648,15 +772,15 @@ class MedMoETextModel(MedMoEPreTrainedModel):
             attentions=outputs.attentions,
         )
 
-    @staticmethod
-    def _word_ids(tokens: Tensor, attention_mask: Tensor | None, word_ids: Tensor | None) -> Tensor:
+    def _word_ids(self, attention_mask: Tensor, word_ids: Tensor | None) -> Tensor:
         """(N, L) word numbers; a text without any word becomes one word of all its tokens, to be embedded at all."""
-        positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[:2])
-        attended = torch.ones_like(positions) if attention_mask is None else attention_mask
         if word_ids is None:
-            return torch.where(attended > 0, positions, -1)
+            positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+            return torch.where(attention_mask > 0, positions, -1)
+        if self.config.word_rule == "official":
+            return official_word_ids(word_ids, attention_mask)
         wordless = (word_ids < 0).all(dim=1, keepdim=True)
-        return torch.where(wordless & (attended > 0), 0, word_ids)
+        return torch.where(wordless & (attention_mask > 0), 0, word_ids)
 
 
 class MedMoEModel(MedMoEPreTrainedModel):
@@ -677,8 +801,10 @@ class MedMoEModel(MedMoEPreTrainedModel):
         self.text_model = MedMoETextModel._from_config(config.text_model_config())
         text_size, vision_config = config.text_config.hidden_size, config.vision_config
         self.report_router = None
-        if config.router == "report":
-            self.report_router = MedMoERouter(text_size, vision_config.router_hidden_size, vision_config.num_experts)
+        if config.router != "image":
+            self.report_router = MedMoERouter(
+                text_size, vision_config.router_hidden_size, vision_config.num_experts, norm=vision_config.router_norm
+            )
         global_size, size = self.vision_model.global_size, config.projection_dim
         if size is None and global_size != text_size:
             raise ValueError(
@@ -689,6 +815,7 @@ class MedMoEModel(MedMoEPreTrainedModel):
         self.local_projection = None if size is None else nn.Linear(vision_config.local_size, size, bias=False)
         self.text_projection = None if size is None else nn.Linear(text_size, size, bias=False)
         self.word_projection = None if size is None else nn.Linear(text_size, size, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE)) if config.learned_scale else None
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -696,6 +823,19 @@ class MedMoEModel(MedMoEPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.text_model.set_input_embeddings(value)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self and self.logit_scale is not None:
+            init.constant_(self.logit_scale, INITIAL_LOGIT_SCALE)
+
+    @property
+    def global_scale(self) -> Any:
+        """Inverse temperature of the global similarity: `config.temp3`, or the learned one."""
+        if self.logit_scale is None:
+            return self.config.temp3
+        return self.logit_scale.float().clamp(max=math.log(100)).exp()
 
     def _project_image(self, global_embeds: Tensor, local_embeds: Any) -> tuple[Tensor, Any]:
         if self.visual_projection is None or self.local_projection is None:
@@ -814,33 +954,37 @@ class MedMoEModel(MedMoEPreTrainedModel):
             raise ValueError(f"`ground` takes one text, or one for each of the {images} images; got {len(input_ids)}.")
         text = self._encode_text(input_ids, attention_mask, token_type_ids, word_ids)
         backbone_output = self.vision_model.encode(pixel_values)
-        if self.report_router is not None:
+        if self.report_router is not None and self.config.router == "report":
             logits = self.report_router(text.pooler_output).expand(images, -1)
         else:
             logits = self.vision_model.router(backbone_output.pooler_output)
         expert_ids = self.vision_model.select_experts(logits, modality)
-        local, _ = self.vision_model.fuse(backbone_output.feature_maps, expert_ids)
+        mixture = self.vision_model.mixture_weights(logits, modality)
+        local, _ = self.vision_model.fuse(backbone_output.feature_maps, expert_ids, mixture)
+        words, word_mask = text.word_embeds.expand(images, -1, -1), text.word_mask.expand(images, -1)
         held_against = None
         if reference is not None:
             held_against = self.text_model(**reference, return_dict=True).pooler_output.mean(dim=0)
-        by_global = self.config.vision_config.global_features == "expert"
-        of_regions, of_words = (
-            (self.visual_projection, self.text_projection)
-            if by_global
-            else (self.local_projection, self.word_projection)
-        )
-        regions, words = local.flatten(2), text.word_embeds
-        if of_regions is not None and of_words is not None:
+
+        def project(regions_by: nn.Module | None, words_by: nn.Module | None) -> tuple[Tensor, Tensor, Tensor | None]:
+            if regions_by is None or words_by is None:
+                return local.flatten(2), words, held_against
+            regions = regions_by(local.flatten(2).transpose(1, 2)).transpose(1, 2)
             # Linear without a bias: the mean of the words and the projection may change places.
-            regions, words = of_regions(regions.transpose(1, 2)).transpose(1, 2), of_words(words)
-            held_against = None if held_against is None else of_words(held_against)
-        words, word_mask = words.expand(images, -1, -1), text.word_mask.expand(images, -1)
-        if by_global or held_against is not None:
-            heatmaps = word_contributions(regions, words, word_mask, held_against)
+            return regions, words_by(words), None if held_against is None else words_by(held_against)
+
+        regions, by_loss, absent = project(self.local_projection, self.word_projection)
+        attention = word_attention(self.config, regions, by_loss, word_mask)
+        if self.config.vision_config.global_features == "expert":
+            regions, by_global, absent = project(self.visual_projection, self.text_projection)
+            heatmaps = word_contributions(regions, by_global, word_mask, absent)
+        elif absent is not None:
+            heatmaps = word_contributions(regions, by_loss, word_mask, absent)
         else:
-            heatmaps = word_log_odds(regions, words, word_mask)
+            heatmaps = word_log_odds(regions, by_loss, word_mask)
         return MedMoEGroundingOutput(
             heatmaps=heatmaps.unflatten(2, local.shape[2:]),
+            attention=attention.unflatten(2, local.shape[2:]),
             word_mask=word_mask,
             expert_ids=expert_ids,
         )
@@ -849,7 +993,7 @@ class MedMoEModel(MedMoEPreTrainedModel):
         """(B, N) logits of the kind that `config.similarity` names; everything already in the shared space."""
         kinds = []
         if self.config.similarity != "local":
-            kinds.append(cosine_logits(image_embeds, text.pooler_output, self.config.temp3))
+            kinds.append(cosine_logits(image_embeds, text.pooler_output, self.global_scale))
         if self.config.similarity != "global":
             kinds.append(local_logits(self.config, local_embeds, text.word_embeds, text.word_mask))
         return sum(kinds[1:], kinds[0]) / len(kinds)
@@ -865,12 +1009,14 @@ class MedMoEModel(MedMoEPreTrainedModel):
             the logits; and what `fuse` gives for `expert_ids`: local maps and scale weights.
         """
         logits = backbone_output.pooler_output.new_zeros(pair_ids.shape, dtype=torch.float32)
-        parts = []
+        parts, size = [], self.vision_model.map_size(backbone_output.feature_maps)
         for expert in torch.cat([expert_ids, pair_ids.flatten()]).unique().tolist():
             pairs, own = pair_ids == expert, expert_ids == expert
             rows = (own | pairs.any(dim=1)).nonzero().squeeze(1)
             columns = pairs.any(dim=0).nonzero().squeeze(1)
-            local, weights = self.vision_model.experts[expert]([maps[rows] for maps in backbone_output.feature_maps])
+            local, weights = self.vision_model.experts[expert](
+                [maps[rows] for maps in backbone_output.feature_maps], size
+            )
             parts.append((local[own[rows]], weights[own[rows]]))
             if not len(columns):
                 continue
@@ -933,31 +1079,37 @@ class MedMoEModel(MedMoEPreTrainedModel):
             raise ValueError(
                 f"`return_loss` needs one text for each image, got {len(pixel_values)} images, {len(input_ids)} texts."
             )
+        # With `router="both"` reports have a router too, but it selects nothing.
+        selecting = report_logits if config.router == "report" else None
         expert_ids = vision.select_experts(
-            report_logits if return_loss and report_logits is not None else router_logits, modality
+            selecting if return_loss and selecting is not None else router_logits, modality
         )
         logits_per_image = None
-        per_expert = config.similarity != "global" or config.vision_config.global_features == "expert"
-        if report_logits is not None and per_expert and not return_loss:
-            pair_ids = vision.select_experts(report_logits.expand(len(pixel_values), -1, -1), modality)
+        per_expert = config.similarity != "global" or config.vision_config.global_features != "backbone"
+        if selecting is not None and per_expert and not return_loss:
+            pair_ids = vision.select_experts(selecting.expand(len(pixel_values), -1, -1), modality)
             logits_per_image, local, scale_weights = self._compare_by_expert(
                 backbone_output, text, pair_ids, expert_ids
             )
         else:
-            local, scale_weights = vision.fuse(backbone_output.feature_maps, expert_ids)
+            local, scale_weights = vision.fuse(
+                backbone_output.feature_maps, expert_ids, vision.mixture_weights(router_logits, modality)
+            )
         image_embeds, local = self._project_image(vision.global_embeds(backbone_output, local), local)
         if logits_per_image is None:
             logits_per_image = self._similarity(image_embeds, local, text)
 
         losses: dict[str, Tensor] = {}
         if return_loss:
-            losses["loss_global"] = contrastive_loss(cosine_logits(image_embeds, text.pooler_output, config.temp3))
+            losses["loss_global"] = contrastive_loss(
+                cosine_logits(image_embeds, text.pooler_output, self.global_scale), config.contrast
+            )
             losses["loss_local"] = local_loss(config, local, text.word_embeds, text.word_mask)
             losses["loss_aux"] = losses["loss_global"].new_zeros(())
             if modality_labels is not None:
                 for logits in (router_logits, report_logits):
                     if logits is not None:
-                        losses["loss_aux"] = losses["loss_aux"] + modality_loss(logits, modality_labels)
+                        losses["loss_aux"] = losses["loss_aux"] + modality_loss(config, logits, modality_labels)
             losses["loss"] = (
                 config.global_loss_weight * losses["loss_global"]
                 + config.local_loss_weight * losses["loss_local"]
@@ -1041,7 +1193,9 @@ class MedMoEForImageClassification(MedMoEPreTrainedModel):
         if kind != "backbone":
             router_logits = self.vision_model.router(backbone_output.pooler_output)
             expert_ids = self.vision_model.select_experts(router_logits, modality)
-            local, _ = self.vision_model.fuse(backbone_output.feature_maps, expert_ids)
+            local, _ = self.vision_model.fuse(
+                backbone_output.feature_maps, expert_ids, self.vision_model.mixture_weights(router_logits, modality)
+            )
             features.append(local.mean(dim=(2, 3)))
         logits = self.classifier(torch.cat(features, dim=-1))
         loss = None if labels is None else self.loss_function(labels, logits, self.config)

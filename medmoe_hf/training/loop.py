@@ -2,8 +2,6 @@
 
 import json
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -19,6 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
+from medmoe_hf.data.atomic import whole_folder
 from medmoe_hf.data.collate import ContrastiveCollator
 from medmoe_hf.data.sources import PhantomSource, WebDatasetSource, open_source
 from medmoe_hf.evaluation.validation import validate
@@ -141,7 +140,7 @@ def _share_cores(accelerator: Accelerator, num_workers: int) -> None:
     if accelerator.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         # Processes on one machine share its cores as well; Accelerate's launcher sets OMP_NUM_THREADS for them.
-        torch.set_num_threads(max(1, cores - num_workers))
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - num_workers)))
 
 
 def _freeze(model: torch.nn.Module, prefixes: list[str]) -> None:
@@ -203,21 +202,7 @@ def _evaluate(
 
 
 def _save(model: Any, processor: Any, record: TrainingRecord, output_dir: Path) -> None:
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}-", dir=output_dir.parent))
-    try:
+    with whole_folder(output_dir) as partial:
         model.save_pretrained(partial)
         processor.save_pretrained(partial)
         (partial / "training.json").write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
-        partial.chmod(0o777 & ~_umask())
-        os.rename(partial, output_dir)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _umask() -> int:
-    # mkdtemp makes folders for their owner only; there is no way to read the mask without setting it.
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -40,7 +40,7 @@ def test_values_of_the_paper():
     assert (text.model_type, text.hidden_size, text.num_hidden_layers, text.vocab_size) == ("bert", 768, 12, 28996)
 
 
-@pytest.mark.parametrize("preset", ["paper", "tiny"])
+@pytest.mark.parametrize("preset", ["paper", "official", "plus", "tiny"])
 def test_overrides_change_single_fields_of_nested_configs(preset):
     before = MedMoEConfig.from_preset(preset)
     after = MedMoEConfig.from_preset(
@@ -80,7 +80,7 @@ def test_overrides_with_typing_errors_are_refused_with_a_suggestion(overrides, m
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r'Unknown preset "large"\. Known presets: paper, tiny'):
+    with pytest.raises(ValueError, match=r'Unknown preset "large"\. Known presets: official, paper, plus, tiny'):
         MedMoEConfig.from_preset("large")
 
 
@@ -132,7 +132,7 @@ def test_a_timm_backbone_has_no_swin():
     (MedMoEVisionConfig, {"modalities": ["ct", " "]}, "a name of its own"),
     (MedMoEVisionConfig, {"backbone": "resnet18"}, '`backbone` must be "swin" or "timm/<name>", got "resnet18"'),
     (MedMoEVisionConfig, {"out_indices": (1, 2)}, "`out_indices` chooses levels of a timm backbone"),
-    (MedMoEVisionConfig, {"global_features": "both"}, "global_features"),
+    (MedMoEVisionConfig, {"global_features": "all"}, "global_features"),
     (MedMoEVisionConfig, {"router_hidden_size": "128"}, "router_hidden_size"),
     (MedMoETextConfig, {"num_summed_layers": 13}, r"1\.\.12"),
     (MedMoETextConfig, {"num_summed_layers": 0}, r"1\.\.12"),

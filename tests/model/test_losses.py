@@ -102,7 +102,16 @@ def slow_modality(logits, labels):
 
 
 def config(local_loss):
-    return SimpleNamespace(local_loss=local_loss, temp1=TEMP1, temp2=TEMP2, temp3=TEMP3)
+    return SimpleNamespace(
+        local_loss=local_loss,
+        temp1=TEMP1,
+        temp1_regions=None,
+        temp2=TEMP2,
+        temp3=TEMP3,
+        contrast="sum",
+        aux_loss_on="logits",
+        aux_label_smoothing=0.0,
+    )
 
 
 def leaf(*shape, scale=1.0):
@@ -243,7 +252,7 @@ def test_slots_without_a_word_do_not_count(name, local, words, word_mask):
 def test_modality_loss(labels):
     labels = torch.tensor(labels)
     assert_same_with_gradients(
-        lambda logits: losses.modality_loss(logits, labels),
+        lambda logits: losses.modality_loss(config("gloria"), logits, labels),
         lambda logits: slow_modality(logits, labels),
         leaf(IMAGES, EXPERTS),
     )
@@ -251,7 +260,7 @@ def test_modality_loss(labels):
 
 def test_modality_loss_of_unknown_modalities_is_zero_with_a_gradient_of_zero():
     logits = leaf(IMAGES, EXPERTS)
-    loss = losses.modality_loss(logits, torch.full((IMAGES,), -100))
+    loss = losses.modality_loss(config("gloria"), logits, torch.full((IMAGES,), -100))
     loss.backward()
     assert loss.item() == 0
     assert logits.grad.tolist() == [[0.0] * EXPERTS] * IMAGES

@@ -604,7 +604,7 @@ def test_the_total_loss(small, changes):
     expected_local = local_loss(model.config, outputs.local_embeds, outputs.word_embeds, outputs.word_mask)
     heads = [outputs.router_logits, outputs.report_router_logits]
     assert (heads[1] is None) == (model.config.router == "image")
-    expected_aux = sum(modality_loss(logits, labels) for logits in heads if logits is not None)
+    expected_aux = sum(modality_loss(model.config, logits, labels) for logits in heads if logits is not None)
     assert_same(outputs.loss_global, expected_global, 1e-5)
     assert_same(outputs.loss_local, expected_local, 1e-5)
     assert_same(outputs.loss_aux, expected_aux, 1e-5)

@@ -1,0 +1,164 @@
+"""Reading other people's checkpoint files: tensors and plain containers, and never their code."""
+
+import collections
+import io
+import pickle
+import types
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+
+class ConvertError(ValueError):
+    """A checkpoint that cannot be converted; the message says which file or key, and what to do."""
+
+
+class _Ignored:
+    """Stands where a file asks for an object of a class that we do not know: takes everything, does nothing."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "_Ignored":
+        return object.__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __call__(self, *args: Any, **kwargs: Any) -> "_Ignored":
+        return _Ignored()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def append(self, item: Any) -> None:
+        pass
+
+    def extend(self, items: Any) -> None:
+        pass
+
+    def add(self, item: Any) -> None:
+        pass
+
+
+# What a file may have built: tensors and plain containers.
+_ALLOWED: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("collections", "defaultdict"): collections.defaultdict,
+    ("torch", "Size"): torch.Size,
+    ("torch", "device"): torch.device,
+    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+    ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
+    **{
+        ("builtins", kind.__name__): kind
+        for kind in (dict, list, tuple, set, frozenset, int, float, complex, bool, str, bytes, bytearray, slice, range)
+    },
+    **{("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
+}
+# Modules through which pickles run code. An honest checkpoint has no call for them; a file that does is not to be
+# trusted, though we would not run it either way.
+_HOSTILE = frozenset(
+    "os posix nt ntpath posixpath subprocess sys builtins __builtin__ importlib imp runpy shutil socket ctypes commands "
+    "pty platform code codeop pdb timeit webbrowser operator functools asyncio multiprocessing threading signal "
+    "tempfile pathlib pickle _pickle marshal shelve dill cloudpickle urllib http requests ftplib smtplib telnetlib "
+    "numpy.testing torch.hub torch.serialization torch.utils torch.package torch.jit torch._dynamo".split()
+)
+
+
+def _is_hostile(module: str) -> bool:
+    parts = module.split(".")
+    return any(".".join(parts[:length]) in _HOSTILE for length in range(1, len(parts) + 1))
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _ALLOWED:
+            return _ALLOWED[module, name]
+        if _is_hostile(module):
+            raise ConvertError(
+                f"the file asks to call {module}.{name}, which a checkpoint has no reason to do. Nothing of it was "
+                "run. Do not load this file with other tools; get it from a source that you trust."
+            )
+        # Never imported, whatever it is.
+        return type(name, (_Ignored,), {"__module__": module})
+
+
+def _load(file: Any, **kwargs: Any) -> Any:
+    return _Unpickler(file, **kwargs).load()
+
+
+# What `torch.load` asks of a pickle module.
+_plain_pickle = types.ModuleType("medmoe_plain_pickle")
+_plain_pickle.Unpickler = _Unpickler  # type: ignore[attr-defined]
+_plain_pickle.load = _load  # type: ignore[attr-defined]
+_plain_pickle.loads = lambda data, **kwargs: _load(io.BytesIO(data), **kwargs)  # type: ignore[attr-defined]
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Everything plain that a file holds; objects of unknown classes are replaced by inert ones, and no code is run.
+
+    Args:
+        path: `.safetensors`, or what `torch.save` wrote (`.ckpt`, `.pt`, `.pth`, `.bin`; either of its formats).
+
+    Raises:
+        ConvertError: for a missing, truncated or foreign file, and for one that would run code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConvertError(f"{path}: there is no such file.")
+    try:
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+            if any(name.endswith("/constants.pkl") for name in names):
+                raise ConvertError("it is a TorchScript program, which holds code; save the model's `state_dict()`.")
+            if not any(name.endswith("data.pkl") for name in names):
+                raise ConvertError("it is a zip archive, but not one that `torch.save` wrote.")
+        content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_plain_pickle)
+    except ConvertError as error:
+        raise ConvertError(f"{path}: {error}") from None
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        RuntimeError,
+        SafetensorError,
+        zipfile.BadZipFile,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        IndexError,
+        OSError,
+    ) as error:
+        raise ConvertError(
+            f"{path} cannot be read: it is truncated, or no checkpoint ({type(error).__name__}). Compare its size or "
+            "checksum with the source's and fetch it again."
+        ) from error
+    if not isinstance(content, dict):
+        raise ConvertError(f"{path} holds {type(content).__name__}, not a dictionary of tensors.")
+    return content
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint: a bare state dict, or the one inside a Lightning (or timm) file.
+
+    Raises:
+        ConvertError: as `read_checkpoint`, and if there are no tensors.
+    """
+    content = read_checkpoint(path)
+    for key in ("state_dict", "model"):
+        if isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    if not tensors:
+        listed = ", ".join(str(key) for key in list(content)[:8]) or "nothing"
+        raise ConvertError(f"{path} holds no tensors under names; at its top are: {listed}.")
+    return {name: tensor.detach() for name, tensor in tensors.items()}
