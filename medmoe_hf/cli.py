@@ -1,5 +1,7 @@
 """The `medmoe` command: parses arguments and hands them on."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -51,3 +53,123 @@ def phantom(
     except (FileExistsError, ValueError) as error:
         raise SystemExit(f"medmoe phantom: {error}") from error
     typer.echo(f"Wrote {len(paths)} tars with {samples} samples each to {out}.")
+
+
+convert = typer.Typer(help="Turn other checkpoints into folders that load anywhere.", no_args_is_help=True)
+app.add_typer(convert, name="convert")
+
+_Checkpoint = Annotated[Path, typer.Argument(help=".ckpt, .pt, .bin or .safetensors; no code in it is run.")]
+_Out = Annotated[Path, typer.Argument(help="Folder to make.")]
+_Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")]
+_ImageSize = Annotated[int, typer.Option(min=64, help="Side of the images it was trained on.")]
+_TextHeads = Annotated[int | None, typer.Option(min=1, help="Attention heads of the BERT; width / 64 by default.")]
+_AllowMissing = Annotated[
+    list[str] | None, typer.Option(help="Pattern of tensors (in our names) that may be missing; may be repeated.")
+]
+_CLINICAL_BERT = "emilyalsentzer/Bio_ClinicalBERT"
+_Tokenizer = Annotated[str, typer.Option(help="Folder, Hub id or vocab.txt.")]
+
+
+@contextmanager
+def _errors_of(command: str) -> Iterator[None]:
+    """What a user can mend, in a line and without a traceback."""
+    try:
+        yield
+    except (ValueError, FileExistsError, FileNotFoundError) as error:
+        raise SystemExit(f"medmoe {command}: {error}") from error
+
+
+@convert.command()
+def official(
+    checkpoint: _Checkpoint,
+    out: _Out,
+    tokenizer: _Tokenizer = _CLINICAL_BERT,
+    official_version: Annotated[
+        int, typer.Option(min=1, max=3, help="Where the global embedding comes from; the file does not say.")
+    ] = 3,
+    image_size: _ImageSize = 224,
+    text_heads: _TextHeads = None,
+    max_length: Annotated[int, typer.Option(min=3, help="Tokens that captions were padded to.")] = 25,
+    modality: Annotated[list[str] | None, typer.Option(help="Name of an expert; repeat in order.")] = None,
+    allow_missing: _AllowMissing = None,
+    force: _Force = False,
+) -> None:
+    """A checkpoint of the authors' code; the folder gives its numbers."""
+    from medmoe_hf.hub import convert_official
+
+    with _errors_of("convert official"):
+        report = convert_official(
+            checkpoint,
+            out,
+            tokenizer=tokenizer,
+            official_version=official_version,
+            image_size=image_size,
+            text_heads=text_heads,
+            max_length=max_length,
+            modalities=modality,
+            allow_missing=allow_missing or (),
+            force=force,
+        )
+    typer.echo(f"{report}\nWrote {out}.")
+
+
+@convert.command()
+def medclip(
+    checkpoint: _Checkpoint,
+    out: _Out,
+    tokenizer: _Tokenizer = _CLINICAL_BERT,
+    preset: Annotated[str, typer.Option(help="Of the new model.")] = "paper",
+    projection_dim: Annotated[
+        int | None, typer.Option(min=1, help="512 on a paper model keeps MedCLIP's projections too.")
+    ] = None,
+    image_size: _ImageSize = 224,
+    text_heads: _TextHeads = None,
+    allow_missing: _AllowMissing = None,
+    force: _Force = False,
+) -> None:
+    """MedCLIP's Swin and BERT in a new model: the paper's initialisation."""
+    from medmoe_hf.hub import convert_medclip
+
+    with _errors_of("convert medclip"):
+        report = convert_medclip(
+            checkpoint,
+            out,
+            tokenizer=tokenizer,
+            preset=preset,
+            projection_dim=projection_dim,
+            image_size=image_size,
+            text_heads=text_heads,
+            allow_missing=allow_missing or (),
+            force=force,
+        )
+    typer.echo(f"{report}\nWrote {out}.")
+
+
+@app.command()
+def init(
+    out: _Out,
+    preset: Annotated[str, typer.Option(help="paper, plus, official or tiny.")],
+    vision: Annotated[
+        str | None, typer.Option(help="A Swin: folder, Hub id or file; or timm/<name>, any hierarchical model.")
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="Any BERT-like model: folder or Hub id.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Folder, Hub id or vocab.txt; by default the text's.")] = None,
+    projection_dim: Annotated[int | None, typer.Option(min=1, help="Width of the shared space.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the new parts.")] = 0,
+    force: _Force = False,
+) -> None:
+    """A new model of a preset, on published towers."""
+    from medmoe_hf.hub import init_model
+
+    with _errors_of("init"):
+        report = init_model(
+            out,
+            preset,
+            vision=vision,
+            text=text,
+            tokenizer=tokenizer,
+            overrides={} if projection_dim is None else {"projection_dim": projection_dim},
+            seed=seed,
+            force=force,
+        )
+    typer.echo(f"{report}\nWrote {out}.")

@@ -60,26 +60,31 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     },
     **{("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
 }
-# Modules through which pickles run code. An honest checkpoint has no call for them; a file that does is not to be
-# trusted, though we would not run it either way.
-_HOSTILE = frozenset(
-    "os posix nt ntpath posixpath subprocess sys builtins __builtin__ importlib imp runpy shutil socket ctypes commands "
-    "pty platform code codeop pdb timeit webbrowser operator functools asyncio multiprocessing threading signal "
-    "tempfile pathlib pickle _pickle marshal shelve dill cloudpickle urllib http requests ftplib smtplib telnetlib "
-    "numpy.testing torch.hub torch.serialization torch.utils torch.package torch.jit torch._dynamo".split()
+# What pickles run code through. An honest checkpoint has no call for these; a file that does is not to be trusted,
+# though nothing of it would be run either way. (Whatever else a file names, enums and paths say, is merely ignored.)
+_HOSTILE_MODULES = frozenset(
+    {"os", "posix", "nt", "subprocess", "sys", "importlib", "imp", "runpy", "shutil", "socket", "ctypes", "commands"}
+    | {"pty", "platform", "code", "codeop", "pdb", "timeit", "webbrowser", "pickle", "_pickle", "marshal", "dill"}
+    | {"urllib", "http", "requests", "ftplib", "smtplib", "torch.hub", "torch.jit", "torch.package"}
+)
+_HOSTILE_BUILTINS = frozenset(
+    {"eval", "exec", "execfile", "compile", "__import__", "open", "open_code", "FileIO"}
+    | {"input", "breakpoint", "setattr", "delattr"}
 )
 
 
-def _is_hostile(module: str) -> bool:
+def _is_hostile(module: str, name: str) -> bool:
+    if module in ("builtins", "__builtin__", "io", "_io"):
+        return name in _HOSTILE_BUILTINS
     parts = module.split(".")
-    return any(".".join(parts[:length]) in _HOSTILE for length in range(1, len(parts) + 1))
+    return any(".".join(parts[:length]) in _HOSTILE_MODULES for length in range(1, len(parts) + 1))
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _ALLOWED:
             return _ALLOWED[module, name]
-        if _is_hostile(module):
+        if _is_hostile(module, name):
             raise ConvertError(
                 f"the file asks to call {module}.{name}, which a checkpoint has no reason to do. Nothing of it was "
                 "run. Do not load this file with other tools; get it from a source that you trust."

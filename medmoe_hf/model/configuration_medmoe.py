@@ -512,6 +512,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+PRESET_MAX_LENGTH = {"paper": 25, "official": 25, "plus": 256, "tiny": 48}
+"""Longest text of each preset, in tokens with the special ones; the processor of a new model truncates to it."""
+
 OFFICIAL_VERSIONS: dict[int, dict[str, Any]] = {
     1: {"global_features": "backbone", "mixture": "soft", "map_size": 16},
     2: {"global_features": "backbone"},

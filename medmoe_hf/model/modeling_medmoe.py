@@ -495,15 +495,11 @@ class MedMoEExpert(nn.Module):
 
 
 class MedMoETokenExpert(MedMoEExpert):
-    """The official code's expert: a linear layer a scale, no norm, and tokens aligned as one row.
-
-    There tokens are up-sampled, projected and rectified in this order; projecting first is the same (interpolation
-    weights sum to one) and costs less.
-    """
+    """The official code's expert: a linear layer and ReLU a scale, no norm, and tokens aligned as one row."""
 
     @staticmethod
     def projection(config: MedMoEVisionConfig, width: int) -> nn.Module:
-        return nn.Conv2d(width, config.local_size, 1)
+        return nn.Sequential(nn.Conv2d(width, config.local_size, 1), nn.ReLU())
 
     @staticmethod
     def align(feature_map: Tensor, size: Sequence[int]) -> Tensor:
@@ -512,7 +508,7 @@ class MedMoETokenExpert(MedMoEExpert):
         positions = size[0] * size[1]
         if tokens.shape[2] != positions:
             tokens = nn.functional.interpolate(tokens, size=positions, mode="linear", align_corners=False)
-        return nn.functional.relu(tokens).unflatten(2, tuple(size))
+        return tokens.unflatten(2, tuple(size))
 
 
 _EXPERTS = {"convolution": MedMoEExpert, "token": MedMoETokenExpert}

@@ -13,10 +13,8 @@ from medmoe_hf.model import (
     MedMoEProcessor,
     MedMoETokenizer,
 )
+from medmoe_hf.model.configuration_medmoe import PRESET_MAX_LENGTH
 from medmoe_hf.training.config import ModelSection
-
-PRESET_MAX_LENGTH = {"paper": 25, "tiny": 48}
-"""Longest text of each preset, in pieces; model.md row 14."""
 
 
 def build_model(section: ModelSection) -> tuple[MedMoEModel, MedMoEProcessor]:
