@@ -282,3 +282,60 @@ def test_losses_are_float32_under_autocast_and_for_half_precision(name, local, w
 def test_contrast_needs_a_caption_for_each_image():
     with pytest.raises(ValueError, match="got 2 images, 3 captions"):
         losses.contrastive_loss(torch.zeros(2, 3))
+
+
+def test_both_directions_can_be_averaged(local, words, word_mask):
+    logits = torch.randn(3, 3)
+    both = losses.contrastive_loss(logits)
+    assert losses.contrastive_loss(logits, "mean").item() == pytest.approx(both.item() / 2)
+    averaged = config("gloria")
+    averaged.contrast = "mean"
+    expected = losses.local_loss(config("gloria"), local, words, word_mask) / 2
+    torch.testing.assert_close(losses.local_loss(averaged, local, words, word_mask), expected)
+
+
+def test_the_attention_grows_with_the_number_of_regions(local, words, word_mask):
+    """So that the largest weight that a region can have stays that of 19x19 regions."""
+    scaled = config("gloria")
+    scaled.temp1_regions = 361
+    for side in (7, 19, 56):
+        temp1 = losses.region_temperature(scaled, side * side)
+        assert math.exp(temp1) / side**2 == pytest.approx(math.exp(TEMP1) / 361)
+    assert losses.region_temperature(config("gloria"), 49) == TEMP1
+    found = losses.local_logits(scaled, local, words, word_mask)
+    temp1 = TEMP1 + math.log(SIDE**2 / 361)
+    torch.testing.assert_close(found, losses.gloria_logits(local, words, word_mask, temp1, TEMP2, TEMP3))
+
+
+def test_modality_loss_of_probabilities_is_a_second_softmax():
+    """It falls no lower than 1.0436 for six experts (spec, row 3)."""
+    double = config("gloria")
+    double.aux_loss_on = "probabilities"
+    logits, labels = torch.randn(3, EXPERTS), torch.tensor([1, -100, 4])
+    rows = [softmax(softmax(list(logits[i]))) for i in (0, 2)]
+    expected = -(rows[0][1].log() + rows[1][4].log()) / 2
+    assert losses.modality_loss(double, logits, labels).item() == pytest.approx(expected.item(), rel=1e-6)
+    certain = 1000.0 * torch.eye(EXPERTS)
+    assert losses.modality_loss(double, certain, torch.arange(EXPERTS)).item() == pytest.approx(1.0436, abs=1e-4)
+
+
+def test_smoothed_labels():
+    smooth = config("gloria")
+    smooth.aux_label_smoothing = 0.1
+    logits, labels = torch.randn(2, EXPERTS), torch.tensor([1, 4])
+    logs = [[share.log() for share in softmax(list(row))] for row in logits]
+    expected = sum(-0.9 * logs[i][int(labels[i])] - 0.1 * sum(logs[i]) / EXPERTS for i in range(2)) / 2
+    assert losses.modality_loss(smooth, logits, labels).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gloria", "token"])
+def test_which_regions_a_word_s_context_averages(name, local, words, word_mask):
+    attention = losses.word_attention(config(name), local.flatten(2), words, word_mask)
+    for caption in range(IMAGES):
+        regions, own = regions_of(local, caption), words_of(words, caption)
+        for i, word in enumerate(own):
+            scores = [TEMP3 * dot(word, region) for region in regions]
+            if name == "gloria":
+                scores = [TEMP1 * softmax([dot(other, region) for other in own])[i] for region in regions]
+            torch.testing.assert_close(attention[caption, i], torch.stack(softmax(scores)))
+    assert not attention[~word_mask].any()

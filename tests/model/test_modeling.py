@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from torch import nn
 from torch.nn.functional import cosine_similarity, cross_entropy, normalize
@@ -196,6 +197,12 @@ NO_EFFECT = ("key.bias", "k_proj.bias", "scale_attention.fc2.bias")  # a softmax
         {"router": "image", "local_loss": "token"},
         {"vision_config": {"global_features": "expert"}},
         {"projection_dim": 16, "text_config": {"model_type": "distilbert"}},
+        {"router": "both", "learned_scale": True},
+        {
+            "projection_dim": 16,
+            "vision_config": {"pyramid_norm": True, "router_norm": True, "global_features": "both"},
+        },
+        {"router": "image", "vision_config": {"expert_type": "token", "swin_config": {"pyramid": "merged"}}},
     ],
 )
 def test_every_parameter_is_trained(small, changes):
@@ -241,6 +248,59 @@ def test_an_expert_mixes_its_scales_with_a_softmax_at_each_position(small):
         assert_same(weights[0, :, y, x], beta)
         assert_same(local[0, :, y, x], sum(b * scale[0, :, y, x] for b, scale in zip(beta, scales, strict=True)))
     assert local.shape == (2, 64, 16, 16)
+
+
+def test_scores_at_native_resolution_are_aligned_themselves(small):
+    model = small(vision_config={"scale_attention_native": True})
+    expert = model.vision_model.experts[2]
+    maps = model.vision_model.encode(images(2)).feature_maps
+    local, weights = expert(maps)
+    projected = [project(level) for project, level in zip(expert.scale_projections, maps, strict=True)]
+    scores = [align_map(expert.scale_attention(level), (16, 16)) for level in projected]
+    shares = torch.cat(scores, dim=1).exp()
+    shares = shares / shares.sum(dim=1, keepdim=True)
+    assert_same(weights, shares)
+    assert_same(local, sum(shares[:, k : k + 1] * align_map(projected[k], (16, 16)) for k in range(4)))
+
+
+def test_levels_of_the_pyramid_are_normed(small):
+    plain, normed = small(), small(vision_config={"pyramid_norm": True})
+    normed.load_state_dict(plain.state_dict(), strict=False)
+    pixels = images(2)
+    for index, (before, after) in enumerate(
+        zip(
+            plain.vision_model.encode(pixels).feature_maps,
+            normed.vision_model.encode(pixels).feature_maps,
+            strict=True,
+        )
+    ):
+        norm = normed.vision_model.level_norms[index]
+        centred = before - before.mean(dim=1, keepdim=True)
+        scaled = centred / (centred.square().mean(dim=1, keepdim=True) + 1e-5).sqrt()
+        assert_same(after, scaled * norm.weight.view(-1, 1, 1) + norm.bias.view(-1, 1, 1), 1e-5)
+
+
+def test_a_router_can_have_a_norm_in_front():
+    router = lived_in(MedMoERouter(8, 5, 6, norm=True))
+    embeds = torch.randn(2, 8)
+    normed = nn.functional.layer_norm(embeds, (8,), router.norm.weight, router.norm.bias)
+    hidden = (normed @ router.fc1.weight.t() + router.fc1.bias).clamp_min(0)
+    assert_same(router(embeds), hidden @ router.fc2.weight.t() + router.fc2.bias)
+
+
+def test_what_the_merged_pyramid_reads():
+    """The patch embedding and the first three stages after merging: transformers' own hidden states."""
+    sizes = {"embed_dim": 8, "depths": (1, 1, 2, 1), "num_heads": (1, 1, 2, 2), "window_size": 2, "image_size": 64}
+    native = NativeSwinModel(NativeSwinConfig(**sizes), add_pooling_layer=False).eval()
+    ours = MedMoESwinModel(MedMoESwinConfig(**sizes, pyramid="merged"), add_pooling_layer=False).eval()
+    ours.load_state_dict(native.state_dict())
+    pixels = images(2)
+    expected = native(pixels, output_hidden_states=True).hidden_states[:4]
+    for found, tokens, side in zip(ours(pixels).feature_maps, expected, (16, 8, 4, 2), strict=True):
+        assert found.shape[2:] == (side, side)
+        assert_same(found.flatten(2).transpose(1, 2), tokens)
+    wide = ours(images(1, 64, 96)).feature_maps
+    assert [tuple(level.shape[2:]) for level in wide] == [(16, 24), (8, 12), (4, 6), (2, 3)]
 
 
 def test_new_experts_listen_to_every_scale(small_config):
@@ -706,6 +766,44 @@ def test_global_features_are_the_swin_s_mean_or_the_expert_s(small):
         outputs = small(vision_config={"global_features": source}).vision_model(images())
         mean = outputs.last_hidden_state.mean(dim=1) if source == "backbone" else outputs.local_embeds.mean(dim=(2, 3))
         assert_same(outputs.pooler_output, mean)
+
+
+def test_global_features_can_be_both_side_by_side(small):
+    model = small(projection_dim=16, vision_config={"global_features": "both"})
+    outputs = model.vision_model(images())
+    expected = torch.cat([outputs.last_hidden_state.mean(dim=1), outputs.local_embeds.mean(dim=(2, 3))], dim=1)
+    assert_same(outputs.pooler_output, expected)
+    assert model.get_image_features(images()).pooler_output.shape == (3, 16)
+    with pytest.raises(StrictDataclassError, match="needs `projection_dim`"):
+        small(vision_config={"global_features": "both"})
+
+
+def test_with_two_routers_the_image_s_selects_and_the_report_s_can_be_asked(small):
+    model = small(router="both")
+    decide(model, images=[2, 3, 4], reports=[0, 1, 5])
+    labels = torch.tensor([2, 3, 5])
+    outputs = model(pixel_values=images(), **texts(), return_loss=True, modality_labels=labels)
+    assert outputs.expert_ids.tolist() == [2, 3, 4]
+    assert model(pixel_values=images(), **texts()).expert_ids.tolist() == [2, 3, 4]
+    assert model.route(**texts()).expert_ids.tolist() == [0, 1, 5]
+    assert model.ground(images(), **texts()).expert_ids.tolist() == [2, 3, 4]
+    expected = sum(cross_entropy(head, labels) for head in (outputs.router_logits, outputs.report_router_logits))
+    assert_same(outputs.loss_aux, expected, 1e-5)
+
+
+def test_a_learned_scale_is_bounded_and_saved(small, tmp_path):
+    model = small(learned_scale=True, contrast="mean")
+    batch = {"pixel_values": images(), **texts(), "return_loss": True}
+    for value, scale in ((None, 1 / 0.07), (2.0, 7.389056), (9.0, 100.0)):
+        if value is not None:
+            model.logit_scale.data.fill_(value)
+        outputs = model(**batch)
+        logits = scale * outputs.image_embeds @ outputs.text_embeds.t()
+        own = torch.arange(3)
+        assert_same(outputs.loss_global, (cross_entropy(logits, own) + cross_entropy(logits.t(), own)) / 2, 1e-4)
+        assert_same(outputs.logits_per_image, logits, 1e-3)
+    model.save_pretrained(tmp_path)
+    assert MedMoEModel.from_pretrained(tmp_path).logit_scale.item() == 9.0
 
 
 def test_without_local_maps_no_expert_runs(small):
