@@ -27,12 +27,14 @@ def train(
 ) -> None:
     """Train a dual encoder as a YAML file says."""
     # Imports inside: `medmoe --help` should not wait for torch.
+    from medmoe_hf.data.shards import ShardError
+    from medmoe_hf.data.stream import StreamError
     from medmoe_hf.training import ConfigError, TrainConfig, TrainingError
     from medmoe_hf.training import train as run
 
     try:
         record = run(TrainConfig.from_yaml(config))
-    except (ConfigError, TrainingError, FileExistsError, FileNotFoundError) as error:
+    except (ConfigError, TrainingError, StreamError, ShardError, FileExistsError, FileNotFoundError) as error:
         raise SystemExit(f"medmoe train: {error}") from error
     typer.echo(f"Trained {record.steps} steps on {record.samples} pairs in {record.seconds:.0f} s.")
 
@@ -55,6 +57,47 @@ def phantom(
     typer.echo(f"Wrote {len(paths)} tars with {samples} samples each to {out}.")
 
 
+data = typer.Typer(help="Look at data before training on them.", no_args_is_help=True)
+app.add_typer(data, name="data")
+
+
+@data.command("inspect")
+def inspect_data(
+    sources: Annotated[Path, typer.Argument(help="YAML file with a list of sources.")],
+    sheet: Annotated[Path, typer.Option(help="Contact sheet to write.")] = Path("contact_sheet.png"),
+    samples: Annotated[int, typer.Option(min=1, help="Samples of each source to read.")] = 48,
+) -> None:
+    """Count and show what each source holds, and every problem. Captions are printed: mind who reads along."""
+    from medmoe_hf.data.inspection import inspect_sources
+    from medmoe_hf.data.sources import load_sources
+
+    with _errors_of("data inspect"):
+        reports = inspect_sources(load_sources(sources), sheet, samples)
+    for report in reports:
+        typer.echo(f"{report}\n")
+    typer.echo(f"Contact sheet: {sheet}")
+    if any(report.problems for report in reports):
+        raise typer.Exit(1)
+
+
+@data.command()
+def overlap(
+    first: Annotated[Path, typer.Argument(help="YAML file with a list of sources, the training data say.")],
+    second: Annotated[Path, typer.Argument(help="The same for the test data.")],
+    distance: Annotated[int, typer.Option(min=0, max=12, help="Bits of 64 that may differ.")] = 4,
+    num_workers: Annotated[int, typer.Option(min=0, help="Processes that read.")] = 0,
+) -> None:
+    """Find images that stand in both lists, equal or looking the same. Exits with 1 if there are any."""
+    from medmoe_hf.data.overlap import find_overlap
+    from medmoe_hf.data.sources import load_sources
+
+    with _errors_of("data overlap"):
+        found = find_overlap(load_sources(first), load_sources(second), distance, num_workers)
+    typer.echo(str(found))
+    if found.exact or found.near:
+        raise typer.Exit(1)
+
+
 convert = typer.Typer(help="Turn other checkpoints into folders that load anywhere.", no_args_is_help=True)
 app.add_typer(convert, name="convert")
 
@@ -75,7 +118,7 @@ def _errors_of(command: str) -> Iterator[None]:
     """What a user can mend, in a line and without a traceback."""
     try:
         yield
-    except (ValueError, FileExistsError, FileNotFoundError) as error:
+    except (ValueError, ImportError, OSError) as error:
         raise SystemExit(f"medmoe {command}: {error}") from error
 
 
@@ -173,3 +216,7 @@ def init(
             force=force,
         )
     typer.echo(f"{report}\nWrote {out}.")
+
+
+if __name__ == "__main__":
+    app()

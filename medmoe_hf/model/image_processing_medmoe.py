@@ -21,6 +21,9 @@ from transformers.image_utils import (
     infer_channel_dimension_format,
     is_valid_image,
 )
+from transformers.processing_utils import ImagesKwargs
+
+from .medical_images_medmoe import MedicalImage, is_medical_image, read_medical_image
 
 _CHANNEL_COUNTS = (1, 3, 4)
 _SECONDS_PER_DOWNLOAD = 60
@@ -45,17 +48,27 @@ def smooth_heatmaps(heatmaps: torch.Tensor, sigma: float) -> torch.Tensor:
     return torch.nn.functional.conv2d(rows, kernel.view(1, 1, 1, -1)).view(maps.shape)
 
 
-def resize_heatmaps(heatmaps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def _square_margins(height: int, width: int) -> tuple[int, int]:
+    """Rows above and columns left of a picture that is centred in a square; what is odd goes below and right."""
+    side = max(height, width)
+    return (side - height) // 2, (side - width) // 2
+
+
+def resize_heatmaps(heatmaps: torch.Tensor, size: tuple[int, int], pad_to_square: bool = False) -> torch.Tensor:
     """Stretch maps over an image: the inverse of the image processors' geometry.
 
     Args:
         heatmaps: (..., h, w), any float type and any range.
         size: height and width of the image, in pixels.
+        pad_to_square: whether the image was padded to a square: then the maps cover that, and its margins are cut off.
 
     Returns:
         (..., height, width) float32, bilinear between the centres of the cells (`align_corners=False`).
     """
     height, width = size
+    if pad_to_square:
+        side, (top, left) = max(size), _square_margins(height, width)
+        return resize_heatmaps(heatmaps, (side, side))[..., top : top + height, left : left + width]
     leading = heatmaps.shape[:-2]
     if 0 in leading:
         return heatmaps.new_zeros((*leading, height, width), dtype=torch.float32)
@@ -64,18 +77,20 @@ def resize_heatmaps(heatmaps: torch.Tensor, size: tuple[int, int]) -> torch.Tens
     return maps.reshape(*leading, height, width)
 
 
-def _read_image(source: str | os.PathLike) -> Image.Image:
-    """The upright picture behind a file name, an http(s) address or a base64 string, in the mode it was stored in.
+def _read_image(source: str | os.PathLike | bytes) -> Image.Image:
+    """The upright picture behind a file name, an http(s) address, a base64 string or bytes, in the mode stored.
 
     transformers' `load_image` converts to RGB, which saturates 16-bit files; hence this one.
     """
-    name = os.fsdecode(source)
+    name = "the file given as bytes" if isinstance(source, bytes) else os.fsdecode(source)
     try:
-        if name.startswith(("http://", "https://")):
+        if isinstance(source, bytes):
+            file: Any = io.BytesIO(source)
+        elif name.startswith(("http://", "https://")):
             # Servers refuse urllib's own name; huggingface_hub's client would refuse to work in its offline mode.
             request = urllib.request.Request(name, headers={"User-Agent": "medmoe_hf"})
             with urllib.request.urlopen(request, timeout=_SECONDS_PER_DOWNLOAD) as response:
-                file: Any = io.BytesIO(response.read())
+                file = io.BytesIO(response.read())
         elif os.path.isfile(name):
             file = name
         else:
@@ -253,14 +268,34 @@ def _single_images(images: Any) -> list[Any]:
     """Nested lists, batches and single images as one flat list of single images."""
     if isinstance(images, (list, tuple)):
         return [single for item in images for single in _single_images(item)]
-    if getattr(images, "ndim", 0) == 4:
+    if getattr(images, "ndim", 0) == 4 and not is_medical_image(images):
         return list(images)
     return [images]
+
+
+def _padded_to_square(image: Any) -> Any:
+    """A tensor or array (3, H, W) in the middle of black ones, (3, side, side)."""
+    height, width = image.shape[-2:]
+    side, (top, left) = max(height, width), _square_margins(height, width)
+    below, right = side - height - top, side - width - left
+    if isinstance(image, torch.Tensor):
+        return torch.nn.functional.pad(image, (left, right, top, below))
+    return np.pad(image, ((0, 0), (top, below), (left, right)))
+
+
+class MedMoEImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
+    """Arguments of a call (and of the construction) beside those of every image processor; see there."""
+
+    window: str | list[Any] | tuple[Any, ...] | None
+    frame: int | None
+    pad_to_square: bool | None
+    return_modality: bool | None
 
 
 class _MedMoEImages:
     """What the two backends share; stands before the backend among the base classes."""
 
+    valid_kwargs = MedMoEImagesKwargs
     resample = PILImageResampling.BICUBIC
     image_mean = IMAGENET_DEFAULT_MEAN
     image_std = IMAGENET_DEFAULT_STD
@@ -269,9 +304,15 @@ class _MedMoEImages:
     do_rescale = True
     do_normalize = True
     do_convert_rgb = True
+    window = None
+    frame = None
+    pad_to_square = False
+    return_modality = False
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Read file names, http(s) addresses and base64 strings, in any nesting; leave images as they are.
+        """Read file names, http(s) addresses, base64 strings and bytes, in any nesting; leave images as they are.
+
+        DICOM and NIfTI are left as they are too: how to read them is told by the arguments of the call.
 
         Raises:
             OSError: a file that is missing or that Pillow cannot read; the message names it.
@@ -279,12 +320,14 @@ class _MedMoEImages:
         """
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(item) for item in image_url_or_urls]
-        if isinstance(image_url_or_urls, (str, os.PathLike)):
+        if isinstance(image_url_or_urls, MedicalImage) or is_medical_image(image_url_or_urls):
+            return image_url_or_urls
+        if isinstance(image_url_or_urls, (str, os.PathLike, bytes)):
             return _read_image(image_url_or_urls)
         if is_valid_image(image_url_or_urls):
             return image_url_or_urls
         raise TypeError(
-            "an image is a PIL image, a numpy array, a torch tensor or a file name, "
+            "an image is a PIL image, a numpy array, a torch tensor, a file name or a file's bytes, "
             f"got {type(image_url_or_urls).__name__}"
         )
 
@@ -297,10 +340,32 @@ class _MedMoEImages:
     def _prepare_image_like_inputs(
         self, images: Any, *args: Any, expected_ndims: int = 3, **kwargs: Any
     ) -> list[torch.Tensor] | list[np.ndarray]:
-        prepared = []
-        for position, image in enumerate(self._prepare_images_structure(images, expected_ndims)):
+        return [pixels for pixels, _ in self._prepared(images, *args, **kwargs)]
+
+    def _preprocess_image_like_inputs(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
+        prepared = self._prepared(images, **kwargs)
+        features = self._preprocess([pixels for pixels, _ in prepared], *args, **kwargs)
+        modalities = [modality for _, modality in prepared]
+        if kwargs.get("return_modality") and any(modalities):
+            features["modality"] = modalities
+        return features
+
+    def _prepared(
+        self, images: Any, *args: Any, window: Any = None, frame: int | None = None, **kwargs: Any
+    ) -> list[tuple[Any, str | None]]:
+        """Each picture in the backend's format, with its modality where a medical file gives one."""
+        prepared: list[tuple[Any, str | None]] = []
+        image: Any
+        for position, image in enumerate(self._prepare_images_structure(images)):
+            modality, arguments = None, kwargs
             try:
-                prepared.append(self.process_image(image, *args, **kwargs))  # type: ignore[attr-defined]
+                if not isinstance(image, MedicalImage) and is_medical_image(image):
+                    image = read_medical_image(image, frame, window)
+                if isinstance(image, MedicalImage):
+                    # A layout given for the arrays of the batch does not hold for what was read here.
+                    arguments = {**kwargs, "input_data_format": ChannelDimension.LAST}
+                    modality, image = image.modality, image.pixels
+                prepared.append((self.process_image(image, *args, **arguments), modality))  # type: ignore[attr-defined]
             except ValueError as error:
                 raise ValueError(f"image {position} of the batch: {error}") from error
         return prepared
@@ -316,8 +381,11 @@ class _MedMoEImages:
         images: list[torch.Tensor] | list[np.ndarray],
         disable_grouping: bool | None = None,
         return_tensors: Any = None,
+        pad_to_square: bool | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
+        if pad_to_square:
+            images = [_padded_to_square(image) for image in images]
         # Stacking would turn an 8-bit picture into floats when its neighbour is one: its result must not depend on it.
         if len({image.dtype for image in images}) > 1:
             disable_grouping = True
@@ -348,12 +416,20 @@ class MedMoEImageProcessor(_MedMoEImages, TorchvisionBackend):
 
     By default a picture is stretched to 224x224 (bicubic with antialiasing), divided by 255 and normalised with
     ImageNet's mean and standard deviation. Every default can be changed at construction or per call; `size` is
-    `{"height": ..., "width": ...}` or an int. The geometry is a plain stretch, so `resize_heatmaps` leads back.
+    `{"height": ..., "width": ...}` or an int. The geometry is a plain stretch, so `resize_heatmaps` leads back. With
+    `pad_to_square=True` the shorter side is first padded with black, centrally, so that proportions are kept.
 
     Input: one or a (nested) list, mixed at will, of PIL images of any mode; numpy arrays and torch tensors (H, W),
     (H, W, C), (C, H, W) with C in 1, 3, 4, or batches of these with four dimensions; file names (str or Path),
-    http(s) addresses and base64 strings. Files are turned upright by their EXIF tag. `input_data_format` tells the
-    layout of arrays; without it a first axis of 1, 3 or 4 is the channels, else the last.
+    http(s) addresses, base64 strings and bytes of files. Files are turned upright by their EXIF tag.
+    `input_data_format` tells the layout of arrays; without it a first axis of 1, 3 or 4 is the channels, else the
+    last.
+
+    DICOM and NIfTI (names and bytes of files, `pydicom` datasets, `nibabel` images, and each `MedicalImage`) stand
+    among them as any other picture; `read_medical_image` says how they are read. `window` (a name such as `"lung"`,
+    `(centre, width)`, or three of these for three channels) and `frame` are for them alone. With
+    `return_modality=True` the output also has `modality`, for the model's argument of that name: for each picture of
+    the batch `"ct"`, `"xray"`, ... as the DICOM header says, or None; there is no such entry when none says it.
 
     Every picture is first brought to RGB in 0..255, without saturation and without a loss of precision:
 
@@ -370,8 +446,10 @@ class MedMoEImageProcessor(_MedMoEImages, TorchvisionBackend):
 
     Raises:
         ValueError: NaN, infinite values, an empty picture, a shape without a channel axis (the message gives the
-            position in the batch); a `size` without height or width.
+            position in the batch); a `size` without height or width; an unknown window; a DICOM or NIfTI file that
+            is damaged, without pixels or without the frame asked for (the message gives its name).
         OSError: a file that cannot be read (the message gives its name).
+        ImportError: a DICOM or NIfTI file without the packages of `pip install "medmoe_hf[dicom]"`.
     """
 
     def process_image(

@@ -15,7 +15,8 @@ class MedMoEProcessor(ProcessorMixin):
 
     `processor(images=..., text=..., return_tensors="pt")` takes images, texts or both (as many of each as you like)
     and gives `pixel_values` (B, 3, H, W) float32, `input_ids`, `attention_mask`, `word_ids` (T, L) and, where the
-    tokenizer has them, `token_type_ids`. Texts are padded to the longest and truncated unless the call says otherwise.
+    tokenizer has them, `token_type_ids`; with `return_modality=True` also `modality` where DICOM files tell it. Texts
+    are padded to the longest and truncated unless the call says otherwise.
 
     Args:
         image_processor: `MedMoEImageProcessor` or `MedMoEImageProcessorPil`.
@@ -49,6 +50,7 @@ class MedMoEProcessor(ProcessorMixin):
         heatmaps: Any,
         target_sizes: Sequence[tuple[int, int]] | torch.Tensor | None = None,
         sigma: float = 0.0,
+        pad_to_square: bool | None = None,
     ) -> list[torch.Tensor]:
         """Bring word heat-maps to the pixels of the original images.
 
@@ -59,6 +61,8 @@ class MedMoEProcessor(ProcessorMixin):
                 the image processor's `size`.
             sigma: width of a Gaussian that the maps are smoothed with first, in cells of the map; 0 leaves them as
                 they are, about 1 steadies the place of the peak.
+            pad_to_square: whether the images were padded to squares, as the call of the image processor was told;
+                None means its setting. Without `target_sizes` the maps cover the padded images.
 
         Returns:
             For each image a tensor (W_i, height, width) float32, bilinear between the cells. W_i counts the real
@@ -90,9 +94,12 @@ class MedMoEProcessor(ProcessorMixin):
         for size in sizes:
             if min(size) < 1:
                 raise ValueError(f"target_sizes are heights and widths in pixels, got {size}")
+        if pad_to_square is None:
+            pad_to_square = getattr(self.image_processor, "pad_to_square", False)
+        padded = bool(pad_to_square) and target_sizes is not None
         maps = smooth_heatmaps(maps, sigma)
         rows = maps if mask is None else [row[keep.bool()] for row, keep in zip(maps, mask, strict=True)]
-        return [resize_heatmaps(row, size) for row, size in zip(rows, sizes, strict=True)]
+        return [resize_heatmaps(row, size, padded) for row, size in zip(rows, sizes, strict=True)]
 
 
 MedMoEProcessor.register_for_auto_class("AutoProcessor")

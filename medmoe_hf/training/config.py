@@ -1,13 +1,11 @@
 """What a training YAML may say, and clear words for what it may not."""
 
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from medmoe_hf.data.sources import Source
+from medmoe_hf.data.sources import SOURCE_MODELS, Source, SourceError, explain, load_sources, read_yaml
 
 
 class ConfigError(ValueError):
@@ -44,16 +42,39 @@ class DataSection(BaseModel):
     """What is read.
 
     Attributes:
-        train: the source of training pairs.
-        evaluation: the source of held-out pairs; None trains without looking.
+        train: the source of training pairs, a list of sources that take turns, or the path of a YAML with such a list.
+        evaluation: the same for held-out pairs; None: see `validation_share`.
+        validation_share: share of the training data, by subject or image, that is held out and evaluated on.
+        mixing: how sources take turns: by `weight`, or every `modality` equally often.
+        once: whether every sample comes once an epoch, or small sources begin again so that shares stay as they are.
+        shuffle_buffer: rows that are shuffled within, in each source; 0 keeps the order of the files.
+        max_bad_fraction: over this share of unreadable samples the run stops.
+        reduced_decode: whether large JPEGs are decoded at a half, quarter or eighth of their size where that is still
+            no smaller than the model's images: faster, and within about one grey level of the whole.
         num_workers: processes that read and decode beside each training process.
     """
 
     model_config = ConfigDict(extra="forbid")
 
-    train: Source
-    evaluation: Source | None = None
+    train: Source | list[Source]
+    evaluation: Source | list[Source] | None = None
+    validation_share: float = Field(default=0.0, ge=0, lt=1)
+    mixing: Literal["weight", "modality"] = "weight"
+    once: bool = True
+    shuffle_buffer: int = Field(default=10_000, ge=0)
+    max_bad_fraction: float = Field(default=0.05, ge=0, le=1)
+    reduced_decode: bool = True
     num_workers: int = Field(default=1, ge=0)
+
+    @field_validator("train", "evaluation", mode="before")
+    @classmethod
+    def _from_file(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return load_sources(value)
+        except SourceError as error:
+            raise ValueError(str(error)) from error
 
 
 class TrainConfig(BaseModel):
@@ -108,12 +129,7 @@ class TrainConfig(BaseModel):
             ConfigError: for a missing file, broken YAML, unknown keys (the nearest known one is suggested) or wrong
                 values; names the file and every key at fault.
         """
-        try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"Cannot read {path}: {error.strerror}.") from error
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is no valid YAML: {error}") from error
+        content = read_yaml(path, ConfigError)
         if not isinstance(content, dict):
             raise ConfigError(f"{path} must hold keys and values, got {type(content).__name__}.")
         return cls.from_dict(content, str(path))
@@ -124,23 +140,11 @@ class TrainConfig(BaseModel):
         try:
             return cls.model_validate(content)
         except ValidationError as error:
-            problems = "\n".join(f"  {_explain(problem)}" for problem in error.errors())
+            problems = "\n".join(f"  {explain(problem, _KNOWN_KEYS)}" for problem in error.errors())
             raise ConfigError(f"{where} cannot be used:\n{problems}") from error
 
 
 # Every key that may stand somewhere in a YAML, for suggestions.
 _KNOWN_KEYS = sorted(
-    {name for section in (TrainConfig, ModelSection, DataSection) for name in section.model_fields}
-    | {"kind", "seed", "image_size", "modalities", "length", "files", "image"}
+    {name for section in (TrainConfig, ModelSection, DataSection, *SOURCE_MODELS) for name in section.model_fields}
 )
-
-
-def _explain(problem: Any) -> str:
-    # A source's kind stands in pydantic's path between the key and its fields; it is no key of the file.
-    path = ".".join(str(part) for part in problem["loc"] if part not in ("phantom", "webdataset"))
-    if problem["type"] == "extra_forbidden":
-        near = get_close_matches(str(problem["loc"][-1]), _KNOWN_KEYS, n=1)
-        return f"{path}: unknown key." + (f" Did you mean `{near[0]}`?" if near else "")
-    if problem["type"] == "missing":
-        return f"{path}: missing; every run needs it."
-    return f"{path or 'file'}: {problem['msg']} (got {problem['input']!r})"

@@ -12,14 +12,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
-from datasets.distributed import split_dataset_by_node
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
 from medmoe_hf.data.atomic import whole_folder
 from medmoe_hf.data.collate import ContrastiveCollator
-from medmoe_hf.data.sources import PhantomSource, WebDatasetSource, open_source
+from medmoe_hf.data.stream import Sample, SampleStream, Split, StreamError
 from medmoe_hf.evaluation.validation import validate
 from medmoe_hf.training.build import build_model, parameter_groups
 from medmoe_hf.training.config import TrainConfig
@@ -41,6 +39,7 @@ class TrainingRecord:
         seconds: of training, evaluations left out.
         log: every `log_every` steps: step, learning rate, loss parts, gradient norm.
         evaluations: step and the metrics of `medmoe_hf.evaluation.validate`.
+        skipped: samples of the main process that could not be read, by source and cause.
         config: the run's configuration.
     """
 
@@ -49,6 +48,7 @@ class TrainingRecord:
     seconds: float = 0.0
     log: list[dict[str, float]] = field(default_factory=list)
     evaluations: list[dict[str, float]] = field(default_factory=list)
+    skipped: dict[str, int] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
 
 
@@ -62,7 +62,8 @@ def train(config: TrainConfig) -> TrainingRecord:
 
     Raises:
         FileExistsError: if `output_dir` is there already.
-        TrainingError: if the loss is no number any more, or the data ends before `max_steps`.
+        TrainingError: if the loss is no number any more, or there are no data.
+        StreamError: if too many samples cannot be read; the model is then in `<output_dir>-stopped`.
     """
     # Activations fade into denormals, which CPUs multiply a hundred times slower; set before the first parallel work.
     torch.set_flush_denormal(True)
@@ -92,16 +93,16 @@ def train(config: TrainConfig) -> TrainingRecord:
     model, optimizer = accelerator.prepare(model, optimizer)
 
     record = TrainingRecord(config=config.model_dump(mode="json"))
-    batches = _batches(config, collator, accelerator)
+    stream = _training_stream(config, collator, accelerator)
+    batches = _batches(stream, collator, config.batch_size, accelerator.device)
     bar = tqdm(total=config.max_steps, desc="train", unit="step", disable=not accelerator.is_main_process)
     model.train()
     while record.steps < config.max_steps:
         started = time.monotonic()
-        batch = next(batches, None)
-        if batch is None:
-            raise TrainingError(
-                f"The data ended after {record.steps} of {config.max_steps} steps: lower `max_steps` or give more."
-            )
+        try:
+            batch = next(batches)
+        except StreamError as error:
+            raise _stopped(error, accelerator, model, processor, record, config) from error
         output = model(**batch)
         if not torch.isfinite(output.loss):
             raise TrainingError(
@@ -121,11 +122,16 @@ def train(config: TrainConfig) -> TrainingRecord:
             parts = {name: output[name].item() for name in LOSS_PARTS}
             rate = scheduler.get_last_lr()[0]
             record.log.append({"step": record.steps, "learning_rate": rate, "gradient_norm": float(norm), **parts})
-            bar.set_postfix({name.removeprefix("loss_"): f"{value:.2f}" for name, value in parts.items()})
+            shown = {name.removeprefix("loss_"): f"{value:.2f}" for name, value in parts.items()}
+            bar.set_postfix(shown | ({"skipped": stream.faults.bad} if stream.faults.bad else {}))
         due = config.evaluate_every and record.steps % config.evaluate_every == 0
-        if config.data.evaluation is not None and (due or record.steps == config.max_steps):
+        evaluated = config.data.evaluation is not None or config.data.validation_share
+        if evaluated and (due or record.steps == config.max_steps):
             _evaluate(accelerator.unwrap_model(model), config, collator, accelerator, record, bar)
     bar.close()
+    record.skipped = {f"{source}: {cause}": count for (source, cause), count in stream.faults.counts.items()}
+    if record.skipped and accelerator.is_main_process:
+        bar.write(f"data: {stream.faults}")
 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -133,6 +139,22 @@ def train(config: TrainConfig) -> TrainingRecord:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return record
+
+
+def _stopped(
+    error: StreamError,
+    accelerator: Accelerator,
+    model: Any,
+    processor: Any,
+    record: TrainingRecord,
+    config: TrainConfig,
+) -> StreamError:
+    """Saves what was learned before the data failed beside the place of the finished model, and says so."""
+    if not record.steps or not accelerator.is_main_process:
+        return error
+    place = config.output_dir.with_name(f"{config.output_dir.name}-stopped")
+    _save(accelerator.unwrap_model(model), processor, record, place, force=True)
+    return StreamError(f"{error} The model as it was after {record.steps} steps is in {place}.")
 
 
 def _share_cores(accelerator: Accelerator, num_workers: int) -> None:
@@ -153,22 +175,44 @@ def _freeze(model: torch.nn.Module, prefixes: list[str]) -> None:
             parameter.requires_grad_(False)
 
 
-def _loader(
-    source: PhantomSource | WebDatasetSource,
-    config: TrainConfig,
-    collator: ContrastiveCollator,
-    accelerator: Accelerator,
-    workers: int,
-) -> DataLoader:
-    stream = open_source(source, num_shards=max(workers, 1) * accelerator.num_processes)
-    if accelerator.num_processes > 1:
-        stream = split_dataset_by_node(stream, accelerator.process_index, accelerator.num_processes)
-    return DataLoader(stream, batch_size=config.batch_size, collate_fn=collator, num_workers=workers, drop_last=True)
+def _sources(section: Any) -> list[Any]:
+    return section if isinstance(section, list) else [section]
 
 
-def _batches(config: TrainConfig, collator: ContrastiveCollator, accelerator: Accelerator) -> Iterator[dict[str, Any]]:
-    for batch in _loader(config.data.train, config, collator, accelerator, config.data.num_workers):
-        yield _to_device(batch, accelerator.device)
+def _training_stream(config: TrainConfig, collator: ContrastiveCollator, accelerator: Accelerator) -> SampleStream:
+    data = config.data
+    return SampleStream(
+        _sources(data.train),
+        seed=config.seed,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        mixing=data.mixing,
+        once=data.once,
+        shuffle=data.shuffle_buffer > 0,
+        buffer=data.shuffle_buffer,
+        split=Split("train", data.validation_share) if data.validation_share else None,
+        max_bad_fraction=data.max_bad_fraction,
+        num_workers=data.num_workers,
+        prepare=collator.prepare,
+        draft=collator.side if data.reduced_decode else None,
+    )
+
+
+def _batches(
+    stream: SampleStream, collator: ContrastiveCollator, batch_size: int, device: torch.device
+) -> Iterator[dict[str, Any]]:
+    """Full batches, epoch after epoch; one that an epoch leaves unfinished is filled from the next."""
+    held: list[Sample] = []
+    while True:
+        some = False
+        for sample in stream:
+            some = True
+            held.append(sample)
+            if len(held) == batch_size:
+                yield collator.normalise(_to_device(collator.assemble(held), device))
+                held = []
+        if not some:
+            raise TrainingError("The training data are empty: no sample in a whole epoch.")
 
 
 def _to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -188,12 +232,21 @@ def _evaluate(
 ) -> None:
     """Measures on the main process alone: the held-out set is small, and one process needs no gathering."""
     if accelerator.is_main_process:
-        assert config.data.evaluation is not None
-        stream = open_source(config.data.evaluation)
-        loader = DataLoader(stream, batch_size=config.batch_size, collate_fn=collator)
-        count = -(-config.evaluation_samples // config.batch_size)
+        data, held_out = config.data, None
+        if data.evaluation is None:
+            held_out = Split("validation", data.validation_share)
+        stream = SampleStream(
+            _sources(data.train if data.evaluation is None else data.evaluation),
+            shuffle=False,
+            split=held_out,
+            max_bad_fraction=data.max_bad_fraction,
+            prepare=collator.prepare,
+        )
+        samples = list(islice(stream, config.evaluation_samples))
+        parts = [samples[start : start + config.batch_size] for start in range(0, len(samples), config.batch_size)]
         with accelerator.autocast():
-            metrics = validate(model, (_to_device(batch, accelerator.device) for batch in islice(loader, count)))
+            batches = (_to_device(collator.assemble(part), accelerator.device) for part in parts)
+            metrics = validate(model, map(collator.normalise, batches))
         record.evaluations.append({"step": record.steps, **metrics})
         shown = ("routing_image", "routing_report", "image_to_text_r1", "text_to_image_r1")
         listed = ", ".join(f"{name} {metrics[name]:.3f}" for name in shown if name in metrics)
@@ -201,8 +254,8 @@ def _evaluate(
     accelerator.wait_for_everyone()
 
 
-def _save(model: Any, processor: Any, record: TrainingRecord, output_dir: Path) -> None:
-    with whole_folder(output_dir) as partial:
+def _save(model: Any, processor: Any, record: TrainingRecord, output_dir: Path, force: bool = False) -> None:
+    with whole_folder(output_dir, force) as partial:
         model.save_pretrained(partial)
         processor.save_pretrained(partial)
         (partial / "training.json").write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")

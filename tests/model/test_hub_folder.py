@@ -23,7 +23,8 @@ from medmoe_hf.model import (
 )
 
 FILES = {f"{name}_medmoe.py" for name in ("configuration", "modeling", "losses", "tokenization", "processing")} | {
-    "image_processing_medmoe.py"
+    "image_processing_medmoe.py",
+    "medical_images_medmoe.py",
 }
 PROCESSING = {
     "AutoImageProcessor": {

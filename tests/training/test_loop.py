@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from medmoe_hf import MedMoEModel, MedMoEProcessor
 from medmoe_hf.data import phantom_sample
 from medmoe_hf.data.collate import ContrastiveCollator
+from medmoe_hf.data.stream import StreamError
 from medmoe_hf.training import TrainConfig, TrainingError, build_model, train
 from medmoe_hf.training.build import parameter_groups
 from medmoe_hf.training.config import ModelSection
@@ -94,13 +95,58 @@ def test_an_existing_folder_is_not_overwritten(tmp_path):
         train(config(tmp_path / "out"))
 
 
-def test_workers_read_every_sample_once(tmp_path):
+def test_epoch_follows_epoch_and_workers_change_nothing(tmp_path):
+    """24 samples, 6 steps of 6: the last two steps see the first half again."""
     source = {"kind": "phantom", "image_size": 64, "length": 24}
-    record = train(config(tmp_path / "out", data={"train": source, "num_workers": 2}, max_steps=4, batch_size=6))
+    records = [
+        train(config(tmp_path / f"{workers}", data={"train": source, "num_workers": workers}, max_steps=6))
+        for workers in (0, 2)
+    ]
+    assert [record.samples for record in records] == [36, 36]
+    losses = [[entry["loss"] for entry in record.log] for record in records]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    endless = train(
+        config(tmp_path / "endless", data={"train": {**source, "length": None}, "num_workers": 0}, max_steps=6)
+    )
+    seen = [entry["loss"] for entry in endless.log]
+    assert seen[:4] == pytest.approx(losses[0][:4], rel=1e-4)
+    assert seen[4] != pytest.approx(losses[0][4], rel=1e-3)
+
+
+def bad_table(folder, good, bad):
+    rows = ["path,report"]
+    for index in range(good):
+        phantom_sample(0, index, image_size=64)["image"].save(folder / f"{index}.png")
+        rows.append(f"{index}.png,report {index}")
+    rows[2:2] = [f"none{index}.png,x" for index in range(bad)]
+    (folder / "t.csv").write_text("\n".join(rows) + "\n")
+    return {"kind": "csv", "files": [str(folder / "t.csv")], "image": "path", "name": "mine"}
+
+
+def test_bad_samples_are_skipped_counted_and_reported(tmp_path, capsys):
+    source = bad_table(tmp_path, good=24, bad=1)
+    record = train(config(tmp_path / "out", data={"train": source, "num_workers": 0}, max_steps=4))
     assert record.samples == 24
-    with pytest.raises(TrainingError, match="ended after 4 of 5 steps"):
-        train(config(tmp_path / "again", data={"train": source, "num_workers": 2}, max_steps=5, batch_size=6))
-    assert not (tmp_path / "again").exists()
+    assert record.skipped == {"mine: missing image": 1}
+    assert json.loads((tmp_path / "out" / "training.json").read_text())["skipped"] == record.skipped
+    assert "1 skipped (mine: 1 missing image)" in capsys.readouterr().out
+
+
+def test_too_many_bad_samples_stop_the_run_with_a_checkpoint(tmp_path):
+    source = bad_table(tmp_path, good=24, bad=6)
+    run = config(tmp_path / "out", data={"train": source, "num_workers": 0}, max_steps=8)
+    with pytest.raises(StreamError, match=r"6 of 30 samples are faulty.*after 4 steps is in .*out-stopped"):
+        train(run)
+    assert not (tmp_path / "out").exists()
+    MedMoEModel.from_pretrained(tmp_path / "out-stopped")
+
+
+def test_a_share_of_the_data_can_be_held_out(tmp_path):
+    source = bad_table(tmp_path, good=40, bad=0)
+    data = {"train": source, "validation_share": 0.3, "num_workers": 0}
+    record = train(config(tmp_path / "out", data=data, max_steps=3, evaluation_samples=100))
+    assert record.evaluations[0]["step"] == 3
+    assert record.evaluations[0]["loss"] > 0
 
 
 def test_frozen_parameters_stay_and_unknown_prefixes_are_refused(tmp_path):
@@ -145,6 +191,7 @@ def test_training_reads_the_tars_that_phantom_writes(tmp_path):
 
     write_webdataset(tmp_path / "tars", shards=2, samples_per_shard=12, image_size=64)
     tars = {"train": {"kind": "webdataset", "files": [str(tmp_path / "tars" / "*.tar")]}, "num_workers": 0}
+    tars["shuffle_buffer"] = 0
     from_tars = train(config(tmp_path / "a", data=tars))
     drawn = train(config(tmp_path / "b", data={"train": {"kind": "phantom", "image_size": 64}, "num_workers": 0}))
     assert [entry["loss"] for entry in from_tars.log] == pytest.approx(

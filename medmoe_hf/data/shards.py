@@ -1,0 +1,235 @@
+"""Shards: pieces of a source whose samples can be counted and then read one by one, in any order.
+
+A shard's `locate` says where a sample is, without reading it: numbers that are cheap to send to another process. Its
+`read` fetches it. So the order of a stream is decided on numbers alone, and whatever was decided can be resumed.
+"""
+
+import csv
+import json
+import tarfile
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import datasets
+import pyarrow.parquet
+
+from medmoe_hf.data.phantom import phantom_sample
+
+
+class ShardError(RuntimeError):
+    """A shard that cannot be opened; `cause` is what is counted, in a few words and without a path."""
+
+    def __init__(self, cause: str, message: str) -> None:
+        super().__init__(message)
+        self.cause = cause
+
+
+class Shard(Protocol):
+    """What a stream asks of a shard."""
+
+    name: str
+
+    def __len__(self) -> int:
+        """The number of samples; opens the shard. Raises `ShardError`."""
+
+    def locate(self, row: int) -> Any:
+        """Where sample `row` is."""
+
+    def read(self, place: Any) -> dict[str, Any]:
+        """The fields of a sample; images as bytes, a path, or decoded."""
+
+
+class TarShard:
+    """A webdataset tar on disk: samples are runs of files that share what stands before the first dot.
+
+    Attributes:
+        name: its path.
+        cut_off: whether the tar ends before it should; the samples before the cut are served.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.name = path
+        self.cut_off = False
+        self._places: list[tuple[str, dict[str, tuple[int, int]]]] | None = None
+
+    def _open(self) -> list[tuple[str, dict[str, tuple[int, int]]]]:
+        path = Path(self.name)
+        places: OrderedDict[str, dict[str, tuple[int, int]]] = OrderedDict()
+        try:
+            size = path.stat().st_size
+            if size == 0:
+                raise ShardError("empty shard", f"{path} has no bytes.")
+            with tarfile.open(path, "r:") as archive:
+                for member in archive:
+                    if not member.isfile():
+                        continue
+                    key, _, extension = _split_name(member.name)
+                    if member.offset_data + member.size > size:
+                        # The header is whole, the content is not.
+                        self.cut_off = True
+                        places.pop(key, None)
+                        break
+                    places.setdefault(key, {})[extension] = (member.offset_data, member.size)
+            # A tar ends with blocks of zeros; tarfile takes one that stops short of them for whole.
+            with open(path, "rb") as file:
+                file.seek(-min(size, tarfile.BLOCKSIZE), 2)
+                self.cut_off |= any(file.read())
+        except FileNotFoundError:
+            raise ShardError("missing shard", f"{path} is not there (any more).") from None
+        except (tarfile.TarError, OSError) as error:
+            raise ShardError("unreadable shard", f"{path} is no (uncompressed) tar: {error}") from error
+        return list(places.items())
+
+    def _index(self) -> list[tuple[str, dict[str, tuple[int, int]]]]:
+        if self._places is None:
+            self._places = self._open()
+        return self._places
+
+    def __len__(self) -> int:
+        return len(self._index())
+
+    def locate(self, row: int) -> Any:
+        return self._index()[row]
+
+    def read(self, place: Any) -> dict[str, Any]:
+        key, members = place
+        sample: dict[str, Any] = {"__key__": key}
+        with open(self.name, "rb") as file:
+            for extension, (offset, size) in members.items():
+                file.seek(offset)
+                content = file.read(size)
+                if len(content) < size:
+                    raise OSError(f"{self.name} ends inside {key}.{extension}")
+                sample[extension] = content
+        return sample
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Readers in other processes are told places; they need no index of their own.
+        return {"name": self.name, "cut_off": self.cut_off, "_places": None}
+
+
+def _split_name(name: str) -> tuple[str, str, str]:
+    folder, slash, base = name.rpartition("/")
+    stem, dot, extension = base.partition(".")
+    return f"{folder}{slash}{stem}", dot, extension.lower()
+
+
+class ParquetShard:
+    """A parquet file; a row group is kept, since neighbours come from the same one."""
+
+    def __init__(self, path: str) -> None:
+        self.name = path
+        self._starts: list[int] | None = None
+        self._cached: tuple[int, Any] | None = None
+
+    def __len__(self) -> int:
+        if self._starts is None:
+            try:
+                metadata = pyarrow.parquet.ParquetFile(self.name).metadata
+            except FileNotFoundError:
+                raise ShardError("missing shard", f"{self.name} is not there (any more).") from None
+            except (OSError, pyarrow.ArrowException) as error:
+                cause = "empty shard" if Path(self.name).stat().st_size == 0 else "unreadable shard"
+                raise ShardError(cause, f"{self.name} is no parquet file: {error}") from error
+            self._starts = [0]
+            for group in range(metadata.num_row_groups):
+                self._starts.append(self._starts[-1] + metadata.row_group(group).num_rows)
+        return self._starts[-1]
+
+    def locate(self, row: int) -> Any:
+        len(self)
+        assert self._starts is not None
+        group = next(index for index in range(len(self._starts) - 1) if row < self._starts[index + 1])
+        return group, row - self._starts[group]
+
+    def read(self, place: Any) -> dict[str, Any]:
+        group, row = place
+        if self._cached is None or self._cached[0] != group:
+            self._cached = (group, pyarrow.parquet.ParquetFile(self.name).read_row_group(group))
+        return {name: column[0].as_py() for name, column in zip(*_row(self._cached[1], row), strict=True)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"name": self.name, "_starts": None, "_cached": None}
+
+
+def _row(table: Any, row: int) -> tuple[list[str], list[Any]]:
+    piece = table.slice(row, 1)
+    return piece.column_names, [piece.column(name) for name in piece.column_names]
+
+
+class TableShard:
+    """Rows that are in memory: a CSV or JSONL file, or the files of a folder."""
+
+    def __init__(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        self.name = name
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def locate(self, row: int) -> Any:
+        return dict(self.rows[row])
+
+    def read(self, place: Any) -> dict[str, Any]:
+        return place
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"name": self.name, "rows": ()}
+
+
+class DatasetShard:
+    """A `datasets.Dataset`: memory-mapped Arrow, images not decoded."""
+
+    def __init__(self, name: str, dataset: datasets.Dataset) -> None:
+        self.name = name
+        for column, feature in dataset.features.items():
+            if isinstance(feature, datasets.Image):
+                dataset = dataset.cast_column(column, datasets.Image(decode=False))
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def locate(self, row: int) -> Any:
+        return row
+
+    def read(self, place: Any) -> dict[str, Any]:
+        return self.dataset[place]
+
+
+class PhantomShard:
+    """Samples of `medmoe_hf.data.phantom`, drawn where they are read."""
+
+    def __init__(self, seed: int, image_size: int, modalities: Sequence[str], length: int | None) -> None:
+        self.name = f"phantoms {seed}"
+        self._seed, self._image_size, self._modalities = seed, image_size, tuple(modalities)
+        # Endless: nobody lives to see the end.
+        self._length = length if length is not None else 2**40
+
+    def __len__(self) -> int:
+        return self._length
+
+    def locate(self, row: int) -> Any:
+        return row
+
+    def read(self, place: Any) -> dict[str, Any]:
+        return phantom_sample(self._seed, place, image_size=self._image_size, modalities=self._modalities)
+
+
+def read_table(path: str) -> list[dict[str, Any]]:
+    """The rows of a CSV or JSONL file.
+
+    Raises:
+        ShardError: if it cannot be read.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            if path.endswith((".jsonl", ".json")):
+                return [json.loads(line) for line in file if line.strip()]
+            return list(csv.DictReader(file))
+    except FileNotFoundError:
+        raise ShardError("missing shard", f"{path} is not there.") from None
+    except (OSError, ValueError, csv.Error) as error:
+        raise ShardError("unreadable shard", f"{path} is no table: {error}") from error

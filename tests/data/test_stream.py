@@ -1,0 +1,444 @@
+"""The stream: every sample once, one order for any readers, exact resume, sources of every kind, and faults."""
+
+import csv
+import io
+import json
+import random
+import tarfile
+from collections import Counter
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+from pydantic import TypeAdapter, ValidationError
+
+from medmoe_hf.data import stream as stream_module
+from medmoe_hf.data.sources import Source, expand
+from medmoe_hf.data.stream import SampleStream, Split, StreamError
+
+SOURCE = TypeAdapter(Source)
+
+
+def source(**fields):
+    return SOURCE.validate_python(fields)
+
+
+def picture(number, format="PNG", size=(16, 12)):
+    """A picture whose top left pixel is (number % 256, number // 256, 7)."""
+    pixels = np.full((size[1], size[0], 3), 128, np.uint8)
+    pixels[:8, :8] = (number % 256, number // 256, 7)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format)
+    return buffer.getvalue()
+
+
+def write_tar(path, samples, end=True):
+    """Samples are dicts of extension -> bytes; `end=False` leaves the closing blocks of zeros out."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for index, sample in enumerate(samples):
+            for extension, content in sample.items():
+                member = tarfile.TarInfo(f"{index:06d}.{extension}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+        offset = archive.offset
+    if not end:
+        content = path.read_bytes()[:offset]
+        path.write_bytes(content)
+    return offset
+
+
+def pairs(start, count, label=None):
+    return [
+        {"jpg": picture(number), "txt": f"caption {number}".encode()}
+        | ({} if label is None else {"cls": str(label).encode()})
+        for number in range(start, start + count)
+    ]
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Three shards; `equal` ones of 8 samples, `unequal` ones of 1, 17 and 6."""
+
+    def write(kind):
+        sizes, start, paths = {"equal": (8, 8, 8), "unequal": (1, 17, 6)}[kind], 0, []
+        for index, size in enumerate(sizes):
+            paths.append(tmp_path / f"{kind}-{index}.tar")
+            write_tar(paths[-1], pairs(start, size))
+            start += size
+        return [str(path) for path in paths]
+
+    return write
+
+
+def captions(stream):
+    return [sample["caption"] for sample in stream]
+
+
+def number(sample):
+    red, green, _ = sample["image"].getpixel((0, 0))
+    return red + 256 * green
+
+
+# Once an epoch, for any readers, in one order
+
+
+def two_sources(files, **options):
+    first = source(kind="webdataset", files=files[:2], weight=3)
+    second = source(kind="webdataset", files=files[2:], weight=1)
+    return SampleStream([first, second], **{"seed": 5, "buffer": 4} | options)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["equal", "unequal"])
+def test_every_sample_once_and_one_order_for_any_readers(shards, kind, ranks, workers):
+    files = shards(kind)
+    alone = captions(two_sources(files))
+    assert sorted(alone) == sorted(f"caption {index}" for index in range(24))
+    parts = [captions(two_sources(files, rank=r, world_size=ranks, num_workers=workers)) for r in range(ranks)]
+    assert all(part == alone[r::ranks] for r, part in enumerate(parts))
+
+
+def test_the_order_is_a_function_of_seed_and_epoch(shards):
+    files = shards("unequal")
+    one, two, other = two_sources(files), two_sources(files), two_sources(files, seed=6)
+    first, second = captions(one), captions(one)
+    assert [captions(two), captions(two)] == [first, second]
+    assert first != second
+    assert sorted(first) == sorted(second)
+    assert captions(other) not in (first, second)
+    plain = [f"caption {index}" for index in range(24)]
+    assert captions(SampleStream([source(kind="webdataset", files=files)], shuffle=False)) == plain
+
+
+def test_image_caption_and_modality_belong_together(shards):
+    for sample in two_sources(shards("unequal"), num_workers=2):
+        assert f"caption {number(sample)}" == sample["caption"]
+        assert sample["modality"] == -100
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_resumed_at_ten_points_the_sequence_is_the_uninterrupted_one(shards, ranks, workers):
+    files = shards("unequal")
+    for rank in range(ranks):
+        options = {"rank": rank, "world_size": ranks}
+        whole = two_sources(files, **options)
+        expected = captions(whole) + captions(whole)
+        for stop in random.Random(rank).sample(range(1, len(expected)), 10):
+            first = two_sources(files, **options, num_workers=workers)
+            seen, states = [], []
+            while len(seen) < stop:
+                for sample in first:
+                    seen.append(sample["caption"])
+                    states.append(json.loads(json.dumps(first.state_dict())))
+                    if len(seen) == stop:
+                        break
+            # another number of workers than before
+            second = two_sources(files, **options, num_workers=2 - workers)
+            second.load_state_dict(states[-1])
+            rest = captions(second)
+            while len(seen) + len(rest) < len(expected):
+                rest += captions(second)
+            assert seen + rest == expected
+            assert second.faults.good == len(expected)
+
+
+def test_a_state_of_another_configuration_is_refused(shards):
+    files = shards("equal")
+    state = two_sources(files).state_dict()
+    for change in (
+        {"seed": 6},
+        {"buffer": 5},
+        {"world_size": 2},
+        {"mixing": "modality"},
+        {"split": Split("train", 0.5)},
+    ):
+        with pytest.raises(StreamError, match="other sources, seed, mixing, split or number of processes"):
+            two_sources(files, **change).load_state_dict(state)
+    with pytest.raises(StreamError, match="other sources"):
+        two_sources(files[::-1]).load_state_dict(state)
+
+
+# Turns
+
+
+def test_weights_are_kept_where_sources_begin_again(tmp_path):
+    write_tar(tmp_path / "a.tar", pairs(0, 5))
+    write_tar(tmp_path / "b.tar", pairs(100, 50))
+    sources = [
+        source(kind="webdataset", files=[str(tmp_path / "a.tar")], weight=3),
+        source(kind="webdataset", files=[str(tmp_path / "b.tar")], weight=1),
+    ]
+    endless = iter(SampleStream(sources, once=False))
+    counts = Counter(next(endless)["source"] for _ in range(2000))
+    assert counts[0] / 2000 == pytest.approx(0.75, abs=0.03)
+
+
+def test_modalities_take_turns_equally(tmp_path):
+    sources = [
+        source(kind="phantom", image_size=48, modalities=["xray"], modality="xray"),
+        source(kind="phantom", image_size=48, seed=1, modalities=["xray"], modality="xray", weight=3),
+        source(kind="phantom", image_size=48, modalities=["ct"], modality="ct", weight=9),
+    ]
+    stream = iter(SampleStream(sources, mixing="modality"))
+    counts = Counter(next(stream)["source"] for _ in range(1200))
+    assert [counts[index] / 1200 for index in range(3)] == pytest.approx([0.125, 0.375, 0.5], abs=0.04)
+
+
+def test_phantoms_come_in_their_own_order():
+    from medmoe_hf.data import phantom_sample
+
+    stream = iter(SampleStream([source(kind="phantom", seed=3, image_size=48)]))
+    for index in range(5):
+        sample, drawn = next(stream), phantom_sample(3, index, image_size=48)
+        assert (sample["caption"], sample["modality"]) == (drawn["caption"], drawn["modality"])
+        assert sample["image"].tobytes() == drawn["image"].tobytes()
+
+
+# Kinds of sources
+
+
+@pytest.fixture
+def table(tmp_path):
+    (tmp_path / "images").mkdir()
+    rows = []
+    for index in range(4):
+        (tmp_path / "images" / f"{index}.png").write_bytes(picture(index))
+        rows.append({"path": f"images/{index}.png", "report": f"report {index}", "kind": ["CXR", "ct"][index % 2]})
+    return rows
+
+
+def written_as(kind, rows, folder):
+    if kind == "csv":
+        with open(folder / "t.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        return {"kind": "csv", "files": [str(folder / "t.csv")]}
+    if kind == "jsonl":
+        (folder / "t.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+        return {"kind": "jsonl", "files": [str(folder / "t.jsonl")]}
+    decoded = [{**row, "path": {"bytes": (folder / row["path"]).read_bytes(), "path": None}} for row in rows]
+    dataset = datasets.Dataset.from_list(decoded).cast_column("path", datasets.Image())
+    if kind == "parquet":
+        dataset.to_parquet(folder / "t.parquet", batch_size=3)
+        return {"kind": "parquet", "files": [str(folder / "t.parquet")]}
+    dataset.save_to_disk(folder / "saved")
+    return {"kind": "saved", "path": str(folder / "saved")}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "saved"])
+def test_tables_and_datasets(tmp_path, table, kind, workers):
+    fields = written_as(kind, table, tmp_path) | {"image": "path", "modality": "field:kind"}
+    samples = list(SampleStream([source(**fields)], seed=1, num_workers=workers))
+    assert sorted(number(sample) for sample in samples) == [0, 1, 2, 3]
+    for sample in samples:
+        assert sample["caption"] == f"report {number(sample)}"
+        assert sample["modality"] == number(sample) % 2
+
+
+def test_a_folder_of_labels_with_a_template(tmp_path):
+    for index, label in enumerate(("benign", "malignant")):
+        (tmp_path / label).mkdir()
+        (tmp_path / label / "x.png").write_bytes(picture(index))
+    folder = source(kind="imagefolder", path=str(tmp_path), caption_template="a {label} lesion", modality="us")
+    found = {(sample["caption"], number(sample), sample["modality"]) for sample in SampleStream([folder])}
+    assert found == {("a benign lesion", 0, 3), ("a malignant lesion", 1, 3)}
+
+
+def test_labels_from_captions(tmp_path):
+    texts = ["Axial CT of the abdomen.", "Frontal chest radiograph.", "A nice picture."]
+    write_tar(tmp_path / "a.tar", [{"png": picture(i), "txt": text.encode()} for i, text in enumerate(texts)])
+    tars = source(kind="webdataset", files=[str(tmp_path / "a.tar")], modality="caption")
+    assert {number(s): s["modality"] for s in SampleStream([tars])} == {0: 1, 1: 0, 2: -100}
+
+
+def test_patterns(tmp_path):
+    for name in ("a-007.tar", "a-008.tar", "b.tar"):
+        write_tar(tmp_path / name, pairs(0, 1))
+    root = str(tmp_path)
+    assert expand(f"{root}/a-{{006..008}}.tar") == [f"{root}/a-{n}.tar" for n in ("006", "007", "008")]
+    assert expand(f"{root}/a-*.tar::{root}/{{b,c}}.tar") == [
+        f"{root}/{name}.tar" for name in ("a-007", "a-008", "b", "c")
+    ]
+    with pytest.raises(FileNotFoundError, match=r"No file fits .*z\*\.tar"):
+        expand(f"{root}/z*.tar")
+
+
+def test_rules_are_known():
+    with pytest.raises(ValidationError, match="`caption_rule` must be one of plain"):
+        source(kind="webdataset", files=["a.tar"], caption_rule="mimic")
+
+
+# The split
+
+
+def test_a_split_has_no_subject_on_both_sides(tmp_path, table):
+    rows = [{**table[index % 4], "patient": f"p{index % 7}"} for index in range(28)]
+    fields = written_as("csv", rows, tmp_path) | {"image": "path", "subject": "patient"}
+
+    class Seen(Split):
+        def wants(self, row, subject, content):
+            chosen = super().wants(row, subject, content)
+            if chosen:
+                sides[self.part].add(row["patient"])
+            return chosen
+
+    sides = {"train": set(), "validation": set()}
+    counts = {part: len(list(SampleStream([source(**fields)], split=Seen(part, 0.4)))) for part in sides}
+    assert sum(counts.values()) == 28
+    assert not sides["train"] & sides["validation"]
+    assert sides["train"]
+    assert sides["validation"]
+
+
+def test_without_subjects_equal_images_stay_together(tmp_path):
+    write_tar(tmp_path / "a.tar", [{"jpg": picture(i // 3), "txt": f"c{i}".encode()} for i in range(300)])
+    tars = source(kind="webdataset", files=[str(tmp_path / "a.tar")])
+    parts = {
+        part: Counter(number(sample) for sample in SampleStream([tars], split=Split(part, 0.3)))
+        for part in ("train", "validation")
+    }
+    assert set(parts["train"]).isdisjoint(parts["validation"])
+    assert set((parts["train"] + parts["validation"]).values()) == {3}
+    assert len(parts["validation"]) / 100 == pytest.approx(0.3, abs=0.12)
+
+
+# Faults: skipped, counted by cause, and the good ones delivered
+
+
+def bad_tar(path, name, good=30):
+    """A shard with one sample of each fault that lies inside a shard."""
+    samples = pairs(0, good)
+    broken = {
+        "unreadable image": {"jpg": picture(900, "JPEG")[:200], "txt": b"x"},
+        "too many pixels": {"png": picture(901), "txt": b"x"},
+        "empty caption": {"jpg": picture(902), "txt": b"  "},
+        "wrong label": {"jpg": picture(903), "txt": b"x", "cls": b"17"},
+        "unreadable DICOM or NIfTI": {"dcm": b"\0" * 128 + b"DICM" + b"\1\2\3", "txt": b"x"},
+        "no caption field": {"jpg": picture(904)},
+        "no image field": {"txt": b"x"},
+        "caption is no UTF-8": {"jpg": picture(905), "txt": b"\xff\xfe"},
+    }
+    if name == "too many pixels":
+        broken[name]["png"] = picture(901, size=(200, 200))
+    write_tar(path, [*samples[:3], broken[name], *samples[3:]])
+    return good
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    "cause",
+    [
+        "unreadable image",
+        "too many pixels",
+        "empty caption",
+        "wrong label",
+        "unreadable DICOM or NIfTI",
+        "no caption field",
+        "no image field",
+        "caption is no UTF-8",
+    ],
+)
+def test_a_broken_sample_is_skipped_and_counted(tmp_path, monkeypatch, cause, workers):
+    monkeypatch.setattr(stream_module, "MAX_PIXELS", 10_000)
+    good = bad_tar(tmp_path / "a.tar", cause)
+    tars = source(kind="webdataset", files=[str(tmp_path / "a.tar")], name="mine")
+    stream = SampleStream([tars], num_workers=workers)
+    assert sorted(number(sample) for sample in stream) == list(range(good))
+    assert dict(stream.faults.counts) == {("mine", cause): 1}
+    assert dict(stream.faults.files) == {str(tmp_path / "a.tar"): 1}
+    assert str(stream.faults) == f"30 samples, 1 skipped (mine: 1 {cause})"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_shards(tmp_path, ranks, workers):
+    """Cut inside a sample, cut between two, without a byte, garbage, and one that was never there."""
+    cut = tmp_path / "cut.tar"
+    end = write_tar(cut, pairs(0, 6))
+    cut.write_bytes(cut.read_bytes()[: end - 1536])
+    write_tar(tmp_path / "between.tar", pairs(10, 3), end=False)
+    (tmp_path / "empty.tar").touch()
+    (tmp_path / "garbage.tar").write_bytes(b"garbage" * 1000)
+    write_tar(tmp_path / "whole.tar", pairs(20, 30))
+    names = ("cut", "between", "empty", "garbage", "gone", "whole")
+    tars = source(kind="webdataset", files=[str(tmp_path / f"{name}.tar") for name in names], name="t")
+    counts, found = Counter(), []
+    for rank in range(ranks):
+        stream = SampleStream([tars], rank=rank, world_size=ranks, num_workers=workers, max_bad_fraction=1)
+        found += [number(sample) for sample in stream]
+        counts += stream.faults.counts
+    assert sorted(found) == [*range(5), *range(10, 13), *range(20, 50)]
+    assert counts == {
+        ("t", "truncated shard"): 2,
+        ("t", "empty shard"): 1,
+        ("t", "unreadable shard"): 1,
+        ("t", "missing shard"): 1,
+    }
+
+
+def test_a_shard_that_vanishes_in_the_middle_of_an_epoch(tmp_path):
+    write_tar(tmp_path / "a.tar", pairs(0, 20))
+    write_tar(tmp_path / "b.tar", pairs(100, 20))
+    tars = source(kind="webdataset", files=[str(tmp_path / f"{name}.tar") for name in "ab"], name="t")
+    stream = SampleStream([tars], shuffle=False, max_bad_fraction=1)
+    found = []
+    for sample in stream:
+        found.append(number(sample))
+        if len(found) == 24:  # three chunks were fetched, four samples of the second shard with them
+            (tmp_path / "b.tar").unlink()
+    assert found == [*range(20), *range(100, 104)]
+    assert stream.faults.counts == {("t", "missing shard"): 16}
+
+
+def test_a_missing_image_is_not_a_missing_table(tmp_path, table):
+    fields = written_as("csv", [*table, {**table[0], "path": "images/none.png"}], tmp_path) | {"image": "path"}
+    stream = SampleStream([source(**fields, name="t", modality="field:kind")], max_bad_fraction=1)
+    assert len(list(stream)) == 4
+    assert stream.faults.counts == {("t", "missing image"): 1}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_over_the_limit_the_stream_stops_and_names_the_worst_files(tmp_path, workers):
+    samples = pairs(0, 300)
+    for index in range(0, 300, 10):
+        samples[index]["jpg"] = b"no picture"
+    write_tar(tmp_path / "a.tar", samples)
+    tars = source(kind="webdataset", files=[str(tmp_path / "a.tar")])
+    stream = SampleStream([tars], max_bad_fraction=0.05, num_workers=workers)
+    with pytest.raises(
+        StreamError, match=r"faulty, more than `max_bad_fraction` 0\.05 allows: .*unreadable image"
+    ) as e:
+        list(stream)
+    assert str(tmp_path / "a.tar") in str(e.value)
+    assert 80 <= stream.faults.good <= 105
+    patient = SampleStream([tars], max_bad_fraction=0.2)
+    assert len(list(patient)) == 270
+
+
+def test_an_epoch_of_nothing_ends_with_an_error(tmp_path):
+    (tmp_path / "empty.tar").touch()
+    tars = source(kind="webdataset", files=[str(tmp_path / "empty.tar")])
+    for once in (True, False):
+        with pytest.raises(StreamError, match=r"No sample of the epoch could be read: .*1 empty shard"):
+            list(SampleStream([tars], max_bad_fraction=1, once=once))
+
+
+def test_jpegs_can_be_decoded_at_a_reduced_scale(tmp_path):
+    noise = np.asarray(
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8)).resize((512, 512))
+    )
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "JPEG", quality=95)
+    write_tar(tmp_path / "a.tar", [{"jpg": buffer.getvalue(), "txt": b"x"}])
+    tars = source(kind="webdataset", files=[str(tmp_path / "a.tar")])
+    whole = next(iter(SampleStream([tars])))["image"]
+    small = next(iter(SampleStream([tars], draft=200)))["image"]
+    assert (whole.size, small.size) == ((512, 512), (256, 256))
+    wanted, found = (np.asarray(image.resize((200, 200), Image.Resampling.BICUBIC), float) for image in (whole, small))
+    assert np.abs(wanted - found).mean() < 1.5
+    assert next(iter(SampleStream([tars], draft=300)))["image"].size == (512, 512)
