@@ -1,5 +1,7 @@
 """The `medmoe` command: what a person types and reads."""
 
+from pathlib import Path
+
 import datasets
 import pytest
 from typer.testing import CliRunner
@@ -44,3 +46,43 @@ def test_train_explains_a_wrong_file_without_a_traceback(tmp_path, content, mess
     assert result.exit_code == 1
     assert message in str(result.output) + str(result.exception)
     assert "Traceback" not in result.output
+
+
+def test_train_stops_on_bad_data_with_a_message_and_code_1(tmp_path):
+    (tmp_path / "t.csv").write_text("path,report\n" + "none.png,x\n" * 3)
+    (tmp_path / "run.yaml").write_text(
+        f"output_dir: {tmp_path}/out\nmodel: {{preset: tiny}}\nmax_steps: 2\n"
+        f"data: {{train: {{kind: csv, files: [{tmp_path}/t.csv], name: mine}}, num_workers: 0}}\n"
+    )
+    result = run(app, ["train", str(tmp_path / "run.yaml")])
+    assert result.exit_code == 1
+    assert "3 of 3 samples are faulty" in str(result.exception)
+    assert "mine: 3 missing image" in str(result.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_convert_and_init_write_folders_and_explain_errors(tmp_path):
+    fixtures = Path(__file__).parent / "fixtures" / "official_small"
+    options = [
+        "--tokenizer",
+        str(fixtures / "vocab.txt"),
+        "--image-size",
+        "64",
+        "--text-heads",
+        "4",
+        "--max-length",
+        "14",
+    ]
+    command = ["convert", "official", str(fixtures / "official.ckpt"), str(tmp_path / "out"), *options]
+    result = run(app, command)
+    assert result.exit_code == 0, result.output
+    assert "261 tensors taken" in result.output
+    assert "dropped 5, the official code never calls it" in result.output
+    again = run(app, command)
+    assert again.exit_code == 1
+    assert "--force" in str(again.exception)
+    result = run(app, ["init", str(tmp_path / "new"), "--preset", "tiny"])
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "new"}
+    result = run(app, ["init", str(tmp_path / "other"), "--preset", "paper"])
+    assert "--tokenizer" in str(result.exception)

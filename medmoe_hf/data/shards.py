@@ -7,6 +7,7 @@ A shard's `locate` says where a sample is, without reading it: numbers that are 
 import csv
 import json
 import tarfile
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -141,7 +142,7 @@ class ParquetShard:
     def locate(self, row: int) -> Any:
         len(self)
         assert self._starts is not None
-        group = next(index for index in range(len(self._starts) - 1) if row < self._starts[index + 1])
+        group = bisect_right(self._starts, row) - 1
         return group, row - self._starts[group]
 
     def read(self, place: Any) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from medmoe_hf.data.shards import (
     TarShard,
     read_table,
 )
+from medmoe_hf.model.medical_images_medmoe import WINDOWS
 
 IMAGE_FIELDS = ("image", "jpg", "jpeg", "png", "webp", "tif", "tiff", "dcm", "file_name", "path")
 CAPTION_FIELDS = ("caption", "txt", "text", "report")
@@ -43,6 +44,8 @@ class _Fields(BaseModel):
             header); or `unknown`. None: the caption rule's, if it has one, else a field `cls` or `modality`, else
             unknown.
         subject: field that says whose image it is, for the split.
+        window: how DICOM and NIfTI are shown: a CT window's name, (centre, width), or three of these for three
+            channels; None: as the file says (see `read_medical_image`).
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -55,11 +58,15 @@ class _Fields(BaseModel):
     caption_template: str | None = None
     modality: str | None = None
     subject: str | None = None
+    window: str | tuple[float, float] | tuple[str, str, str] | None = None
 
     @model_validator(mode="after")
     def _known_rule(self) -> "_Fields":
         if self.caption_rule not in (*CAPTION_RULES, "auto"):
             raise ValueError(f"`caption_rule` must be one of {', '.join(CAPTION_RULES)} or auto")
+        for name in (self.window,) if isinstance(self.window, str) else self.window or ():
+            if isinstance(name, str) and name not in WINDOWS:
+                raise ValueError(f"there is no `window` {name}, but {', '.join(WINDOWS)}")
         return self
 
 

@@ -181,7 +181,7 @@ class _Reader(Dataset):
         # A random choice belongs to a position of an epoch, whoever reads it.
         rng = random.Random(f"{self.seed} {place.position}")
         rule, caption = self._caption(source, row, rng)
-        image, header = self._decode(content)
+        image, header = self._decode(content, source.window)
         modality = self._modality(source, row, rule, caption, header)
         try:
             prepared = image if self.prepare is None else self.prepare(image)
@@ -216,12 +216,12 @@ class _Reader(Dataset):
         rule = detect_rule(text) if source.caption_rule == "auto" else source.caption_rule
         return rule, apply_rule(rule, text, rng)
 
-    def _decode(self, content: Any) -> tuple[Image.Image, str | None]:
+    def _decode(self, content: Any, window: Any) -> tuple[Image.Image, str | None]:
         if isinstance(content, Image.Image):
             return content, None
         if is_medical_image(content):
             try:
-                medical = read_medical_image(content)
+                medical = read_medical_image(content, window=window)
             except (ValueError, OSError):
                 raise _Problem("unreadable DICOM or NIfTI") from None
             pixels = medical.pixels

@@ -273,6 +273,34 @@ def test_rules_are_known():
         source(kind="webdataset", files=["a.tar"], caption_rule="mimic")
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("window", "shown"), [((40, 400), 128), ("lung", 236), (("lung", "bone", "brain"), (236, 77, 128))]
+)
+def test_dicom_in_tables_and_tars(tmp_path, window, shown, workers):
+    """40 HU everywhere but in a frame: in the middle of its own window, near the top of the lung's."""
+    pydicom = pytest.importorskip("pydicom")
+    whole = pydicom.dcmread(pydicom.data.get_testdata_file("CT_small.dcm"))
+    stored = np.full((whole.Rows, whole.Columns), 40 - int(whole.RescaleIntercept), np.int16)
+    stored[0] = 0
+    whole.PixelData = stored.tobytes()
+    whole.save_as(tmp_path / "x.dcm")
+    write_tar(tmp_path / "a.tar", [{"dcm": (tmp_path / "x.dcm").read_bytes(), "txt": b"a scan"}])
+    (tmp_path / "t.csv").write_text("path,report\nx.dcm,a scan\n")
+    for fields in (
+        {"kind": "webdataset", "files": [str(tmp_path / "a.tar")]},
+        {"kind": "csv", "files": [str(tmp_path / "t.csv")]},
+    ):
+        (sample,) = SampleStream([source(**fields, modality="dicom", window=window)], num_workers=workers)
+        assert (sample["caption"], sample["modality"]) == ("a scan", 1)
+        assert sample["image"].getpixel((60, 60)) == shown
+
+
+def test_windows_are_known():
+    with pytest.raises(ValidationError, match="there is no `window` lungs, but lung, mediastinum"):
+        source(kind="webdataset", files=["a.tar"], window="lungs")
+
+
 # The split
 
 
@@ -418,6 +446,15 @@ def test_over_the_limit_the_stream_stops_and_names_the_worst_files(tmp_path, wor
     assert 80 <= stream.faults.good <= 105
     patient = SampleStream([tars], max_bad_fraction=0.2)
     assert len(list(patient)) == 270
+
+
+def test_a_caption_of_another_layout(tmp_path):
+    samples = [{"jpg": picture(0), "txt": b"a_dr_b_dr_"}, {"jpg": picture(1), "txt": b"no tag"}]
+    write_tar(tmp_path / "a.tar", samples)
+    tars = source(kind="webdataset", files=[str(tmp_path / "a.tar")], name="t", caption_rule="dr")
+    stream = SampleStream([tars], max_bad_fraction=1)
+    assert [number(sample) for sample in stream] == [0]
+    assert stream.faults.counts == {("t", "caption of another layout"): 1}
 
 
 def test_an_epoch_of_nothing_ends_with_an_error(tmp_path):
