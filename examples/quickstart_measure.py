@@ -145,7 +145,7 @@ def word_heatmaps(model, processor, samples: list, words: list, prompts: dict) -
             inputs = processor(images=images, text=[words[row] for row in batch], return_tensors="pt")
             grounding = model.ground(**inputs, reference=normal, modality=name)
             sizes = [image.size[::-1] for image in images]
-            maps = processor.post_process_grounding(grounding, target_sizes=sizes, sigma=1.0)
+            maps = processor.post_process_grounding(grounding, target_sizes=sizes, sigma=1.5)
             for row, by_word in zip(batch, maps, strict=True):
                 heatmaps[row] = by_word[0].numpy()
     return heatmaps

@@ -12,6 +12,7 @@ from transformers import (
 
 from .configuration_medmoe import MedMoEConfig, MedMoESwinConfig, MedMoETextConfig, MedMoEVisionConfig
 from .image_processing_medmoe import MedMoEImageProcessor, MedMoEImageProcessorPil
+from .medical_images_medmoe import MedicalImage, read_medical_image
 from .modeling_medmoe import (
     MedMoEForImageClassification,
     MedMoEModel,
@@ -51,4 +52,6 @@ __all__ = [
     "MedMoETokenizer",
     "MedMoEVisionConfig",
     "MedMoEVisionModel",
+    "MedicalImage",
+    "read_medical_image",
 ]

@@ -345,8 +345,8 @@ def _stored(dataset: Any, name: str, frame: int) -> np.ndarray:
         return pydicom.pixels.pixel_array(dataset, index=frame)
     except Exception as error:  # here the message is about the pixels' format alone
         raise MedicalImageError(
-            f"{name}: its pixels ({syntax.name}) cannot be decoded: {error} The file is damaged or cut off; "
-            "export or copy it again"
+            f"{name} is damaged or cut off; export or copy it again. "
+            f"Its pixels ({syntax.name}) cannot be decoded: {error}"
         ) from error
 
 
@@ -522,7 +522,8 @@ def _read_nifti(source: Any, name: str, frame: int | None, windows: _Windows) ->
     if plane.dtype.kind not in "buif":
         raise MedicalImageError(f"{name} holds numbers of type {plane.dtype}, which are no gray values")
     values = plane.astype(np.float64)
-    low, high = (float(image.header.get(key, 0)) for key in ("cal_min", "cal_max"))
+    header: Any = image.header if isinstance(image, nibabel.Nifti1Pair) else {}  # other formats have no such range
+    low, high = (float(header.get(key, 0)) for key in ("cal_min", "cal_max"))
     if not windows and high > low:
         windows = [((low + high) / 2, high - low)]
     picture = _through(values, windows) if windows else _by_percentiles(values)

@@ -60,7 +60,7 @@ class MedMoEProcessor(ProcessorMixin):
             target_sizes: height and width of each original image, in pixels: B pairs or a tensor (B, 2). None means
                 the image processor's `size`.
             sigma: width of a Gaussian that the maps are smoothed with first, in cells of the map; 0 leaves them as
-                they are, about 1 steadies the place of the peak.
+                they are, 1 to 2 steadies the place of the peak.
             pad_to_square: whether the images were padded to squares, as the call of the image processor was told;
                 None means its setting. Without `target_sizes` the maps cover the padded images.
 
