@@ -298,6 +298,11 @@ def _open_tokenizer(source: str, max_length: int | None) -> MedMoETokenizer:
         ) from error
 
 
+def _bracket_token_ids(tokenizer: MedMoETokenizer) -> list[int]:
+    """The tokens that the official code's rule for words looks at (`word_rule="official"`)."""
+    return sorted(index for token, index in tokenizer.get_vocab().items() if token.startswith("["))
+
+
 def _check_vocabulary(tokenizer: MedMoETokenizer, config: MedMoEConfig) -> None:
     if len(tokenizer) > config.text_config.vocab_size:
         raise ConvertError(
@@ -412,7 +417,7 @@ def convert_official(
     config = MedMoEConfig.from_preset(
         "official",
         text_config=bert_fields(_inside(tensors, _ENCODER), text_heads),
-        bracket_token_ids=sorted(index for token, index in words.get_vocab().items() if token.startswith("[")),
+        bracket_token_ids=_bracket_token_ids(words),
         report_length=max_length,
         vision_config={
             "swin_config": swin_fields(_inside(tensors, _BACKBONE)),
@@ -527,8 +532,7 @@ def _vision_from_state(state: Mapping[str, Tensor], source: str) -> tuple[dict[s
             f"{source} holds no Swin, neither under timm's names (patch_embed.proj.weight, ...) nor under "
             f"transformers' ({marker}, ...). Its tensors are {_listed(state)}."
         )
-    rules = [(prefix, _tower("", swin_name))] if prefix else [("", _tower("", swin_name))]
-    tensors, dropped = _sort(state, rules)
+    tensors, dropped = _sort(state, [(prefix, _tower("", swin_name))])
     for name in [name for name in tensors if not name.startswith(("embeddings.", "encoder.", "layernorm."))]:
         dropped[tensors.pop(name)[0]] = "no part of the tower"
     return tensors, dropped
@@ -673,7 +677,7 @@ def init_model(
         raise ConvertError(f"A {preset} model of these parts is not possible: {error}") from error
     _check_vocabulary(words, config)
     if preset == "official":
-        config.bracket_token_ids = sorted(i for token, i in words.get_vocab().items() if token.startswith("["))
+        config.bracket_token_ids = _bracket_token_ids(words)
     torch.manual_seed(seed)
     model = MedMoEModel(config)
     given = tuple(prefix for prefix, name in ((_BACKBONE, vision), (_ENCODER, text)) if name is not None)
