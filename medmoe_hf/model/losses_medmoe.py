@@ -6,7 +6,7 @@ Everything is computed in float32, whatever the embeddings' type and any autocas
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -303,25 +303,26 @@ def token_logits(local_embeds: Tensor, word_embeds: Tensor, word_mask: Tensor, s
         return torch.cat(rows)
 
 
-def token_loss(local_embeds: Tensor, word_embeds: Tensor, word_mask: Tensor, scale: float) -> Tensor:
+def token_losses(local_embeds: Tensor, word_embeds: Tensor, word_mask: Tensor, scale: float) -> Tensor:
     """The paper's printed local loss: a word's context must be nearer to that word than to its report's other words.
 
-    -log exp(cos(c_i,t_i)/τ) / Σ_j exp(cos(c_i,t_j)/τ) over the words j of the same report, averaged over the words of
-    a report and over the reports that have words.
+    -log exp(cos(c_i,t_i)/τ) / Σ_j exp(cos(c_i,t_j)/τ) over the words j of the same report, averaged over its words.
 
     Args:
         local_embeds: (B, D, H', W').
         word_embeds: (B, W, D), caption i of image i.
         word_mask: (B, W) bool.
         scale: 1/τ, the same in the attention and in the contrast, as printed.
+
+    Returns:
+        (B,) float32, of each report; 0 for one without words.
     """
     with torch.autocast(local_embeds.device.type, enabled=False):
         cosines = scale * _token_cosines(local_embeds.float().flatten(2), word_embeds.float(), scale)
         lowest = torch.finfo(cosines.dtype).min
         log_probs = cosines.masked_fill(~word_mask.unsqueeze(1), lowest).log_softmax(dim=-1)
         per_word = -log_probs.diagonal(dim1=1, dim2=2).masked_fill(~word_mask, 0.0)
-        per_report = per_word.sum(dim=1) / word_mask.sum(dim=1).clamp_min(1)
-        return per_report.sum() / word_mask.any(dim=1).sum().clamp_min(1)
+        return per_word.sum(dim=1) / word_mask.sum(dim=1).clamp_min(1)
 
 
 def modality_loss(config: Any, router_logits: Tensor, modality_labels: Tensor) -> Tensor:
@@ -385,8 +386,90 @@ def local_logits(config: Any, local_embeds: Tensor, word_embeds: Tensor, word_ma
     return token_logits(local_embeds, word_embeds, word_mask, config.temp3)
 
 
+def local_terms(
+    config: Any,
+    local_embeds: Tensor,
+    word_embeds: Tensor,
+    word_mask: Tensor,
+    gather: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """What the local loss is made of, for the images of one process; caption i belongs to image i.
+
+    Words travel between processes, local maps never do: a map is a hundred times as large as a caption.
+
+    Args:
+        local_embeds: (b, D, H', W').
+        word_embeds: (b, W, D).
+        word_mask: (b, W) bool.
+        gather: as in `training_losses`.
+
+    Returns:
+        `gloria`: similarities (b, B) with the captions of all processes; `token`: the losses (b,) of the own reports.
+    """
+    if config.local_loss == "token":
+        return token_losses(local_embeds, word_embeds, word_mask, config.temp3)
+    if gather is not None:
+        word_embeds, word_mask = gather(word_embeds), gather(word_mask)
+    return local_logits(config, local_embeds, word_embeds, word_mask)
+
+
+def _loss_of_terms(config: Any, terms: Tensor, has_words: Tensor) -> Tensor:
+    if config.local_loss == "token":
+        return terms.sum() / has_words.sum().clamp_min(1)
+    return contrastive_loss(terms, config.contrast)
+
+
 def local_loss(config: Any, local_embeds: Tensor, word_embeds: Tensor, word_mask: Tensor) -> Tensor:
-    """The local loss that `config.local_loss` names; caption i belongs to image i."""
-    if config.local_loss == "gloria":
-        return contrastive_loss(local_logits(config, local_embeds, word_embeds, word_mask), config.contrast)
-    return token_loss(local_embeds, word_embeds, word_mask, config.temp3)
+    """The local loss that `config.local_loss` names; shapes as `local_terms`."""
+    return _loss_of_terms(config, local_terms(config, local_embeds, word_embeds, word_mask), word_mask.any(dim=1))
+
+
+def training_losses(
+    config: Any,
+    scale: Any,
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    terms: Tensor,
+    has_words: Tensor,
+    router_logits: Sequence[Tensor],
+    modality_labels: Tensor | None,
+    gather: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """The total loss and its parts (sections 4.4-4.6).
+
+    Args:
+        scale: inverse temperature of the global similarity.
+        image_embeds, text_embeds: (b, D); pair i is row i of both.
+        terms: of `local_terms`.
+        has_words: (b,) bool, whether a report has any.
+        router_logits: (b, K) each, of the image router and of the report router where there is one.
+        modality_labels: (b,), or None for no auxiliary loss.
+        gather: (b, ...) to (B, ...), the rows of all processes in the same order everywhere, its backward the sum of
+            their gradients. The loss is then the same everywhere, and the *mean* of the processes' gradients is that
+            of one process with all rows. None: B = b.
+
+    Returns:
+        `loss`, and without their weights `loss_global`, `loss_local`, `loss_aux`.
+    """
+    together = gather if gather is not None else _alone
+    losses = {
+        "loss_global": contrastive_loss(
+            cosine_logits(together(image_embeds), together(text_embeds), scale), config.contrast
+        )
+    }
+    losses["loss_local"] = _loss_of_terms(config, together(terms), together(has_words))
+    losses["loss_aux"] = losses["loss_global"].new_zeros(())
+    if modality_labels is not None:
+        labels = together(modality_labels)
+        for logits in router_logits:
+            losses["loss_aux"] = losses["loss_aux"] + modality_loss(config, together(logits), labels)
+    losses["loss"] = (
+        config.global_loss_weight * losses["loss_global"]
+        + config.local_loss_weight * losses["loss_local"]
+        + config.aux_loss_weight * losses["loss_aux"]
+    )
+    return losses
+
+
+def _alone(rows: Tensor) -> Tensor:
+    return rows

@@ -7,14 +7,14 @@ local map (and of the shared space where there are no projections).
 import inspect
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from transformers import AutoModel, PreTrainedModel, SwinModel
 from transformers import initialization as init
 from transformers.modeling_outputs import ImageClassifierOutput
@@ -29,11 +29,10 @@ from .configuration_medmoe import (
     MedMoEVisionConfig,
 )
 from .losses_medmoe import (
-    contrastive_loss,
     cosine_logits,
     local_logits,
-    local_loss,
-    modality_loss,
+    local_terms,
+    training_losses,
     word_attention,
     word_contributions,
     word_log_odds,
@@ -420,13 +419,93 @@ class MedMoETimmBackbone(MedMoEPreTrainedModel):
         )
 
 
+def several_processes() -> bool:
+    """Whether this process trains together with others."""
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+class MedMoEBatchNorm(nn.BatchNorm2d):
+    """BatchNorm over the images of all processes: under hard routing one process alone may have one image or none.
+
+    Equal to `nn.BatchNorm2d` over all of them side by side, in value, gradient and running statistics; empty parts are
+    fine. In a single process, and outside training, it is `nn.BatchNorm2d`.
+
+    Attributes:
+        normalise: takes this layer's place in training, (b, C, H, W) to the same; None: the batch's own statistics.
+    """
+
+    normalise: Callable[[Tensor], Tensor] | None = None
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if self.training and self.normalise is not None:
+            return self.normalise(hidden_states)
+        if not self.training or not several_processes():
+            return super().forward(hidden_states)
+        normalised, mean, variance, count = _SharedBatchNorm.apply(hidden_states, self.weight, self.bias, self.eps)
+        self.update_statistics(mean, variance, int(count))
+        return normalised
+
+    @torch.no_grad()
+    def update_statistics(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        """Moves the running statistics towards those of a batch: `mean` and biased `variance` (C,) of `count` values a
+        channel. Without any values they stay."""
+        if not count or self.running_mean is None or self.running_var is None:
+            return
+        unbiased = variance * (count / max(1, count - 1))
+        momentum = self.momentum
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked += 1
+            if momentum is None:
+                momentum = 1 / float(self.num_batches_tracked)
+        self.running_mean.lerp_(mean.to(self.running_mean), momentum)
+        self.running_var.lerp_(unbiased.to(self.running_var), momentum)
+
+
+class _SharedBatchNorm(torch.autograd.Function):
+    """Normalises (b, C, H, W) by the mean and variance over all processes' values; sums are made in float64."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
+        numbers = values.float()
+        local = values.numel() // values.shape[1]
+        total = torch.cat([numbers.sum((0, 2, 3), dtype=torch.double), numbers.new_tensor([local]).double()])
+        distributed.all_reduce(total)
+        count = total[-1]
+        mean = (total[:-1] / count.clamp_min(1)).float()
+        # A second round for the variance: a difference of squares would lose it where the mean is large.
+        centred = numbers - mean.view(-1, 1, 1)
+        spread = centred.square().sum((0, 2, 3), dtype=torch.double)
+        distributed.all_reduce(spread)
+        variance = (spread / count.clamp_min(1)).float()
+        inverse = (variance + eps).rsqrt()
+        ctx.save_for_backward(centred, weight, inverse, count)
+        normalised = centred * (weight * inverse).view(-1, 1, 1) + bias.view(-1, 1, 1)
+        ctx.mark_non_differentiable(mean, variance, count)
+        return normalised.to(values.dtype), mean, variance, count
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        centred, weight, inverse, count = ctx.saved_tensors
+        upstream = gradient.float()
+        standard = centred * inverse.view(-1, 1, 1)
+        sums = torch.stack(
+            [upstream.sum((0, 2, 3), dtype=torch.double), (upstream * standard).sum((0, 2, 3), dtype=torch.double)]
+        )
+        own = sums.to(weight.dtype)
+        distributed.all_reduce(sums)
+        mean, along = (sums / count.clamp_min(1)).float().view(2, -1, 1, 1)
+        values = (upstream - mean - standard * along) * (weight * inverse).view(-1, 1, 1)
+        return values.to(gradient.dtype), own[1], own[0], None
+
+
 class MedMoEConvLayer(nn.Module):
     """Convolution, BatchNorm, ReLU: (B, C_in, H, W) to (B, C_out, H, W)."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
         super().__init__()
         self.convolution = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
-        self.batch_norm = nn.BatchNorm2d(out_channels)
+        self.batch_norm = MedMoEBatchNorm(out_channels)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return nn.functional.relu(self.batch_norm(self.convolution(hidden_states)))
@@ -624,6 +703,9 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
     ) -> tuple[Tensor, Tensor]:
         """Sends each image through its expert; experts that nobody selects are not computed.
 
+        Processes that work together call all experts, with no images where nobody selects one: sharded parameters are
+        gathered, and gradients reduced, by everybody or by nobody.
+
         Args:
             feature_maps: S maps (B, C_s, H_s, W_s).
             expert_ids: (B,).
@@ -639,7 +721,12 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
             return torch.einsum("bk,bkdhw->bdhw", mixture, local), torch.einsum("bk,bkshw->bshw", mixture, weights)
         order = expert_ids.argsort(stable=True)
         counts = torch.bincount(expert_ids, minlength=len(self.experts)).tolist()
-        groups = [(expert, rows) for expert, rows in zip(self.experts, order.split(counts), strict=True) if len(rows)]
+        together = several_processes()
+        groups = [
+            (expert, rows)
+            for expert, rows in zip(self.experts, order.split(counts), strict=True)
+            if len(rows) or together
+        ]
         if len(groups) == 1:
             return groups[0][0](feature_maps, size)
         parts = [expert([feature_map[rows] for feature_map in feature_maps], size) for expert, rows in groups]
@@ -1041,6 +1128,7 @@ class MedMoEModel(MedMoEPreTrainedModel):
         modality: Any = None,
         modality_labels: Tensor | None = None,
         return_loss: bool | None = None,
+        gather: Callable[[Tensor], Tensor] | None = None,
         **kwargs: Any,
     ) -> MedMoEOutput | MedMoEVisionOutput | MedMoETextOutput:
         """Compares images with texts; with only one of the two, gives `get_image_features` or `get_text_features`.
@@ -1055,6 +1143,8 @@ class MedMoEModel(MedMoEPreTrainedModel):
             modality: overrules the routers: a name, alias or id, for all images or one each; None or -100 if unknown.
             modality_labels: (B,), what the routers should have said, for the auxiliary loss; -100 is ignored.
             return_loss: whether to compute the losses.
+            gather: puts a tensor's rows (b, ...) of all processes together, (B, ...), differentiably; the losses then
+                contrast over all of them. None contrasts within this batch.
         """
         if pixel_values is None and input_ids is None:
             raise ValueError("MedMoE needs `pixel_values`, `input_ids` or both.")
@@ -1097,19 +1187,16 @@ class MedMoEModel(MedMoEPreTrainedModel):
 
         losses: dict[str, Tensor] = {}
         if return_loss:
-            losses["loss_global"] = contrastive_loss(
-                cosine_logits(image_embeds, text.pooler_output, self.global_scale), config.contrast
-            )
-            losses["loss_local"] = local_loss(config, local, text.word_embeds, text.word_mask)
-            losses["loss_aux"] = losses["loss_global"].new_zeros(())
-            if modality_labels is not None:
-                for logits in (router_logits, report_logits):
-                    if logits is not None:
-                        losses["loss_aux"] = losses["loss_aux"] + modality_loss(config, logits, modality_labels)
-            losses["loss"] = (
-                config.global_loss_weight * losses["loss_global"]
-                + config.local_loss_weight * losses["loss_local"]
-                + config.aux_loss_weight * losses["loss_aux"]
+            losses = training_losses(
+                config,
+                self.global_scale,
+                image_embeds,
+                text.pooler_output,
+                local_terms(config, local, text.word_embeds, text.word_mask, gather),
+                text.word_mask.any(dim=1),
+                [logits for logits in (router_logits, report_logits) if logits is not None],
+                modality_labels,
+                gather,
             )
         return MedMoEOutput(
             logits_per_image=logits_per_image,

@@ -1,0 +1,424 @@
+"""Gradient caching: the exact step of a large batch, in the memory of a small one.
+
+A step of `gradient_accumulation_steps` micro-batches (and of all processes) is computed as if it were one batch:
+contrastive losses see all pairs, and the experts' BatchNorm the statistics of all images. In passes over the
+micro-batches, with what is small kept in between:
+
+1. without gradients: texts, and images up to the pyramid;
+2. the experts' BatchNorm statistics, one layer after another: each needs those before it;
+3. without gradients: the experts, embeddings, similarities with all words; then the loss, and its gradients with
+   respect to all these;
+4. the experts with gradients, back to the pyramid, the words and the statistics;
+5. from the statistics back, one layer after another;
+6. towers once more with gradients (their random numbers replayed), back to the weights.
+
+After Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup" (2021); passes 2 and 5 are
+what BatchNorm adds.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from medmoe_hf.model import MedMoEModel
+from medmoe_hf.model.losses_medmoe import local_terms, training_losses
+from medmoe_hf.model.modeling_medmoe import MedMoEBackboneOutput, MedMoEBatchNorm, several_processes
+from medmoe_hf.training.negatives import average_gradients, gather_rows
+
+
+@dataclass
+class _Part:
+    """What is kept of a micro-batch.
+
+    Attributes:
+        texts, pixel_values: its inputs.
+        random_state: in which its towers ran.
+        pooled, maps: of the backbone, (b, C) and the pyramid: leaves whose gradients pass 4 leaves here.
+        outputs: leaves that the loss is computed from: `image`, `text` (b, D), `words` (b, L, D), `terms`, and
+            `router`, `report_router` (b, K).
+        word_mask: (b, L).
+        expert_ids: (b,).
+        mixture: (b, K) or None.
+        modality: the caller's, which overrules the routers.
+    """
+
+    texts: dict[str, Any]
+    pixel_values: Tensor
+    random_state: list[Tensor]
+    pooled: Tensor
+    maps: list[Tensor]
+    outputs: dict[str, Tensor]
+    word_mask: Tensor
+    expert_ids: Tensor
+    mixture: Tensor | None
+    modality: Any
+
+    def rows(self, expert: int) -> Tensor | slice:
+        """The images that an expert computes."""
+        return slice(None) if self.mixture is not None else (self.expert_ids == expert).nonzero().squeeze(1)
+
+
+def cached_step(
+    model: MedMoEModel,
+    batches: list[dict[str, Any]],
+    backward: Callable[[Tensor], None] = Tensor.backward,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> dict[str, Tensor]:
+    """The gradients of a step over all micro-batches and processes, as of one batch; added to `.grad`, averaged.
+
+    Dropout draws other numbers than one batch would, each micro-batch the same in all its passes. A BatchNorm inside
+    a timm backbone sees one micro-batch at a time.
+
+    Args:
+        model: not wrapped by DDP: gradients are averaged here.
+        batches: of `ContrastiveCollator`, on the model's device.
+        backward: takes the loss; a gradient scaler's place.
+        autocast: makes the context of forward passes.
+
+    Returns:
+        `loss`, `loss_global`, `loss_local`, `loss_aux` of the whole step, without a graph, and `expert_counts` (K,),
+        images by expert.
+    """
+    vision = model.vision_model
+    with torch.no_grad(), autocast():
+        parts = [_encode(model, batch) for batch in batches]
+    counts = _expert_counts(parts, len(vision.experts))
+    used = [index for index, count in enumerate(counts.tolist()) if count]
+    with _step_norms(vision, parts, used, autocast) as norms:
+        words = _joined([part.outputs["words"] for part in parts])
+        mask = _joined([part.word_mask for part in parts])
+        all_words = gather_rows(words).requires_grad_()
+        every = {"words": all_words, "mask": gather_rows(mask)}
+        with torch.no_grad(), autocast():
+            for part in parts:
+                image, terms = _experts(model, part, every)
+                part.outputs |= {"image": image, "terms": terms}
+        for part in parts:
+            part.outputs = {name: value.detach().requires_grad_() for name, value in part.outputs.items()}
+        routers = [name for name in ("router", "report_router") if name in parts[0].outputs]
+        column = {name: _joined([part.outputs[name] for part in parts]) for name in parts[0].outputs}
+        losses = training_losses(
+            model.config,
+            model.global_scale,
+            column["image"],
+            column["text"],
+            column["terms"],
+            mask.any(dim=1),
+            [column[name] for name in routers],
+            torch.cat([batch["modality_labels"] for batch in batches]),
+            gather_rows,
+        )
+        backward(losses["loss"])
+        _back_through_experts(model, parts, every, norms, autocast)
+    if all_words.grad is not None:
+        _add_word_gradients(parts, all_words.grad)
+    _back_through_towers(model, parts, autocast)
+    idle = {
+        id(parameter)
+        for index, expert in enumerate(vision.experts)
+        if index not in used
+        for parameter in expert.parameters()
+    }
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    average_gradients(trained, {id(parameter) for parameter in trained} - idle)
+    return {name: value.detach() for name, value in losses.items()} | {"expert_counts": counts}
+
+
+def _encode(model: MedMoEModel, batch: dict[str, Any]) -> _Part:
+    """Pass 1."""
+    vision = model.vision_model
+    texts = {
+        name: value
+        for name, value in batch.items()
+        if name not in ("pixel_values", "modality", "modality_labels", "return_loss")
+    }
+    state = _random_state(batch["pixel_values"].device)
+    outputs, word_mask = _text_outputs(model, texts)
+    backbone = vision.encode(batch["pixel_values"])
+    outputs["router"] = vision.router(backbone.pooler_output)
+    selecting = outputs["report_router"] if model.config.router == "report" else outputs["router"]
+    return _Part(
+        texts=texts,
+        pixel_values=batch["pixel_values"],
+        random_state=state,
+        pooled=backbone.pooler_output.detach().requires_grad_(),
+        maps=[feature_map.detach().requires_grad_() for feature_map in backbone.feature_maps],
+        outputs=outputs,
+        word_mask=word_mask,
+        expert_ids=vision.select_experts(selecting, batch.get("modality")),
+        mixture=vision.mixture_weights(outputs["router"], batch.get("modality")),
+        modality=batch.get("modality"),
+    )
+
+
+def _text_outputs(model: MedMoEModel, texts: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
+    text = model._encode_text(**{"attention_mask": None, "token_type_ids": None, "word_ids": None, **texts})
+    outputs = {} if model.report_router is None else {"report_router": model.report_router(text.pooler_output)}
+    text = model._project_text(text)
+    return outputs | {"text": text.pooler_output, "words": text.word_embeds}, text.word_mask
+
+
+def _experts(model: MedMoEModel, part: _Part, every: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Global image embeddings (b, D) and the terms of the local loss, from the pyramid that a part keeps."""
+    vision = model.vision_model
+    mixture = part.mixture
+    if mixture is not None and torch.is_grad_enabled():
+        # Not kept: here the weights are part of what is differentiated.
+        mixture = vision.mixture_weights(vision.router(part.pooled), part.modality)
+    local, _ = vision.fuse(part.maps, part.expert_ids, mixture)
+    backbone = MedMoEBackboneOutput(pooler_output=part.pooled)
+    image, local = model._project_image(vision.global_embeds(backbone, local), local)
+    if model.config.local_loss == "token":
+        return image, local_terms(model.config, local, part.outputs["words"], part.word_mask)
+    return image, local_terms(model.config, local, every["words"], every["mask"])
+
+
+def _expert_counts(parts: list[_Part], experts: int) -> Tensor:
+    """(K,): images that each expert computes, over all processes."""
+    ids = torch.cat([part.expert_ids for part in parts])
+    counts = torch.bincount(ids, minlength=experts)
+    if parts[0].mixture is not None:
+        counts = torch.full_like(counts, len(ids))
+    if several_processes():
+        distributed.all_reduce(counts)
+    return counts
+
+
+# BatchNorm over the whole step
+
+
+class _StepNorm:
+    """One BatchNorm over all images of a step, in the place of the layer's own statistics.
+
+    The backward pass of BatchNorm takes two averages over all images off the gradient, and a micro-batch knows only
+    its own. It takes those off, and notes them; the difference follows when all are known. (To take nothing off at
+    first would be simpler, and cost a digit: what is to cancel would meet only at the pyramid.)
+
+    Attributes:
+        expert, scale, depth: where it is.
+        mean, inverse: (C, 1, 1), of the step, `inverse` one over the standard deviation.
+        count: values a channel, over all processes.
+        sums: for each micro-batch (2, C) in float64, of the gradient, and of it times the normalised values.
+        sizes: for each micro-batch its values a channel.
+        part: number of the micro-batch that runs.
+    """
+
+    def __init__(self, expert: int, scale: int, depth: int, layer: MedMoEBatchNorm, total: Tensor, parts: int) -> None:
+        self.expert, self.scale, self.depth, self.layer = expert, scale, depth, layer
+        self.count = total[-1].item()
+        mean, square = (total[:-1] / self.count).view(2, -1)
+        variance = (square - mean.square()).clamp_min(0)
+        layer.update_statistics(mean.float(), variance.float(), int(self.count))
+        self.mean = mean.float().view(-1, 1, 1)
+        self.inverse = (variance.float() + layer.eps).rsqrt().view(-1, 1, 1)
+        self.sums = total.new_zeros(parts, 2, layer.num_features)
+        self.sizes = [0] * parts
+        self.part = 0
+
+    def __call__(self, values: Tensor) -> Tensor:
+        return _NormaliseByStep.apply(values, self.layer.weight, self.layer.bias, self)
+
+    def standard(self, values: Tensor) -> Tensor:
+        return (values.float() - self.mean) * self.inverse
+
+    def remainder(self, values: Tensor, totals: Tensor) -> Tensor:
+        """What the gradient with respect to `values` still lacks: `totals` (2, C) are the sums over everything."""
+        size = max(1, self.sizes[self.part])
+        by_sum, by_product = (self.sums[self.part] / size - totals / self.count).float().view(2, -1, 1, 1)
+        scale = self.layer.weight.detach().float().view(-1, 1, 1) * self.inverse
+        return (by_sum + self.standard(values) * by_product) * scale
+
+
+class _NormaliseByStep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, weight: Tensor, bias: Tensor, norm: _StepNorm) -> Tensor:
+        ctx.save_for_backward(values, weight)
+        ctx.norm = norm
+        return (norm.standard(values) * weight.view(-1, 1, 1) + bias.view(-1, 1, 1)).to(values.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        values, weight = ctx.saved_tensors
+        norm, upstream = ctx.norm, gradient.float()
+        standard = norm.standard(values)
+        sums = torch.stack(
+            [upstream.sum((0, 2, 3), dtype=torch.double), (upstream * standard).sum((0, 2, 3), dtype=torch.double)]
+        )
+        norm.sums[norm.part] += sums
+        norm.sizes[norm.part] = values.numel() // values.shape[1]
+        mean, along = (sums / max(1, norm.sizes[norm.part])).float().view(2, -1, 1, 1)
+        own = (upstream - mean - standard * along) * (weight.view(-1, 1, 1) * norm.inverse)
+        return own.to(gradient.dtype), sums[1].to(weight.dtype), sums[0].to(weight.dtype), None
+
+
+@contextmanager
+def _step_norms(
+    vision: nn.Module, parts: list[_Part], used: list[int], autocast: Callable[[], AbstractContextManager]
+) -> Iterator[list[_StepNorm]]:
+    """Pass 2: in the block every expert's BatchNorm in training normalises by the statistics of the whole step."""
+    norms: list[_StepNorm] = []
+    depths = max((len(projection) for expert in vision.experts for projection in expert.scale_projections), default=0)
+    try:
+        for depth in range(depths):
+            layers = list(_batch_norms(vision, used, depth))
+            totals = []
+            for expert, scale, layer in layers:
+                total = torch.zeros(2 * layer.num_features + 1, dtype=torch.double, device=layer.weight.device)
+                for part in parts:
+                    with torch.no_grad(), autocast():
+                        values = _before_norm(vision, part, expert, scale, depth)
+                    if values is not None:
+                        numbers = values.double()
+                        size = total.new_tensor([numbers.numel() // numbers.shape[1]])
+                        total += torch.cat([numbers.sum((0, 2, 3)), numbers.square().sum((0, 2, 3)), size])
+                totals.append(total)
+            for (expert, scale, layer), total in zip(layers, _summed(totals), strict=True):
+                layer.normalise = _StepNorm(expert, scale, depth, layer, total, len(parts))
+                norms.append(layer.normalise)
+        yield norms
+    finally:
+        for norm in norms:
+            norm.layer.normalise = None
+
+
+def _summed(tensors: list[Tensor]) -> list[Tensor]:
+    """Each tensor's sum over all processes, in one exchange."""
+    if not tensors or not several_processes():
+        return tensors
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    distributed.all_reduce(flat)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def _batch_norms(vision: nn.Module, used: list[int], depth: int) -> Iterator[tuple[int, int, MedMoEBatchNorm]]:
+    for expert in used:
+        for scale, projection in enumerate(vision.experts[expert].scale_projections):
+            layer = getattr(projection[depth], "batch_norm", None) if depth < len(projection) else None
+            if isinstance(layer, MedMoEBatchNorm) and layer.training:
+                yield expert, scale, layer
+
+
+def _before_norm(vision: nn.Module, part: _Part, expert: int, scale: int, depth: int) -> Tensor | None:
+    """What an expert's BatchNorm of a depth is given for a micro-batch; None without an image."""
+    hidden_states = part.maps[scale][part.rows(expert)]
+    if not len(hidden_states):
+        return None
+    projection = vision.experts[expert].scale_projections[scale]
+    for layer in projection[:depth]:
+        hidden_states = layer(hidden_states)
+    return projection[depth].convolution(hidden_states)
+
+
+def _back_through_experts(
+    model: MedMoEModel,
+    parts: list[_Part],
+    every: dict[str, Tensor],
+    norms: list[_StepNorm],
+    autocast: Callable[[], AbstractContextManager],
+) -> None:
+    """Passes 4 and 5: to the pyramids, the words, and the experts' weights."""
+    vision = model.vision_model
+    for number, part in enumerate(parts):
+        _select(norms, number)
+        with autocast():
+            image, terms = _experts(model, part, every)
+            logits = vision.router(part.pooled)
+        _backward([image, terms, logits], [part.outputs[name].grad for name in ("image", "terms", "router")])
+    for depth in sorted({norm.depth for norm in norms}, reverse=True):
+        layers = [norm for norm in norms if norm.depth == depth]
+        for norm, totals in zip(layers, _summed([norm.sums.sum(dim=0) for norm in layers]), strict=True):
+            for number, part in enumerate(parts):
+                _select(norms, number)
+                with autocast():
+                    values = _before_norm(vision, part, norm.expert, norm.scale, depth)
+                if values is not None:
+                    _backward([values], [norm.remainder(values.detach(), totals)])
+
+
+def _select(norms: list[_StepNorm], part: int) -> None:
+    for norm in norms:
+        norm.part = part
+
+
+def _add_word_gradients(parts: list[_Part], gradient: Tensor) -> None:
+    """Gives each part what the local loss of all images, on all processes, says about its words."""
+    own = sum(len(part.word_mask) for part in parts)
+    if several_processes():
+        distributed.all_reduce(gradient)
+        counts = torch.zeros(distributed.get_world_size(), dtype=torch.long, device=gradient.device)
+        counts[distributed.get_rank()] = own
+        distributed.all_reduce(counts)
+        start = int(counts[: distributed.get_rank()].sum())
+        gradient = gradient[start : start + own]
+    for part, share in zip(parts, gradient.split([len(part.word_mask) for part in parts]), strict=True):
+        words = part.outputs["words"]
+        share = share[:, : words.shape[1]]
+        words.grad = share.clone() if words.grad is None else words.grad + share
+
+
+def _back_through_towers(
+    model: MedMoEModel, parts: list[_Part], autocast: Callable[[], AbstractContextManager]
+) -> None:
+    """Pass 6."""
+    vision = model.vision_model
+    after = _random_state(parts[0].pooled.device)
+    # The first pass has moved the running statistics of a backbone's own BatchNorm already.
+    running = {
+        name: buffer.clone()
+        for name, buffer in vision.backbone.named_buffers()
+        if "running_" in name or "num_b" in name
+    }
+    for part in parts:
+        _set_random_state(part.random_state)
+        with autocast():
+            outputs, _ = _text_outputs(model, part.texts)
+        _backward(list(outputs.values()), [part.outputs[name].grad for name in outputs])
+        with autocast():
+            backbone = vision.encode(part.pixel_values)
+        _backward(
+            [backbone.pooler_output, *backbone.feature_maps],
+            [part.pooled.grad, *(feature_map.grad for feature_map in part.maps)],
+        )
+        # Freed here: the next micro-batch needs the room.
+        part.maps, part.pixel_values = [], part.pixel_values[:0]
+    _set_random_state(after)
+    for name, buffer in vision.backbone.named_buffers():
+        if name in running:
+            buffer.copy_(running[name])
+
+
+def _backward(outputs: list[Tensor], gradients: list[Tensor | None]) -> None:
+    """Back from several outputs at once; what nothing trainable led to, or no loss reached, is left out."""
+    pairs = [
+        (output, gradient.to(output.dtype))
+        for output, gradient in zip(outputs, gradients, strict=True)
+        if output.requires_grad and gradient is not None
+    ]
+    if pairs:
+        torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    """Rows of all micro-batches, words padded with zeros behind to the longest."""
+    if tensors[0].dim() < 2 or len({tensor.shape[1] for tensor in tensors}) == 1:
+        return torch.cat(tensors)
+    width = max(tensor.shape[1] for tensor in tensors)
+    padding = [[0, 0] * (tensor.dim() - 2) + [0, width - tensor.shape[1]] for tensor in tensors]
+    return torch.cat([nn.functional.pad(tensor, pad) for tensor, pad in zip(tensors, padding, strict=True)])
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def _set_random_state(states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.cuda.set_rng_state(state)

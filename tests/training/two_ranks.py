@@ -1,0 +1,99 @@
+"""What a process of two does in test_negatives.py; a module of its own, since spawned processes import it."""
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import distributed
+
+from medmoe_hf.data import phantom_sample
+from medmoe_hf.data.collate import ContrastiveCollator
+from medmoe_hf.training import build_model
+from medmoe_hf.training.cached import cached_step
+from medmoe_hf.training.config import ModelSection
+from medmoe_hf.training.negatives import gather_rows
+
+SMALL = {
+    "text_config": {
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 4,
+        "intermediate_size": 32,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    },
+    "projection_dim": 16,
+    "vision_config": {
+        "image_size": 64,
+        "expert_hidden_size": 8,
+        "local_size": 16,
+        "scale_attention_size": 8,
+        "router_hidden_size": 8,
+        "swin_config": {
+            "embed_dim": 8,
+            "depths": [1, 1, 1, 1],
+            "num_heads": [1, 1, 2, 2],
+            "window_size": 4,
+            "drop_path_rate": 0.0,
+        },
+    },
+}
+# What differs between the losses and towers that must come out the same.
+CASES = {
+    "gloria": ("tiny", {"local_loss": "gloria"}),
+    "token": ("tiny", {"local_loss": "token"}),
+    "plus": ("plus", {}),
+    "linear experts": ("official", {}),
+    "paper": ("paper", {}),
+}
+# Rank 0 has the first half. Expert 0 and 2 are strange to rank 1, expert 4 to everybody.
+MODALITY = [0, 0, 1, 2, 1, 3, 3, 5]
+LABELS = [0, 0, 1, 2, -100, 3, 3, 5]
+
+
+def model_of(case):
+    preset, overrides = CASES[case]
+    torch.manual_seed(0)
+    small = {**SMALL, **overrides}
+    if preset == "official":
+        small["vision_config"] = {**small["vision_config"], "mixture": "hard"}
+    model, processor = build_model(ModelSection(preset=preset, overrides=small))
+    return model.train(), ContrastiveCollator(processor)
+
+
+def batch_of(collator, rows):
+    batch = collator([phantom_sample(0, index, image_size=64) for index in range(8)])
+    batch = {name: value[rows] if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+    batch["modality_labels"] = torch.tensor(LABELS)[rows]
+    return batch | {"modality": MODALITY[rows]}
+
+
+def outcome(model, losses):
+    """Gradients, running statistics and losses by name."""
+    found = {f"gradient {name}": value.grad for name, value in model.named_parameters() if value.grad is not None}
+    found |= {f"buffer {name}": value for name, value in model.named_buffers() if "running_" in name}
+    found |= {name: losses[name].detach() for name in ("loss", "loss_global", "loss_local", "loss_aux")}
+    return {name: value.clone().contiguous() for name, value in found.items()}
+
+
+def run(rank, world, folder):
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    for case in CASES:
+        rows = slice(4 * rank, 4 * rank + 4)
+        model, collator = model_of(case)
+        wrapped = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+        output = wrapped(**batch_of(collator, rows), gather=gather_rows)
+        output.loss.backward()
+        save_file(outcome(model, output), Path(folder) / f"ranks {case} {rank}.safetensors")
+        model, collator = model_of(case)
+        halves = [slice(4 * rank, 4 * rank + 1), slice(4 * rank + 1, 4 * rank + 4)]
+        losses = cached_step(model, [batch_of(collator, half) for half in halves])
+        save_file(outcome(model, losses), Path(folder) / f"global {case} {rank}.safetensors")
+    uneven = torch.ones(2 + rank, 1 + rank, requires_grad=True)
+    together = gather_rows(uneven)
+    (together * torch.arange(10.0).view(5, 2)).sum().backward()
+    save_file({"rows": together.detach(), "gradient": uneven.grad}, Path(folder) / f"uneven {rank}.safetensors")
+    distributed.destroy_process_group()
