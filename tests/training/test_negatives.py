@@ -1,6 +1,7 @@
 """Full-batch negatives: two processes, and micro-batches, against one process with the whole batch."""
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,7 @@ def test_two_processes_equal_one(folder, whole, case, mode):
 def test_micro_batches_equal_one_batch(whole, case, cuts):
     model, collator = model_of(case)
     edges = [0, *cuts, 8]
-    batches = [batch_of(collator, slice(first, last)) for first, last in zip(edges, edges[1:], strict=False)]
+    batches = [batch_of(collator, slice(first, last)) for first, last in pairwise(edges)]
     losses = cached_step(model, batches)
     same(outcome(model, losses), whole[case], case)
     assert losses["expert_counts"].tolist() == [2, 2, 1, 2, 0, 1]
