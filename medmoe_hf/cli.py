@@ -24,19 +24,46 @@ def main() -> None:
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file; its keys are medmoe_hf.training.TrainConfig's.")],
+    resume: Annotated[
+        str | None, typer.Option(help="A checkpoint to go on from; auto: the newest of this run, if there is one.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Two steps and the plan; nothing is written.")] = False,
 ) -> None:
-    """Train a dual encoder as a YAML file says."""
+    """Train a dual encoder as a YAML file says. SIGTERM and Ctrl-C leave a checkpoint."""
     # Imports inside: `medmoe --help` should not wait for torch.
     from medmoe_hf.data.shards import ShardError
     from medmoe_hf.data.stream import StreamError
-    from medmoe_hf.training import ConfigError, TrainConfig, TrainingError
+    from medmoe_hf.training import Interrupted, TrainConfig, TrainingError, plan
     from medmoe_hf.training import train as run
 
     try:
-        record = run(TrainConfig.from_yaml(config))
-    except (ConfigError, TrainingError, StreamError, ShardError, FileExistsError, FileNotFoundError) as error:
+        with _errors_of("train"):
+            read = TrainConfig.from_yaml(config)
+            if dry_run:
+                typer.echo(str(plan(read)))
+                return
+            record = run(read, resume)
+    except Interrupted as interruption:
+        typer.echo(f"medmoe train: {interruption}", err=True)
+        raise typer.Exit(128 + interruption.signal) from interruption
+    except (TrainingError, StreamError, ShardError) as error:
         raise SystemExit(f"medmoe train: {error}") from error
     typer.echo(f"Trained {record.steps} steps on {record.samples} pairs in {record.seconds:.0f} s.")
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="Folder of a LoRA adapter, as `medmoe train` writes it.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    base: Annotated[str | None, typer.Option(help="Folder or Hub id of its base; by default where it says.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+) -> None:
+    """Add a LoRA adapter to its base: a model folder that needs neither."""
+    from medmoe_hf.training.adapters import merge_adapter
+
+    with _errors_of("merge"):
+        merge_adapter(adapter, out, base, force)
+    typer.echo(f"Wrote {out}.")
 
 
 @app.command()

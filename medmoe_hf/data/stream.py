@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import random
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 
@@ -448,6 +450,10 @@ class SampleStream:
                 batch_sampler=self._own_chunks(),
                 collate_fn=_as_it_is,
                 num_workers=self.num_workers,
+                worker_init_fn=_leave_signals_to_main,
+                # Else the loader draws a seed from the global generator, which dropout draws from too: a resumed run,
+                # or one with another number of readers, would drop other things.
+                generator=torch.Generator(),
             )
         else:
             chunks = ([reader[place] for place in chunk] for chunk in self._own_chunks())
@@ -526,6 +532,13 @@ def _key(row: dict[str, Any], shard: Shard) -> str:
     named = row.get("id")
     path = next((row[name] for name in IMAGE_FIELDS if isinstance(row.get(name), str)), None)
     return str(path or named or shard.name)
+
+
+def _leave_signals_to_main(_: int) -> None:
+    """Ctrl-C reaches every process of a terminal; a reader that dies of it would take the last step with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A forked reader has inherited the trainer's handler, and would not let itself be ended.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _as_it_is(items: list[Any]) -> list[Any]:

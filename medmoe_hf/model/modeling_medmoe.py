@@ -452,11 +452,9 @@ class MedMoEBatchNorm(nn.BatchNorm2d):
         if not count or self.running_mean is None or self.running_var is None:
             return
         unbiased = variance * (count / max(1, count - 1))
-        momentum = self.momentum
         if self.num_batches_tracked is not None:
             self.num_batches_tracked += 1
-            if momentum is None:
-                momentum = 1 / float(self.num_batches_tracked)
+        momentum = 0.1 if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean.to(self.running_mean), momentum)
         self.running_var.lerp_(unbiased.to(self.running_var), momentum)
 

@@ -258,7 +258,7 @@ class _NormaliseByStep(torch.autograd.Function):
 
 @contextmanager
 def _step_norms(
-    vision: nn.Module, parts: list[_Part], used: list[int], autocast: Callable[[], AbstractContextManager]
+    vision: Any, parts: list[_Part], used: list[int], autocast: Callable[[], AbstractContextManager]
 ) -> Iterator[list[_StepNorm]]:
     """Pass 2: in the block every expert's BatchNorm in training normalises by the statistics of the whole step."""
     norms: list[_StepNorm] = []
@@ -296,7 +296,7 @@ def _summed(tensors: list[Tensor]) -> list[Tensor]:
     return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
 
-def _batch_norms(vision: nn.Module, used: list[int], depth: int) -> Iterator[tuple[int, int, MedMoEBatchNorm]]:
+def _batch_norms(vision: Any, used: list[int], depth: int) -> Iterator[tuple[int, int, MedMoEBatchNorm]]:
     for expert in used:
         for scale, projection in enumerate(vision.experts[expert].scale_projections):
             layer = getattr(projection[depth], "batch_norm", None) if depth < len(projection) else None
@@ -304,7 +304,7 @@ def _batch_norms(vision: nn.Module, used: list[int], depth: int) -> Iterator[tup
                 yield expert, scale, layer
 
 
-def _before_norm(vision: nn.Module, part: _Part, expert: int, scale: int, depth: int) -> Tensor | None:
+def _before_norm(vision: Any, part: _Part, expert: int, scale: int, depth: int) -> Tensor | None:
     """What an expert's BatchNorm of a depth is given for a micro-batch; None without an image."""
     hidden_states = part.maps[scale][part.rows(expert)]
     if not len(hidden_states):

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from medmoe_hf.data.sources import SOURCE_MODELS, Source, SourceError, explain, load_sources, read_yaml
+from medmoe_hf.training.adapters import LoraSection
 
 
 class ConfigError(ValueError):
@@ -77,26 +78,65 @@ class DataSection(BaseModel):
             raise ValueError(str(error)) from error
 
 
+class CheckpointSection(BaseModel):
+    """When a run writes down all that it needs to go on exactly, and how many of these are kept.
+
+    A checkpoint is a model folder with a `training_state` in it. It is written too when the run is told to stop
+    (SIGTERM, SIGINT) and when the data fail.
+
+    Attributes:
+        every_steps: 0 for no such rhythm.
+        every_minutes: 0 for no such rhythm; by default a quarter of an hour is the most that can be lost.
+        keep_last: how many of the newest are kept.
+        keep_best: whether an evaluation with the lowest held-out loss so far writes one that is kept as well.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    every_steps: int = Field(default=0, ge=0)
+    every_minutes: float = Field(default=15.0, ge=0)
+    keep_last: int = Field(default=2, ge=1)
+    keep_best: bool = True
+
+
 class TrainConfig(BaseModel):
     """A training run.
 
+    A step sees `batch_size` x `gradient_accumulation_steps` x processes pairs.
+
     Attributes:
         output_dir: where the model lands (a folder that loads with `from_pretrained`), with `training.json`.
+            Checkpoints and logs stand beside it in `<output_dir>-run`.
         model, data: see there.
         max_steps: optimiser steps.
-        batch_size: pairs per process and step.
+        batch_size: pairs that a process has in memory at a time.
+        gradient_accumulation_steps: such batches of a process in a step.
+        negatives: what a pair is contrasted with: its `micro_batch`, those of all processes at a time (`ranks`), or
+            everything in the step (`global`, which caches gradients where they are accumulated); see
+            `medmoe_hf.training.negatives` for what each costs.
         learning_rate: at the top of the schedule.
-        schedule: name of a transformers scheduler (`cosine`, `linear`, `constant_with_warmup`).
+        layer_decay: factor on it from each layer of a tower to the next below; 1 for the same everywhere.
+        schedule: `cosine`, `linear`, `constant_with_warmup`, or `plateau`, where the rate falls when the held-out loss
+            does not.
         warmup_steps: steps of linear rise before it.
-        weight_decay: of AdamW, on matrices and kernels only (not on biases, norms).
+        plateau_factor, plateau_patience: of `plateau`: what the rate is multiplied with after more than so many
+            evaluations without a lower loss.
+        weight_decay: of AdamW, on matrices and kernels only (not on biases, norms, positions, temperatures).
         betas: AdamW's.
         max_grad_norm: gradients are clipped to this norm.
+        ema_decay: of an exponential moving average of the weights (it rises to this from 0); that average is then
+            evaluated and saved. None for none.
         mixed_precision: Accelerate's: `no`, `bf16` or `fp16`.
         gradient_checkpointing: recompute activations of the towers in the backward pass.
-        freeze: parameters whose name begins with one of these stay as they are, e.g. `text_model`.
+        compile_towers: `torch.compile` the backbone and the text encoder.
+        freeze: parameters that stay as they are, by pattern or beginning of their name: `text_model`,
+            `*.experts.2.*`. What is frozen as a whole has no dropout and keeps its running statistics.
+        lora: train low-rank adapters in both towers instead of the towers; see there.
         evaluate_every: steps between evaluations; 0 evaluates only at the end.
         evaluation_samples: held-out pairs looked at each time.
-        log_every: steps between records in `training.json`.
+        checkpoints: see there.
+        trackers: where numbers go: `tensorboard` (files in `<output_dir>-run/logs`), `wandb`, `trackio`.
+        log_every: steps between records in `training.json` and the trackers.
         seed: of weights, data order and dropout.
     """
 
@@ -106,20 +146,54 @@ class TrainConfig(BaseModel):
     model: ModelSection
     data: DataSection
     max_steps: int = Field(ge=1)
-    batch_size: int = Field(default=32, ge=2)
+    batch_size: int = Field(default=32, ge=1)
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    negatives: Literal["micro_batch", "ranks", "global"] = "global"
     learning_rate: float = Field(default=5e-5, gt=0)
-    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    schedule: Literal["cosine", "linear", "constant_with_warmup", "plateau"] = "cosine"
     warmup_steps: int = Field(default=0, ge=0)
+    plateau_factor: float = Field(default=0.5, gt=0, lt=1)
+    plateau_patience: int = Field(default=5, ge=0)
     weight_decay: float = Field(default=0.05, ge=0)
     betas: tuple[float, float] = (0.9, 0.98)
     max_grad_norm: float = Field(default=1.0, gt=0)
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_checkpointing: bool = False
+    compile_towers: bool = False
     freeze: list[str] = []
+    lora: LoraSection | None = None
     evaluate_every: int = Field(default=0, ge=0)
     evaluation_samples: int = Field(default=256, ge=2)
+    checkpoints: CheckpointSection = CheckpointSection()
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = ["tensorboard"]
     log_every: int = Field(default=10, ge=1)
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "TrainConfig":
+        contrasted = self.batch_size * (1 if self.negatives != "global" else self.gradient_accumulation_steps)
+        if contrasted < 2:
+            raise ValueError("a pair needs another one to be contrasted with: raise `batch_size` to 2 or more")
+        if self.schedule == "plateau" and not (self.evaluate_every and self.evaluates):
+            raise ValueError(
+                "`schedule: plateau` follows the held-out loss: give `evaluate_every`, and `data.evaluation` or "
+                "`data.validation_share`"
+            )
+        if self.lora is not None and self.model.from_pretrained is None:
+            raise ValueError("`lora` adapts a trained model: give `model.from_pretrained`")
+        return self
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there are held-out data."""
+        return self.data.evaluation is not None or self.data.validation_share > 0
+
+    @property
+    def run_dir(self) -> Path:
+        """Where checkpoints and logs are kept."""
+        return self.output_dir.with_name(f"{self.output_dir.name}-run")
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "TrainConfig":
@@ -146,5 +220,9 @@ class TrainConfig(BaseModel):
 
 # Every key that may stand somewhere in a YAML, for suggestions.
 _KNOWN_KEYS = sorted(
-    {name for section in (TrainConfig, ModelSection, DataSection, *SOURCE_MODELS) for name in section.model_fields}
+    {
+        name
+        for section in (TrainConfig, ModelSection, DataSection, CheckpointSection, LoraSection, *SOURCE_MODELS)
+        for name in section.model_fields
+    }
 )

@@ -1,17 +1,27 @@
 """The training loop, on Accelerate."""
 
+import errno
+import importlib.util
 import json
 import os
+import signal
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
+import transformers
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, gather_object, set_seed
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.utils import ModelEmaV3
+from torch import Tensor, distributed
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
@@ -19,14 +29,28 @@ from medmoe_hf.data.atomic import whole_folder
 from medmoe_hf.data.collate import ContrastiveCollator
 from medmoe_hf.data.stream import Sample, SampleStream, Split, StreamError
 from medmoe_hf.evaluation.validation import validate
-from medmoe_hf.training.build import build_model, parameter_groups
+from medmoe_hf.model.modeling_medmoe import several_processes
+from medmoe_hf.training import checkpoints
+from medmoe_hf.training.adapters import add_lora, save_adapter
+from medmoe_hf.training.build import build_model, freeze, parameter_groups, train_mode
+from medmoe_hf.training.cached import cached_step
+from medmoe_hf.training.checkpoints import ResumeError
 from medmoe_hf.training.config import TrainConfig
+from medmoe_hf.training.negatives import gather_rows
 
 LOSS_PARTS = ("loss", "loss_global", "loss_local", "loss_aux")
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says why and what to change."""
+
+
+class Interrupted(TrainingError):
+    """The run was told to stop; `signal` says by what. Its checkpoint is written."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.signal = number
 
 
 @dataclass
@@ -39,7 +63,9 @@ class TrainingRecord:
         seconds: of training, evaluations left out.
         log: every `log_every` steps: step, learning rate, loss parts, gradient norm.
         evaluations: step and the metrics of `medmoe_hf.evaluation.validate`.
+        best_step: of the evaluation with the lowest loss, None before the first.
         skipped: samples of the main process that could not be read, by source and cause.
+        resumed: steps at which the run was taken up again.
         config: the run's configuration.
     """
 
@@ -48,113 +74,562 @@ class TrainingRecord:
     seconds: float = 0.0
     log: list[dict[str, float]] = field(default_factory=list)
     evaluations: list[dict[str, float]] = field(default_factory=list)
+    best_step: int | None = None
     skipped: dict[str, int] = field(default_factory=dict)
+    resumed: list[int] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
 
 
-def train(config: TrainConfig) -> TrainingRecord:
+def train(config: TrainConfig, resume: str | Path | None = None) -> TrainingRecord:
     """Trains a dual encoder as the configuration says and saves it to `config.output_dir`.
 
-    The folder appears whole: it is written beside its final place and renamed.
+    The folder appears whole: it is written beside its final place and renamed. SIGTERM and SIGINT end the run after
+    the step that is under way, with a checkpoint.
+
+    Args:
+        resume: a checkpoint to go on from, or `auto`: the newest of `config.run_dir`, if there is one. On a CPU, with
+            as many processes as before, the run comes to the same weights, bit for bit, as one that was never stopped.
 
     Returns:
         The record that was also written to `training.json`.
 
     Raises:
-        FileExistsError: if `output_dir` is there already.
-        TrainingError: if the loss is no number any more, or there are no data.
-        StreamError: if too many samples cannot be read; the model is then in `<output_dir>-stopped`.
+        FileExistsError: if `output_dir` is there already, or checkpoints of a run that is not to be resumed.
+        ResumeError: if there is no such checkpoint, or it is of another configuration.
+        TrainingError: if the loss is no number any more, there are no data, or a checkpoint cannot be written.
+        Interrupted: after a signal.
+        StreamError: if too many samples cannot be read; the last step's state is then in a checkpoint.
     """
-    # Activations fade into denormals, which CPUs multiply a hundred times slower; set before the first parallel work.
-    torch.set_flush_denormal(True)
-    if config.output_dir.exists():
-        raise FileExistsError(f"{config.output_dir} exists already; choose another `output_dir` or remove it.")
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
-        # An expert that no sample of a batch selects has no gradient in that step.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
-    _share_cores(accelerator, config.data.num_workers)
-    set_seed(config.seed)
-    model, processor = build_model(config.model)
-    _freeze(model, config.freeze)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    collator = ContrastiveCollator(processor)
-    optimizer = torch.optim.AdamW(
-        # fused: one pass over all parameters; experts have hundreds of small ones
-        parameter_groups(model, config.weight_decay),
-        lr=config.learning_rate,
-        betas=config.betas,
-        fused=True,
-    )
-    scheduler = get_scheduler(config.schedule, optimizer, config.warmup_steps, config.max_steps)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    run = TrainingRun(config, resume)
+    with run.listening():
+        run.to_the_end()
+    return run.record
 
-    record = TrainingRecord(config=config.model_dump(mode="json"))
-    stream = _training_stream(config, collator, accelerator)
-    batches = _batches(stream, collator, config.batch_size, accelerator.device)
-    bar = tqdm(total=config.max_steps, desc="train", unit="step", disable=not accelerator.is_main_process)
-    model.train()
-    while record.steps < config.max_steps:
-        started = time.monotonic()
-        try:
-            batch = next(batches)
-        except StreamError as error:
-            raise _stopped(error, accelerator, model, processor, record, config) from error
-        output = model(**batch)
-        if not torch.isfinite(output.loss):
+
+class TrainingRun:
+    """A run with all that it needs: model, optimiser, stream, checkpoints. Every process has its own.
+
+    Attributes:
+        accelerator: Accelerate's.
+        model: the dual encoder (or PEFT's wrapper of it), prepared for its processes.
+        inner: the `MedMoEModel` itself.
+        ema: the moving average, or None.
+        record: what happened so far.
+        last: loss parts and gradient norm of the last step.
+    """
+
+    def __init__(self, config: TrainConfig, resume: str | Path | None = None) -> None:
+        # Activations fade into denormals, which CPUs multiply a hundred times slower; set before the first parallel
+        # work.
+        torch.set_flush_denormal(True)
+        if config.output_dir.exists():
+            raise FileExistsError(f"{config.output_dir} exists already; choose another `output_dir` or remove it.")
+        self.config = config
+        self.folder = config.run_dir / "checkpoints"
+        self.record = TrainingRecord(config=config.model_dump(mode="json"))
+        self.last: dict[str, float] = {}
+        self._check_trackers()
+        checkpoint = self._checkpoint_to_resume(resume)
+        self.accelerator = accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
+            log_with=list(config.trackers) or None,
+            project_dir=str(config.run_dir / "logs"),
+            # Nothing is unused: with several processes every expert is called. Buffers are the same everywhere.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+        _share_cores(accelerator, config.data.num_workers)
+        self._check_strategy()
+        set_seed(config.seed)
+        state: dict[str, Any] | None = None
+        tensors: dict[str, dict[str, Tensor]] = {}
+        if checkpoint is not None:
+            state, tensors = checkpoints.read_state(checkpoint, self.record.config, accelerator.num_processes)
+        model, self.processor = build_model(config.model)
+        freeze(model, config.freeze)
+        self.inner = model
+        whole: Any = model if config.lora is None else add_lora(model, config.lora)
+        if checkpoint is not None:
+            weights = tensors.pop("weights", None)
+            if weights is None:
+                weights = load_file(checkpoint / "model.safetensors")
+            whole.load_state_dict(weights, strict=config.lora is None)
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        self.ema = None
+        if config.ema_decay is not None:
+            self.ema = ModelEmaV3(whole.to(accelerator.device), decay=config.ema_decay, use_warmup=True)
+            if "ema" in tensors:
+                self.ema.module.load_state_dict(tensors["ema"])
+        if config.compile_towers:
+            model.vision_model.backbone.compile()
+            model.text_model.encoder.compile()
+        optimizer = torch.optim.AdamW(
+            # fused: one pass over all parameters; experts have hundreds of small ones
+            parameter_groups(whole, config.weight_decay, config.learning_rate, config.layer_decay),
+            lr=config.learning_rate,
+            betas=config.betas,
+            fused=True,
+        )
+        self.cached = config.negatives == "global" and config.gradient_accumulation_steps > 1
+        if self.cached:
+            # Several backward passes through one set of weights: here gradients are averaged by `cached_step`.
+            self.model = whole.to(accelerator.device)
+            self.optimizer = accelerator.prepare(optimizer)
+        else:
+            self.model, self.optimizer = accelerator.prepare(whole, optimizer)
+        self.scheduler = self._scheduler(optimizer)
+        self.collator = ContrastiveCollator(self.processor)
+        self.stream = self._stream()
+        self._held_out: list[tuple[dict[str, Any], bool]] | None = None
+        self._signal = 0
+        self._saved = time.monotonic()
+        if state is not None:
+            self._restore(state, tensors)
+
+    # What a run may not be
+
+    def _check_trackers(self) -> None:
+        for name in self.config.trackers:
+            if importlib.util.find_spec(name) is None:
+                raise TrainingError(f"`trackers: {name}` needs its package: pip install {name}; or leave it out.")
+
+    def _check_strategy(self) -> None:
+        kind, config = self.accelerator.distributed_type, self.config
+        sharded = kind in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        if sharded and config.negatives == "global" and config.gradient_accumulation_steps > 1:
             raise TrainingError(
-                f"The loss is {output.loss.item()} at step {record.steps + 1}; lower `learning_rate`"
-                + (" or use `mixed_precision: bf16`." if config.mixed_precision == "fp16" else ".")
+                "Gradient caching needs whole weights in every process, and FSDP or DeepSpeed shards them. Set "
+                "`gradient_accumulation_steps: 1`, or `negatives: ranks`, or use examples/accelerate/ddp.yaml."
             )
-        accelerator.backward(output.loss)
-        norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        scheduler.step()
+        if sharded and config.ema_decay is not None:
+            raise TrainingError("`ema_decay` needs whole weights in every process; use examples/accelerate/ddp.yaml.")
+
+    def _checkpoint_to_resume(self, resume: str | Path | None) -> Path | None:
+        if resume is not None and str(resume) != "auto":
+            if not (Path(resume) / checkpoints.STATE).is_dir():
+                raise ResumeError(
+                    f"{resume} is no checkpoint of a run. Those of this configuration are in {self.folder}; "
+                    "`--resume auto` takes the newest. To begin a new run from weights, set `model.from_pretrained`."
+                )
+            return Path(resume)
+        found = checkpoints.find_checkpoints(self.folder)
+        if found and resume is None:
+            raise FileExistsError(
+                f"{self.folder} holds checkpoints of a run. Go on from the newest with `--resume auto`, remove them, "
+                "or choose another `output_dir`."
+            )
+        return found[-1] if found else None
+
+    # Parts
+
+    def _scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
+        config = self.config
+        if config.schedule != "plateau":
+            return get_scheduler(config.schedule, optimizer, config.warmup_steps, config.max_steps)
+        self._warm_up()
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer, factor=config.plateau_factor, patience=config.plateau_patience
+        )
+
+    def _stream(self) -> SampleStream:
+        data = self.config.data
+        return SampleStream(
+            _sources(data.train),
+            seed=self.config.seed,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            mixing=data.mixing,
+            once=data.once,
+            shuffle=data.shuffle_buffer > 0,
+            buffer=data.shuffle_buffer,
+            split=Split("train", data.validation_share) if data.validation_share else None,
+            max_bad_fraction=data.max_bad_fraction,
+            num_workers=data.num_workers,
+            prepare=self.collator.prepare,
+            draft=self.collator.side if data.reduced_decode else None,
+        )
+
+    def batches(self) -> Iterator[tuple[dict[str, Any], list[str]]]:
+        """Full batches with what their samples are called, epoch after epoch; one that an epoch leaves unfinished is
+        filled from the next."""
+        held: list[Sample] = []
+        while True:
+            some = False
+            for sample in self.stream:
+                some = True
+                held.append(sample)
+                if len(held) == self.config.batch_size:
+                    batch = _to_device(self.collator.assemble(held), self.accelerator.device)
+                    yield self.collator.normalise(batch), [str(sample["key"]) for sample in held]
+                    held = []
+            if not some:
+                raise TrainingError("The training data are empty: no sample in a whole epoch.")
+
+    # The loop
+
+    def to_the_end(self) -> None:
+        """Trains until `max_steps`, evaluates, and saves."""
+        config, accelerator, record = self.config, self.accelerator, self.record
+        if accelerator.is_main_process:
+            checkpoints.clean(self.folder)
+        self._start_trackers()
+        bar = tqdm(
+            total=config.max_steps,
+            initial=record.steps,
+            desc="train",
+            unit="step",
+            disable=not accelerator.is_main_process,
+        )
+        batches = self.batches()
+        while record.steps < config.max_steps:
+            self.step(batches)
+            bar.update()
+            last = record.steps == config.max_steps
+            if record.steps % config.log_every == 0 or last:
+                self._log(bar)
+            due = bool(config.evaluate_every) and record.steps % config.evaluate_every == 0
+            best = config.evaluates and (due or last) and self._evaluate(bar)
+            self._save_if_due(best and due and not last)
+        bar.close()
+        record.skipped = {f"{source}: {cause}": count for (source, cause), count in self.stream.faults.counts.items()}
+        if record.skipped and accelerator.is_main_process:
+            bar.write(f"data: {self.stream.faults}")
+        state_dict = self._state_dict()
+        with self._written_by_main("The model"):
+            if accelerator.is_main_process:
+                self._save_model(config.output_dir, state_dict)
+        accelerator.end_training()
+
+    def step(self, batches: Iterator[tuple[dict[str, Any], list[str]]]) -> None:
+        """One optimiser step.
+
+        Raises:
+            StreamError: if some process cannot read on.
+            TrainingError: if the loss is no number.
+        """
+        started = time.monotonic()
+        before = self.stream.state_dict()
+        error: StreamError | None = None
+        taken: list[tuple[dict[str, Any], list[str]]] = []
+        try:
+            taken = list(islice(batches, self.config.gradient_accumulation_steps))
+        except StreamError as problem:
+            error = problem
+        if self._any_process(error is not None):
+            self._stop_for_data(error, before)
+        train_mode(self.model)
+        losses, counts = self._backward([batch for batch, _ in taken])
+        if self._any_process(not torch.isfinite(losses["loss"]).item()):
+            self._stop_for_numbers(losses["loss"].item(), [key for _, keys in taken for key in keys])
+        self._forget_idle_experts(counts)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        record = self.record
         record.steps += 1
-        record.samples += len(batch["modality_labels"]) * accelerator.num_processes
+        if self.ema is not None:
+            self.ema.update(self.accelerator.unwrap_model(self.model), step=record.steps)
+        if self.config.schedule == "plateau":
+            self._warm_up()
+        elif not self.optimizer.step_was_skipped:
+            self.scheduler.step()
+        record.samples += sum(len(keys) for _, keys in taken) * self.accelerator.num_processes
         record.seconds += time.monotonic() - started
-        bar.update()
-        if record.steps % config.log_every == 0 or record.steps == config.max_steps:
-            parts = {name: output[name].item() for name in LOSS_PARTS}
-            rate = scheduler.get_last_lr()[0]
-            record.log.append({"step": record.steps, "learning_rate": rate, "gradient_norm": float(norm), **parts})
-            shown = {name.removeprefix("loss_"): f"{value:.2f}" for name, value in parts.items()}
-            bar.set_postfix(shown | ({"skipped": stream.faults.bad} if stream.faults.bad else {}))
-        due = config.evaluate_every and record.steps % config.evaluate_every == 0
-        evaluated = config.data.evaluation is not None or config.data.validation_share
-        if evaluated and (due or record.steps == config.max_steps):
-            _evaluate(accelerator.unwrap_model(model), config, collator, accelerator, record, bar)
-    bar.close()
-    record.skipped = {f"{source}: {cause}": count for (source, cause), count in stream.faults.counts.items()}
-    if record.skipped and accelerator.is_main_process:
-        bar.write(f"data: {stream.faults}")
+        self.last = {"gradient_norm": float(norm), **{name: losses[name].item() for name in LOSS_PARTS}}
 
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        _save(accelerator.unwrap_model(model), processor, record, config.output_dir)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    return record
+    def _backward(self, batches: list[dict[str, Any]]) -> tuple[dict[str, Tensor], Tensor]:
+        """Gradients of a step: the losses, and (K,) how many images each expert computed on all processes."""
+        accelerator, experts = self.accelerator, len(self.inner.vision_model.experts)
+        if self.cached:
+            losses = cached_step(self.inner, batches, accelerator.backward, accelerator.autocast)
+            return losses, losses["expert_counts"]
+        gather = None if self.config.negatives == "micro_batch" else gather_rows
+        sums: dict[str, Tensor] = {}
+        counts = torch.zeros(experts, dtype=torch.long, device=accelerator.device)
+        for number, batch in enumerate(batches, start=1):
+            last = number == len(batches)
+            waiting: AbstractContextManager = nullcontext() if last else accelerator.no_sync(self.model)
+            with waiting:
+                output = self.model(**batch, gather=gather)
+                accelerator.backward(output.loss / len(batches))
+            counts += torch.bincount(output.expert_ids, minlength=experts)
+            for name in LOSS_PARTS:
+                sums[name] = sums.get(name, 0.0) + output[name].detach() / len(batches)
+        if several_processes():
+            distributed.all_reduce(counts)
+        return sums, counts
 
+    def _forget_idle_experts(self, counts: Tensor) -> None:
+        """An expert that no image of the step was sent to has learned nothing: no decay, no momentum, on any number of
+        processes. With several it was called without images, and its gradients are zeros."""
+        if self.inner.config.vision_config.mixture != "hard":
+            return
+        for count, expert in zip(counts.tolist(), self.inner.vision_model.experts, strict=True):
+            if not count:
+                for parameter in expert.parameters():
+                    parameter.grad = None
 
-def _stopped(
-    error: StreamError,
-    accelerator: Accelerator,
-    model: Any,
-    processor: Any,
-    record: TrainingRecord,
-    config: TrainConfig,
-) -> StreamError:
-    """Saves what was learned before the data failed beside the place of the finished model, and says so."""
-    if not record.steps or not accelerator.is_main_process:
-        return error
-    place = config.output_dir.with_name(f"{config.output_dir.name}-stopped")
-    _save(accelerator.unwrap_model(model), processor, record, place, force=True)
-    return StreamError(f"{error} The model as it was after {record.steps} steps is in {place}.")
+    def _warm_up(self) -> None:
+        steps = self.config.warmup_steps
+        if self.record.steps < steps:
+            for group, rate in zip(self.optimizer.param_groups, self._full_rates(), strict=True):
+                group["lr"] = rate * min(1.0, (self.record.steps + 1) / steps)
+
+    def _full_rates(self) -> list[float]:
+        return [group.setdefault("initial_lr", group["lr"]) for group in self.optimizer.param_groups]
+
+    def _any_process(self, flag: bool) -> bool:
+        """Whether it is so in any of them: all must leave together, or the others wait for ever."""
+        if not several_processes():
+            return flag
+        flags = torch.tensor([int(flag)], device=self.accelerator.device)
+        distributed.all_reduce(flags, op=distributed.ReduceOp.MAX)
+        return bool(flags.item())
+
+    # Ends before the end
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """SIGTERM and SIGINT are taken note of in the block, and acted on after a step; a second one acts at once."""
+        before: dict[int, Any] = {}
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self._signal = number
+            for known, handler in before.items():
+                signal.signal(known, handler)
+
+        try:
+            for each in (signal.SIGTERM, signal.SIGINT):
+                before[each] = signal.signal(each, note)
+        except ValueError:  # not in the main thread: whoever runs us there listens himself
+            pass
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _save_if_due(self, best: bool) -> None:
+        rhythm, steps = self.config.checkpoints, self.record.steps
+        stopped = self._any_process(self._signal != 0)
+        timed = bool(rhythm.every_minutes) and time.monotonic() - self._saved > 60 * rhythm.every_minutes
+        counted = bool(rhythm.every_steps) and steps % rhythm.every_steps == 0
+        if steps == self.config.max_steps:
+            return
+        if self._any_process(stopped or timed or counted or (best and rhythm.keep_best)):
+            self.save_checkpoint()
+        if stopped:
+            raise Interrupted(
+                f"Stopped by {signal.Signals(self._signal or signal.SIGTERM).name} after step {steps}. The checkpoint "
+                f"is {self._place()}; go on with `--resume auto`.",
+                self._signal or signal.SIGTERM,
+            )
+
+    def _stop_for_data(self, error: StreamError | None, before: dict[str, Any]) -> None:
+        said = error if error is not None else "Another process cannot read its data any more."
+        if not self.record.steps:
+            raise StreamError(str(said)) from error
+        self.save_checkpoint(before)
+        raise StreamError(
+            f"{said} All that was learned in {self.record.steps} steps is in {self._place()}."
+        ) from error
+
+    def _stop_for_numbers(self, loss: float, keys: list[str]) -> None:
+        if loss == loss and abs(loss) != float("inf"):
+            raise TrainingError("The loss is no number in another process; its message says of which samples.")
+        found = checkpoints.find_checkpoints(self.folder)
+        raise TrainingError(
+            f"The loss is {loss} at step {self.record.steps + 1}; lower `learning_rate`"
+            + (" or use `mixed_precision: bf16`" if self.config.mixed_precision == "fp16" else "")
+            + f". The samples were {', '.join(keys[:20])}{', ...' if len(keys) > 20 else ''}."
+            + (f" The newest checkpoint is {found[-1]}." if found else "")
+        )
+
+    # Writing and reading
+
+    def _place(self) -> Path:
+        return self.folder / f"step-{self.record.steps:08d}"
+
+    def _state_dict(self) -> dict[str, Tensor]:
+        return self.accelerator.get_state_dict(self.model)
+
+    def save_checkpoint(self, stream_state: dict[str, Any] | None = None) -> None:
+        """Writes a checkpoint of the last step; every process calls this.
+
+        Args:
+            stream_state: where the data stand, if not where the stream is now.
+
+        Raises:
+            TrainingError: if it cannot be written, a full disk for example; those before it are as they were.
+        """
+        accelerator = self.accelerator
+        weights = self._state_dict()
+        tensors = {"optimizer": checkpoints.optimizer_tensors(self.inner, self.optimizer.optimizer), "random": {}}
+        if self.config.lora is not None:
+            wrapper = accelerator.unwrap_model(self.model)
+            trained = {name for name, parameter in wrapper.named_parameters() if parameter.requires_grad}
+            trained |= {name for name, _ in wrapper.named_buffers()}
+            tensors["weights"] = {name: value for name, value in weights.items() if name in trained}
+        if self.ema is not None:
+            tensors["ema"] = dict(self.ema.module.state_dict())
+        plain, generators = checkpoints.random_state()
+        own = {
+            "random": plain,
+            "generators": generators,
+            "stream": self.stream.state_dict() if stream_state is None else stream_state,
+        }
+        ranks = gather_object([own]) if several_processes() else [own]
+        for rank, one in enumerate(ranks):
+            tensors["random"] |= {f"{rank}/{name}": value for name, value in one.pop("generators").items()}
+        state = {
+            "step": self.record.steps,
+            "config": self.record.config,
+            "world_size": accelerator.num_processes,
+            "record": asdict(self.record),
+            "rates": [group["lr"] for group in self.optimizer.param_groups],
+            "scheduler": {
+                key: value for key, value in self.scheduler.state_dict().items() if not key.startswith("lr_lambda")
+            },
+            "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
+            "ranks": ranks,
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        }
+        with self._written_by_main(f"The checkpoint of step {self.record.steps}"):
+            if accelerator.is_main_process and not self._place().exists():
+                with whole_folder(self._place()) as partial:
+                    self._write_model(partial, weights, averaged=False)
+                    checkpoints.write_state(partial, state, tensors)
+            if accelerator.is_main_process:
+                checkpoints.rotate(self.folder, self.config.checkpoints.keep_last, self.record.best_step)
+        self._saved = time.monotonic()
+
+    @contextmanager
+    def _written_by_main(self, what: str) -> Iterator[None]:
+        """Turns what can go wrong with a disk into an error that every process raises."""
+        problem: Exception | None = None
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            problem = error
+        if not self._any_process(problem is not None):
+            return
+        full = getattr(problem, "errno", None) == errno.ENOSPC or "No space left" in str(problem)
+        found = checkpoints.find_checkpoints(self.folder)
+        raise TrainingError(
+            f"{what} could not be written: {'the disk is full' if full else problem}. "
+            + (f"The newest whole checkpoint is {found[-1]}; " if found else "There is no checkpoint yet; ")
+            + "make room and go on with `--resume auto`."
+        ) from problem
+
+    def _write_model(self, folder: Path, weights: dict[str, Tensor], averaged: bool) -> None:
+        """What loads with `from_pretrained` (or, of adapters, with PEFT), and the processor."""
+        model = self.accelerator.unwrap_model(self.model)
+        if averaged and self.ema is not None:
+            model, weights = self.ema.module, dict(self.ema.module.state_dict())
+        if self.config.lora is None:
+            model.save_pretrained(folder, state_dict=weights)
+            self.processor.save_pretrained(folder)
+        elif averaged and self.config.lora.merge:
+            model.merge_and_unload(safe_merge=True).save_pretrained(folder)
+            self.processor.save_pretrained(folder)
+        else:
+            save_adapter(model, self.processor, folder, weights)
+
+    def _save_model(self, place: Path, weights: dict[str, Tensor]) -> None:
+        with whole_folder(place) as partial:
+            self._write_model(partial, weights, averaged=True)
+            text = json.dumps(asdict(self.record), indent=1) + "\n"
+            (partial / "training.json").write_text(text, encoding="utf-8")
+
+    def _restore(self, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
+        record = dict(state["record"], config=self.record.config)
+        self.record = TrainingRecord(**record)
+        self.record.resumed.append(self.record.steps)
+        checkpoints.load_optimizer_tensors(self.inner, self.optimizer.optimizer, tensors.get("optimizer", {}))
+        self.scheduler.load_state_dict(self.scheduler.state_dict() | state["scheduler"])
+        for group, rate in zip(self.optimizer.param_groups, state["rates"], strict=True):
+            group["lr"] = rate
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        rank = self.accelerator.process_index
+        own = state["ranks"][rank]
+        self.stream.load_state_dict(own["stream"])
+        prefix = f"{rank}/"
+        generators = {
+            name.removeprefix(prefix): value for name, value in tensors["random"].items() if name.startswith(prefix)
+        }
+        checkpoints.set_random_state(own["random"], generators)
+
+    # What is seen of it
+
+    def _start_trackers(self) -> None:
+        plain = {
+            key: value if isinstance(value, (int, float, str, bool)) else str(value)
+            for key, value in self.record.config.items()
+            if key != "data"  # names of files and folders may tell more than they should
+        }
+        self.accelerator.init_trackers("medmoe", config=plain)
+
+    def _log(self, bar: Any) -> None:
+        rate = max(group["lr"] for group in self.optimizer.param_groups)
+        entry = {"step": self.record.steps, "learning_rate": rate, **self.last}
+        self.record.log.append(entry)
+        self.accelerator.log({name: value for name, value in entry.items() if name != "step"}, step=self.record.steps)
+        shown = {name.removeprefix("loss_"): f"{self.last[name]:.2f}" for name in LOSS_PARTS}
+        bar.set_postfix(shown | ({"skipped": self.stream.faults.bad} if self.stream.faults.bad else {}))
+
+    def _evaluate(self, bar: Any) -> bool:
+        """Measures on the held-out pairs, the moving average where there is one; whether the loss is the lowest."""
+        model = self.model if self.ema is None else self.ema.module
+        if self._held_out is None:
+            self._held_out = list(self._own_held_out())
+        with self.accelerator.autocast():
+            metrics = validate(
+                model,
+                (self.collator.normalise(_to_device(batch, self.accelerator.device)) for batch, _ in self._held_out),
+                [counts for _, counts in self._held_out],
+                gather_rows,
+            )
+        record = self.record
+        best = min((one["loss"] for one in record.evaluations), default=float("inf")) > metrics["loss"]
+        record.evaluations.append({"step": record.steps, **metrics})
+        if best:
+            record.best_step = record.steps
+        if self.config.schedule == "plateau" and record.steps > self.config.warmup_steps:
+            self.scheduler.step(metrics["loss"])
+        self.accelerator.log({f"held-out/{name}": value for name, value in metrics.items()}, step=record.steps)
+        shown = ("routing_image", "routing_report", "image_to_text_r1", "text_to_image_r1")
+        listed = ", ".join(f"{name} {metrics[name]:.3f}" for name in shown if name in metrics)
+        if self.accelerator.is_main_process:
+            bar.write(f"step {record.steps}: held-out loss {metrics['loss']:.3f}, {listed}")
+        return best
+
+    def _own_held_out(self) -> Iterator[tuple[dict[str, Any], bool]]:
+        """This process's share of the held-out batches, pixels still in 8 bits: read once and kept.
+
+        Every process gets as many, since sharded weights are gathered by all at a time; one that is there only for
+        that is marked by False.
+        """
+        data, config = self.config.data, self.config
+        stream = SampleStream(
+            _sources(data.train if data.evaluation is None else data.evaluation),
+            shuffle=False,
+            split=Split("validation", data.validation_share) if data.evaluation is None else None,
+            max_bad_fraction=data.max_bad_fraction,
+            prepare=self.collator.prepare,
+        )
+        samples = list(islice(stream, config.evaluation_samples))
+        if not samples:
+            raise TrainingError("There was nothing to evaluate: the stream of held-out samples is empty.")
+        # In one step as many pairs are contrasted as in training, as far as one process can hold them.
+        size = max(2, config.batch_size)
+        starts = list(range(0, len(samples), size))
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        for first in range(0, len(starts), world):
+            number = first + rank
+            start = starts[min(number, len(starts) - 1)]
+            yield self.collator.assemble(samples[start : start + size]), number < len(starts)
 
 
 def _share_cores(accelerator: Accelerator, num_workers: int) -> None:
@@ -165,54 +640,8 @@ def _share_cores(accelerator: Accelerator, num_workers: int) -> None:
         torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - num_workers)))
 
 
-def _freeze(model: torch.nn.Module, prefixes: list[str]) -> None:
-    for prefix in prefixes:
-        matching = [parameter for name, parameter in model.named_parameters() if name.startswith(prefix)]
-        if not matching:
-            top = sorted({name.split(".")[0] for name, _ in model.named_parameters()})
-            raise ValueError(f'`freeze`: no parameter begins with "{prefix}". The model has {", ".join(top)}.')
-        for parameter in matching:
-            parameter.requires_grad_(False)
-
-
 def _sources(section: Any) -> list[Any]:
     return section if isinstance(section, list) else [section]
-
-
-def _training_stream(config: TrainConfig, collator: ContrastiveCollator, accelerator: Accelerator) -> SampleStream:
-    data = config.data
-    return SampleStream(
-        _sources(data.train),
-        seed=config.seed,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        mixing=data.mixing,
-        once=data.once,
-        shuffle=data.shuffle_buffer > 0,
-        buffer=data.shuffle_buffer,
-        split=Split("train", data.validation_share) if data.validation_share else None,
-        max_bad_fraction=data.max_bad_fraction,
-        num_workers=data.num_workers,
-        prepare=collator.prepare,
-        draft=collator.side if data.reduced_decode else None,
-    )
-
-
-def _batches(
-    stream: SampleStream, collator: ContrastiveCollator, batch_size: int, device: torch.device
-) -> Iterator[dict[str, Any]]:
-    """Full batches, epoch after epoch; one that an epoch leaves unfinished is filled from the next."""
-    held: list[Sample] = []
-    while True:
-        some = False
-        for sample in stream:
-            some = True
-            held.append(sample)
-            if len(held) == batch_size:
-                yield collator.normalise(_to_device(collator.assemble(held), device))
-                held = []
-        if not some:
-            raise TrainingError("The training data are empty: no sample in a whole epoch.")
 
 
 def _to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -220,42 +649,3 @@ def _to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
         name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
         for name, value in batch.items()
     }
-
-
-def _evaluate(
-    model: Any,
-    config: TrainConfig,
-    collator: ContrastiveCollator,
-    accelerator: Accelerator,
-    record: TrainingRecord,
-    bar: Any,
-) -> None:
-    """Measures on the main process alone: the held-out set is small, and one process needs no gathering."""
-    if accelerator.is_main_process:
-        data, held_out = config.data, None
-        if data.evaluation is None:
-            held_out = Split("validation", data.validation_share)
-        stream = SampleStream(
-            _sources(data.train if data.evaluation is None else data.evaluation),
-            shuffle=False,
-            split=held_out,
-            max_bad_fraction=data.max_bad_fraction,
-            prepare=collator.prepare,
-        )
-        samples = list(islice(stream, config.evaluation_samples))
-        parts = [samples[start : start + config.batch_size] for start in range(0, len(samples), config.batch_size)]
-        with accelerator.autocast():
-            batches = (_to_device(collator.assemble(part), accelerator.device) for part in parts)
-            metrics = validate(model, map(collator.normalise, batches))
-        record.evaluations.append({"step": record.steps, **metrics})
-        shown = ("routing_image", "routing_report", "image_to_text_r1", "text_to_image_r1")
-        listed = ", ".join(f"{name} {metrics[name]:.3f}" for name in shown if name in metrics)
-        bar.write(f"step {record.steps}: held-out loss {metrics['loss']:.3f}, {listed}")
-    accelerator.wait_for_everyone()
-
-
-def _save(model: Any, processor: Any, record: TrainingRecord, output_dir: Path, force: bool = False) -> None:
-    with whole_folder(output_dir, force) as partial:
-        model.save_pretrained(partial)
-        processor.save_pretrained(partial)
-        (partial / "training.json").write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")

@@ -43,6 +43,7 @@ def config(output_dir, **changes):
         "warmup_steps": 1,
         "evaluation_samples": 12,
         "log_every": 1,
+        "trackers": [],
     }
     return TrainConfig.from_dict(content | changes)
 
@@ -84,7 +85,11 @@ def test_the_folder_is_whole_and_loads(tmp_path):
     assert written["samples"] == 18
     assert [entry["step"] for entry in written["evaluations"]] == [2, 3]
     assert {"routing_image", "routing_report", "image_to_text_r1"} <= set(written["evaluations"][0])
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]  # nothing half written is left
+    # nothing half written is left; the evaluation at step 2 was the best so far
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("*/check*/*")) == [
+        "out-run/checkpoints/step-00000002"
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-run"]
     MedMoEModel.from_pretrained(tmp_path / "out")
     assert MedMoEProcessor.from_pretrained(tmp_path / "out").image_processor.size["height"] == 64
 
@@ -135,10 +140,10 @@ def test_bad_samples_are_skipped_counted_and_reported(tmp_path, capsys):
 def test_too_many_bad_samples_stop_the_run_with_a_checkpoint(tmp_path):
     source = bad_table(tmp_path, good=24, bad=6)
     run = config(tmp_path / "out", data={"train": source, "num_workers": 0}, max_steps=8)
-    with pytest.raises(StreamError, match=r"6 of 30 samples are faulty.*after 4 steps is in .*out-stopped"):
+    with pytest.raises(StreamError, match=r"6 of 30 samples are faulty.*in 4 steps is in .*step-00000004"):
         train(run)
     assert not (tmp_path / "out").exists()
-    MedMoEModel.from_pretrained(tmp_path / "out-stopped")
+    MedMoEModel.from_pretrained(tmp_path / "out-run" / "checkpoints" / "step-00000004")
 
 
 def test_a_share_of_the_data_can_be_held_out(tmp_path):

@@ -1,0 +1,151 @@
+"""What a run would do, before it does it: `medmoe train --dry-run`."""
+
+import resource
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from medmoe_hf.training.config import TrainConfig
+from medmoe_hf.training.loop import TrainingRun
+
+_STEPS = 2
+_NEGATIVES = {
+    "micro_batch": "its own micro-batch",
+    "ranks": "the micro-batches of all processes",
+    "global": "the whole step",
+}
+
+
+@dataclass
+class Plan:
+    """A run's sizes: computed, except `step_seconds` and `peak_bytes`, which two steps were run for.
+
+    Attributes:
+        parameters, trainable: of the model.
+        groups: of the optimiser: name, parameters, learning rate, weight decay.
+        processes, pairs: pairs of a step over all processes.
+        contrasted: what a pair is contrasted with, in words, and how many pairs that are.
+        max_steps: of the configuration.
+        schedule: in words.
+        step_seconds: of the second step: the first one warms up.
+        weight_bytes, gradient_bytes, optimizer_bytes, average_bytes: of one process with whole weights.
+        peak_bytes: of the process (on a CPU) or the device in these steps.
+        checkpoint_bytes: on disk, each.
+        losses: of the two steps.
+        places: where the model, the checkpoints and the logs go.
+    """
+
+    parameters: int
+    trainable: int
+    groups: list[tuple[str, int, float, float]]
+    processes: int
+    pairs: int
+    contrasted: tuple[str, int]
+    max_steps: int
+    schedule: str
+    step_seconds: float
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    average_bytes: int
+    peak_bytes: int
+    checkpoint_bytes: int
+    device: str
+    losses: list[float] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        hours = self.step_seconds * self.max_steps / 3600
+        lines = [
+            f"model       {self.parameters:,} parameters, {self.trainable:,} trained "
+            f"({self.trainable / self.parameters:.1%})",
+            *(
+                f"            {name}: {count:,} at rate {rate:.2g}, decay {decay:g}"
+                for name, count, rate, decay in self.groups
+            ),
+            f"step        {self.pairs} pairs on {self.processes} process{'es' if self.processes > 1 else ''} "
+            f"({self.device}); each pair against {self.contrasted[0]} ({self.contrasted[1]})",
+            f"schedule    {self.max_steps:,} steps, {self.schedule}",
+            f"time        {self.step_seconds:.2f} s a step, about {hours:.1f} h in all, evaluations left out",
+            f"memory      weights {_size(self.weight_bytes)}, gradients {_size(self.gradient_bytes)}, optimiser "
+            f"{_size(self.optimizer_bytes)}"
+            + (f", moving average {_size(self.average_bytes)}" if self.average_bytes else "")
+            + f"; peak in {_STEPS} steps {_size(self.peak_bytes)}",
+            f"disk        {_size(self.checkpoint_bytes)} a checkpoint",
+            f"losses      {', '.join(f'{loss:.3f}' for loss in self.losses)}",
+            *self.places,
+        ]
+        return "\n".join(lines)
+
+
+def plan(config: TrainConfig) -> Plan:
+    """Runs two steps as the configuration says, and leaves nothing behind.
+
+    Raises:
+        what `train` raises for data or settings that cannot be used.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        dry = config.model_copy(update={"output_dir": Path(folder) / "model", "trackers": []})
+        run = TrainingRun(dry)
+        if run.accelerator.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        batches = run.batches()
+        losses, seconds = [], 0.0
+        for _ in range(_STEPS):
+            started = time.monotonic()
+            run.step(batches)
+            seconds = time.monotonic() - started
+            losses.append(run.last["loss"])
+        if run.accelerator.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated()
+        else:
+            # in KiB, except on a Mac
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    model = run.accelerator.unwrap_model(run.model)
+    parameters = list(model.parameters())
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    gradients = sum(
+        parameter.numel() * parameter.element_size() for parameter in parameters if parameter.requires_grad
+    )
+    processes = run.accelerator.num_processes
+    at_a_time = config.batch_size * (processes if config.negatives != "micro_batch" else 1)
+    contrasted = at_a_time * (config.gradient_accumulation_steps if config.negatives == "global" else 1)
+    average = weights if run.ema is not None else 0
+    groups = run.optimizer.param_groups
+    full = [group.get("initial_lr", group["lr"]) for group in groups]
+    schedule = f"{config.schedule} after {config.warmup_steps} of warm-up"
+    return Plan(
+        parameters=sum(parameter.numel() for parameter in parameters),
+        trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        groups=[
+            (group["name"], sum(parameter.numel() for parameter in group["params"]), rate, group["weight_decay"])
+            for group, rate in zip(groups, full, strict=True)
+        ],
+        processes=processes,
+        pairs=config.batch_size * config.gradient_accumulation_steps * processes,
+        contrasted=(_NEGATIVES[config.negatives], contrasted),
+        max_steps=config.max_steps,
+        schedule=schedule,
+        step_seconds=seconds,
+        weight_bytes=weights,
+        gradient_bytes=gradients,
+        optimizer_bytes=2 * gradients,
+        average_bytes=average,
+        peak_bytes=peak,
+        checkpoint_bytes=(weights if config.lora is None else gradients) + 2 * gradients + average,
+        device=str(run.accelerator.device),
+        losses=losses,
+        places=[
+            f"model       {config.output_dir}",
+            f"checkpoints {config.run_dir / 'checkpoints'}",
+            *([f"logs        {config.run_dir / 'logs'}"] if config.trackers else []),
+        ],
+    )
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**29 else f"{count / 2**20:.1f} MiB"

@@ -1,0 +1,269 @@
+"""Interrupted runs against one that was never interrupted: the same weights, bit for bit."""
+
+import errno
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from test_loop import SMALL, config
+
+from medmoe_hf import MedMoEModel
+from medmoe_hf.data import phantom_sample
+from medmoe_hf.training import Interrupted, ResumeError, TrainingError, checkpoints, train
+from medmoe_hf.training.checkpoints import find_checkpoints
+from medmoe_hf.training.loop import TrainingRun
+
+DROPOUT = {**SMALL, "text_config": {**SMALL["text_config"], "hidden_dropout_prob": 0.2}}
+
+
+def table(folder, rows=50):
+    """A source that is shuffled, and has a broken row."""
+    folder.mkdir()
+    lines = ["path,report", "none.png,x"]
+    for index in range(rows):
+        phantom_sample(0, index, image_size=64)["image"].save(folder / f"{index}.png")
+        lines.append(f"{index}.png,{phantom_sample(0, index, image_size=64)['caption']}".replace('"', ""))
+    quoted = (line.split(",", 1) for line in lines)
+    (folder / "t.csv").write_text("\n".join(f'{path},"{report}"' for path, report in quoted))
+    return {"kind": "csv", "files": [str(folder / "t.csv")], "image": "path", "caption": "report"}
+
+
+def run_of(output_dir, source, **changes):
+    content = {
+        "model": {"preset": "tiny", "overrides": DROPOUT},
+        "data": {
+            "train": source,
+            "evaluation": {"kind": "phantom", "seed": 1, "image_size": 64},
+            "shuffle_buffer": 16,
+            "max_bad_fraction": 0.2,
+            "num_workers": 0,
+        },
+        "max_steps": 14,
+        "ema_decay": 0.9,
+        "evaluate_every": 4,
+    }
+    return config(output_dir, **(content | changes))
+
+
+def interrupted(run, steps):
+    """Stops the run after each of these steps, and takes it up again."""
+    for stop in steps:
+        part = TrainingRun(run, "auto")
+        step = part.step
+
+        def and_stop(batches, part=part, step=step, stop=stop):
+            step(batches)
+            if part.record.steps == stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        part.step = and_stop
+        with part.listening(), pytest.raises(Interrupted, match=f"SIGTERM after step {stop}.*--resume auto"):
+            part.to_the_end()
+    return train(run, "auto")
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    assert not [name for name in first if not torch.equal(first[name], second[name])]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gradient_accumulation_steps": 2, "batch_size": 3, "schedule": "plateau", "plateau_patience": 0},
+        {"negatives": "micro_batch", "gradient_accumulation_steps": 2, "batch_size": 3, "ema_decay": None},
+    ],
+    ids=["plain", "cached, plateau", "accumulated"],
+)
+def test_a_run_interrupted_five_times_comes_to_the_same_weights(tmp_path, changes):
+    source = table(tmp_path / "data")
+    straight = train(run_of(tmp_path / "straight", source, **changes))
+    stops = sorted(random.Random(str(changes)).sample(range(1, 14), 5))
+    resumed = interrupted(run_of(tmp_path / "stopped", source, **changes), stops)
+    assert resumed.resumed == stops
+    assert_same(weights(tmp_path / "straight"), weights(tmp_path / "stopped"))
+    for name in ("log", "evaluations", "samples", "skipped", "best_step"):
+        assert getattr(straight, name) == getattr(resumed, name), name
+    assert straight.skipped  # the broken row, once an epoch, is not counted twice
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_workers_may_be_others_after_a_resume(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # else a reader takes a core, and sums are cut in other places
+    source = table(tmp_path / "data")
+    train(run_of(tmp_path / "straight", source))
+    run = run_of(tmp_path / "stopped", source)
+    part = TrainingRun(run)
+    part._signal = signal.SIGINT
+    with pytest.raises(Interrupted):
+        part.to_the_end()
+    other = run.model_copy(update={"data": run.data.model_copy(update={"num_workers": 2})})
+    train(other, "auto")
+    assert_same(weights(tmp_path / "straight"), weights(tmp_path / "stopped"))
+
+
+def test_checkpoints_come_in_their_rhythm_and_only_the_last_and_the_best_stay(tmp_path):
+    rhythm = {"every_steps": 2, "keep_last": 2}
+    run = run_of(tmp_path / "out", table(tmp_path / "data"), checkpoints=rhythm, max_steps=9, learning_rate=1e-2)
+    record = train(run)
+    steps = [int(path.name[5:]) for path in find_checkpoints(run.run_dir / "checkpoints")]
+    before_last = [entry for entry in record.evaluations if entry["step"] < 9]
+    best = min(before_last, key=lambda entry: entry["loss"])["step"]
+    assert steps == sorted({6, 8, best})
+    newest = run.run_dir / "checkpoints" / "step-00000008"
+    assert torch.isfinite(MedMoEModel.from_pretrained(newest).vision_model.router.fc2.weight).all()
+
+
+def test_a_checkpoint_holds_raw_weights_and_the_output_the_average(tmp_path):
+    run = run_of(tmp_path / "out", table(tmp_path / "data"), checkpoints={"every_steps": 13}, max_steps=14)
+    train(run)
+    place = run.run_dir / "checkpoints" / "step-00000013"
+    raw, average = weights(place), load_file(place / "training_state" / "ema.safetensors")
+    name = "vision_model.router.fc2.weight"
+    assert not torch.equal(raw[name], average[name])
+    # one more step moves the average by a little, and the weights are far from both
+    final = weights(tmp_path / "out")[name]
+    assert (final - average[name]).norm() < (final - raw[name]).norm()
+
+
+def stopped_run(tmp_path):
+    run = run_of(tmp_path / "out", {"kind": "phantom", "image_size": 64}, max_steps=6)
+    part = TrainingRun(run)
+    part._signal = signal.SIGTERM
+    with pytest.raises(Interrupted):
+        part.to_the_end()
+    return run
+
+
+def test_another_configuration_is_refused_with_each_difference(tmp_path):
+    run = stopped_run(tmp_path)
+    with pytest.raises(ResumeError) as error:
+        train(run.model_copy(update={"learning_rate": 2e-3, "seed": 5, "log_every": 7}), "auto")
+    assert "  learning_rate: 0.001 then, 0.002 now\n  seed: 0 then, 5 now\n" in str(error.value)
+    assert "log_every" not in str(error.value)
+    place = find_checkpoints(run.run_dir / "checkpoints")[0]
+    state = json.loads((place / "training_state" / "state.json").read_text())
+    (place / "training_state" / "state.json").write_text(json.dumps({**state, "world_size": 4}))
+    with pytest.raises(ResumeError, match="processes: 4 then, 1 now"):
+        train(run, place)
+
+
+def test_a_run_is_not_begun_over_another_and_resume_needs_a_checkpoint(tmp_path):
+    run = stopped_run(tmp_path)
+    with pytest.raises(FileExistsError, match=r"holds checkpoints of a run.*--resume auto"):
+        train(run)
+    with pytest.raises(ResumeError, match="is no checkpoint of a run"):
+        train(run, tmp_path / "nothing")
+    (find_checkpoints(run.run_dir / "checkpoints")[0] / "training_state" / "optimizer.safetensors").write_bytes(b"cut")
+    with pytest.raises(ResumeError, match=r"step-00000001 is no checkpoint that training can go on from"):
+        train(run, "auto")
+    fresh = run.model_copy(update={"output_dir": tmp_path / "fresh"})
+    assert train(fresh, "auto").steps == 6  # nothing to resume: from the beginning
+
+
+def killed_while_writing(run):
+    def die(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    part = TrainingRun(run, "auto")
+    checkpoints.write_state = die
+    part.to_the_end()
+
+
+def test_killed_while_a_checkpoint_is_written_the_one_before_is_whole(tmp_path):
+    run = stopped_run(tmp_path)
+    run = run.model_copy(update={"checkpoints": run.checkpoints.model_copy(update={"every_steps": 2})})
+    # spawned: a fork of a process that has computed in parallel may hang
+    child = multiprocessing.get_context("spawn").Process(target=killed_while_writing, args=(run,))
+    child.start()
+    child.join(120)
+    assert child.exitcode == -signal.SIGKILL
+    folder = run.run_dir / "checkpoints"
+    assert [path.name for path in find_checkpoints(folder)] == ["step-00000001"]
+    assert list(folder.glob(".step-00000002-*"))  # what was half written
+    assert train(run, "auto").resumed == [1]
+    assert not list(folder.glob(".step-*"))
+    train(run_of(tmp_path / "straight", {"kind": "phantom", "image_size": 64}, max_steps=6))
+    assert_same(weights(tmp_path / "straight"), weights(tmp_path / "out"))
+
+
+def test_a_full_disk_is_named_and_the_checkpoint_before_stays(tmp_path, monkeypatch):
+    run = stopped_run(tmp_path)
+    run = run.model_copy(update={"checkpoints": run.checkpoints.model_copy(update={"every_steps": 2})})
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "write_state", full)
+        with pytest.raises(
+            TrainingError, match=r"step 2 could not be written: the disk is full.*step-00000001.*make room"
+        ):
+            train(run, "auto")
+    assert [path.name for path in (run.run_dir / "checkpoints").iterdir()] == ["step-00000001"]
+    assert train(run, "auto").steps == 6
+
+
+def test_a_really_full_disk(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        run = run_of(
+            disk / "out", {"kind": "phantom", "image_size": 64}, checkpoints={"every_steps": 1, "keep_last": 9}
+        )
+        with pytest.raises(TrainingError, match=r"could not be written: the disk is full"):
+            train(run)
+        found = find_checkpoints(run.run_dir / "checkpoints")
+        assert found
+        for place in found:
+            MedMoEModel.from_pretrained(place)
+            checkpoints.read_state(place, run.model_dump(mode="json"), 1)
+        assert not list((run.run_dir / "checkpoints").glob(".step-*"))
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.slow
+def test_the_command_survives_sigterm_at_random_moments(tmp_path):
+    """The real thing: a process of its own with readers, killed by signals whenever they come."""
+    source = table(tmp_path / "data")
+    files = {}
+    for name in ("straight", "stopped"):
+        run = run_of(tmp_path / name, source, max_steps=400, checkpoints={"every_steps": 50})
+        run = run.model_copy(update={"data": run.data.model_copy(update={"num_workers": 1})})
+        files[name] = tmp_path / f"{name}.yaml"
+        files[name].write_text(yaml.safe_dump(run.model_dump(mode="json")))
+    command = [sys.executable, "-m", "medmoe_hf.cli", "train", "--resume", "auto"]
+    subprocess.run([*command, str(files["straight"])], check=True, capture_output=True)
+    chance, stops = random.Random(3), 0
+    while stops < 5:
+        process = subprocess.Popen([*command, str(files["stopped"])], stderr=subprocess.PIPE, text=True)
+        seen = ""
+        while "step/s" not in seen:  # it is in the loop
+            seen += process.stderr.read(1)
+        time.sleep(chance.uniform(0.1, 0.6))
+        process.send_signal(chance.choice([signal.SIGTERM, signal.SIGINT]))
+        said = process.communicate(timeout=120)[1]
+        assert process.returncode in (130, 143), said
+        assert "--resume auto" in said
+        stops += 1
+    subprocess.run([*command, str(files["stopped"])], check=True, capture_output=True)
+    assert len(json.loads((tmp_path / "stopped" / "training.json").read_text())["resumed"]) == 5
+    assert_same(weights(tmp_path / "straight"), weights(tmp_path / "stopped"))
