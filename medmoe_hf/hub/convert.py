@@ -492,6 +492,8 @@ def convert_medclip(
     report = LoadReport(str(checkpoint))
     model = MedMoEModel(config)
     own = model.state_dict()
+    if "logit_scale" in tensors:
+        tensors["logit_scale"] = tensors["logit_scale"][0], tensors["logit_scale"][1].reshape(1)
     for name in ("visual_projection.weight", "text_projection.weight", "logit_scale"):
         if name in tensors and (name not in own or own[name].shape != tensors[name][1].shape):
             old, tensor = tensors.pop(name)

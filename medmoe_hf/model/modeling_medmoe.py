@@ -419,9 +419,9 @@ class MedMoETimmBackbone(MedMoEPreTrainedModel):
         )
 
 
-def several_processes() -> bool:
-    """Whether this process trains together with others."""
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+def in_process_group() -> bool:
+    """Whether this process trains together with others, or could: DDP asks the same of a group of one."""
+    return distributed.is_available() and distributed.is_initialized()
 
 
 class MedMoEBatchNorm(nn.BatchNorm2d):
@@ -439,7 +439,7 @@ class MedMoEBatchNorm(nn.BatchNorm2d):
     def forward(self, hidden_states: Tensor) -> Tensor:
         if self.training and self.normalise is not None:
             return self.normalise(hidden_states)
-        if not self.training or not several_processes():
+        if not self.training or not in_process_group():
             return super().forward(hidden_states)
         normalised, mean, variance, count = _SharedBatchNorm.apply(hidden_states, self.weight, self.bias, self.eps)
         self.update_statistics(mean, variance, int(count))
@@ -719,7 +719,7 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
             return torch.einsum("bk,bkdhw->bdhw", mixture, local), torch.einsum("bk,bkshw->bshw", mixture, weights)
         order = expert_ids.argsort(stable=True)
         counts = torch.bincount(expert_ids, minlength=len(self.experts)).tolist()
-        together = several_processes()
+        together = in_process_group()
         groups = [
             (expert, rows)
             for expert, rows in zip(self.experts, order.split(counts), strict=True)
@@ -896,7 +896,8 @@ class MedMoEModel(MedMoEPreTrainedModel):
         self.local_projection = None if size is None else nn.Linear(vision_config.local_size, size, bias=False)
         self.text_projection = None if size is None else nn.Linear(text_size, size, bias=False)
         self.word_projection = None if size is None else nn.Linear(text_size, size, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE)) if config.learned_scale else None
+        # One dimension, though one number: FSDP shards no scalars.
+        self.logit_scale = nn.Parameter(torch.tensor([INITIAL_LOGIT_SCALE])) if config.learned_scale else None
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

@@ -26,7 +26,7 @@ from torch import Tensor, distributed, nn
 
 from medmoe_hf.model import MedMoEModel
 from medmoe_hf.model.losses_medmoe import local_terms, training_losses
-from medmoe_hf.model.modeling_medmoe import MedMoEBackboneOutput, MedMoEBatchNorm, several_processes
+from medmoe_hf.model.modeling_medmoe import MedMoEBackboneOutput, MedMoEBatchNorm, in_process_group
 from medmoe_hf.training.negatives import average_gradients, gather_rows
 
 
@@ -183,7 +183,7 @@ def _expert_counts(parts: list[_Part], experts: int) -> Tensor:
     counts = torch.bincount(ids, minlength=experts)
     if parts[0].mixture is not None:
         counts = torch.full_like(counts, len(ids))
-    if several_processes():
+    if in_process_group():
         distributed.all_reduce(counts)
     return counts
 
@@ -288,7 +288,7 @@ def _step_norms(
 
 def _summed(tensors: list[Tensor]) -> list[Tensor]:
     """Each tensor's sum over all processes, in one exchange."""
-    if not tensors or not several_processes():
+    if not tensors or not in_process_group():
         return tensors
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     distributed.all_reduce(flat)
@@ -349,7 +349,7 @@ def _select(norms: list[_StepNorm], part: int) -> None:
 def _add_word_gradients(parts: list[_Part], gradient: Tensor) -> None:
     """Gives each part what the local loss of all images, on all processes, says about its words."""
     own = sum(len(part.word_mask) for part in parts)
-    if several_processes():
+    if in_process_group():
         distributed.all_reduce(gradient)
         counts = torch.zeros(distributed.get_world_size(), dtype=torch.long, device=gradient.device)
         counts[distributed.get_rank()] = own

@@ -124,7 +124,12 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             found[f"{name}/{key}"] = value.full_tensor() if hasattr(value, "full_tensor") else value
-    return found
+    return arrived(found)
+
+
+def arrived(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same, none of them still under way from other processes: what sharding gathers may be a promise."""
+    return {name: value.wait() if hasattr(value, "wait") else value for name, value in tensors.items()}
 
 
 def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:

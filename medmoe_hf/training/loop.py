@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -29,7 +30,7 @@ from medmoe_hf.data.atomic import whole_folder
 from medmoe_hf.data.collate import ContrastiveCollator
 from medmoe_hf.data.stream import Sample, SampleStream, Split, StreamError
 from medmoe_hf.evaluation.validation import validate
-from medmoe_hf.model.modeling_medmoe import several_processes
+from medmoe_hf.model.modeling_medmoe import in_process_group
 from medmoe_hf.training import checkpoints
 from medmoe_hf.training.adapters import add_lora, save_adapter
 from medmoe_hf.training.build import build_model, freeze, parameter_groups, train_mode
@@ -101,8 +102,14 @@ def train(config: TrainConfig, resume: str | Path | None = None) -> TrainingReco
         StreamError: if too many samples cannot be read; the last step's state is then in a checkpoint.
     """
     run = TrainingRun(config, resume)
-    with run.listening():
-        run.to_the_end()
+    try:
+        with run.listening():
+            run.to_the_end()
+    except (TrainingError, StreamError):
+        # All processes come here together; trackers keep what they have been told.
+        run.accelerator.end_training()
+        raise
+    run.accelerator.end_training()
     return run.record
 
 
@@ -177,7 +184,10 @@ class TrainingRun:
             self.model = whole.to(accelerator.device)
             self.optimizer = accelerator.prepare(optimizer)
         else:
-            self.model, self.optimizer = accelerator.prepare(whole, optimizer)
+            with warnings.catch_warnings():
+                # torch is about to rename `broadcast_buffers`, which Accelerate passes on.
+                warnings.simplefilter("ignore", FutureWarning)
+                self.model, self.optimizer = accelerator.prepare(whole, optimizer)
         self.scheduler = self._scheduler(optimizer)
         self.collator = ContrastiveCollator(self.processor)
         self.stream = self._stream()
@@ -299,7 +309,6 @@ class TrainingRun:
         with self._written_by_main("The model"):
             if accelerator.is_main_process:
                 self._save_model(config.output_dir, state_dict)
-        accelerator.end_training()
 
     def step(self, batches: Iterator[tuple[dict[str, Any], list[str]]]) -> None:
         """One optimiser step.
@@ -356,7 +365,7 @@ class TrainingRun:
             counts += torch.bincount(output.expert_ids, minlength=experts)
             for name in LOSS_PARTS:
                 sums[name] = sums.get(name, 0.0) + output[name].detach() / len(batches)
-        if several_processes():
+        if in_process_group():
             distributed.all_reduce(counts)
         return sums, counts
 
@@ -381,7 +390,7 @@ class TrainingRun:
 
     def _any_process(self, flag: bool) -> bool:
         """Whether it is so in any of them: all must leave together, or the others wait for ever."""
-        if not several_processes():
+        if not in_process_group():
             return flag
         flags = torch.tensor([int(flag)], device=self.accelerator.device)
         distributed.all_reduce(flags, op=distributed.ReduceOp.MAX)
@@ -452,7 +461,7 @@ class TrainingRun:
         return self.folder / f"step-{self.record.steps:08d}"
 
     def _state_dict(self) -> dict[str, Tensor]:
-        return self.accelerator.get_state_dict(self.model)
+        return checkpoints.arrived(self.accelerator.get_state_dict(self.model))
 
     def save_checkpoint(self, stream_state: dict[str, Any] | None = None) -> None:
         """Writes a checkpoint of the last step; every process calls this.
@@ -479,7 +488,7 @@ class TrainingRun:
             "generators": generators,
             "stream": self.stream.state_dict() if stream_state is None else stream_state,
         }
-        ranks = gather_object([own]) if several_processes() else [own]
+        ranks = gather_object([own]) if in_process_group() else [own]
         for rank, one in enumerate(ranks):
             tensors["random"] |= {f"{rank}/{name}": value for name, value in one.pop("generators").items()}
         state = {

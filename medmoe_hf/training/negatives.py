@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from medmoe_hf.model.modeling_medmoe import several_processes
+from medmoe_hf.model.modeling_medmoe import in_process_group
 
 
 def gather_rows(rows: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ def gather_rows(rows: Tensor) -> Tensor:
     Returns:
         (B, ...), B the sum of all b. `rows` themselves in a single process.
     """
-    return _GatherRows.apply(rows) if several_processes() else rows
+    return _GatherRows.apply(rows) if in_process_group() else rows
 
 
 class _GatherRows(torch.autograd.Function):
@@ -72,7 +72,7 @@ def average_gradients(parameters: list[torch.nn.Parameter], used: set[int] | Non
         parameters: in the same order everywhere.
         used: `id`s of parameters that have a gradient in some process (missing ones count as zero); None: all.
     """
-    if not several_processes():
+    if not in_process_group():
         return
     bucket: list[Tensor] = []
     for parameter in [*parameters, None]:
