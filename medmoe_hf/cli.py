@@ -1,5 +1,6 @@
 """The `medmoe` command: parses arguments and hands them on."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,7 @@ def train(
     from medmoe_hf.training import Interrupted, TrainConfig, TrainingError, plan
     from medmoe_hf.training import train as run
 
+    main_process = os.environ.get("RANK", "0") == "0"  # launchers number the processes that they start
     try:
         with _errors_of("train"):
             read = TrainConfig.from_yaml(config)
@@ -44,11 +46,13 @@ def train(
                 return
             record = run(read, resume)
     except Interrupted as interruption:
-        typer.echo(f"medmoe train: {interruption}", err=True)
+        if main_process:
+            typer.echo(f"medmoe train: {interruption}", err=True)
         raise typer.Exit(128 + interruption.signal) from interruption
     except (TrainingError, StreamError, ShardError) as error:
         raise SystemExit(f"medmoe train: {error}") from error
-    typer.echo(f"Trained {record.steps} steps on {record.samples} pairs in {record.seconds:.0f} s.")
+    if main_process:
+        typer.echo(f"Trained {record.steps} steps on {record.samples} pairs in {record.seconds:.0f} s.")
 
 
 @app.command()

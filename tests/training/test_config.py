@@ -1,5 +1,7 @@
 """What a training YAML may say, and the words for what it may not."""
 
+from pathlib import Path
+
 import pytest
 
 from medmoe_hf.training import ConfigError, TrainConfig
@@ -47,10 +49,45 @@ def test_wrong_files_are_refused_with_the_key_and_the_mend(tmp_path, old, new, m
 
 def test_every_problem_is_named_at_once(tmp_path):
     with pytest.raises(ConfigError) as error:
-        read(tmp_path, VALID.replace("max_steps: 4", "max_step: 4\nbatch_size: 1"))
+        read(tmp_path, VALID.replace("max_steps: 4", "max_step: 4\nbatch_size: 0"))
     assert {"max_step:", "max_steps:", "batch_size:"} <= set(str(error.value).split())
 
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"Cannot read .*absent\.yaml"):
         TrainConfig.from_yaml(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize("name", ["paper", "plus", "finetune", "lora"])
+def test_recipes_are_valid(tmp_path, monkeypatch, name):
+    root = Path(__file__).parents[2]
+    (tmp_path / "sources.yaml").write_text("- {kind: phantom}\n")
+    (tmp_path / "examples").symlink_to(root / "examples")
+    monkeypatch.chdir(tmp_path)
+    run = TrainConfig.from_yaml(root / "examples" / "recipes" / f"{name}.yaml")
+    if name == "paper":  # spec/model.md, row 21
+        assert (run.learning_rate, run.weight_decay, run.max_grad_norm) == (5e-5, 0.0, 0.25)
+        assert (run.batch_size, run.gradient_accumulation_steps, run.schedule) == (32, 10, "plateau")
+        assert (run.negatives, run.mixed_precision, run.freeze) == ("micro_batch", "no", ["text_model"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("batch_size: 1", "raise `batch_size` to 2"),
+        ("schedule: plateau", "plateau` follows the held-out loss: give `evaluate_every`"),
+        ("lora: {rank: 4}", "`lora` adapts a trained model"),
+        ("lora: {rang: 4}", r"lora.rang: unknown key. Did you mean `rank`\?"),
+        ("checkpoints: {keep_last: 0}", "checkpoints.keep_last: .*greater than or equal to 1"),
+        ("negatives: rank", "negatives: .*'micro_batch', 'ranks' or 'global'"),
+        ("trackers: [mlflow]", "trackers.0: .*'tensorboard', 'wandb' or 'trackio'"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        read(tmp_path, VALID + text + "\n")
+
+
+def test_one_pair_at_a_time_can_be_contrasted_with_the_rest_of_the_step(tmp_path):
+    run = read(tmp_path, VALID + "batch_size: 1\ngradient_accumulation_steps: 8\n")
+    assert run.negatives == "global"

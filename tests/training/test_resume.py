@@ -246,7 +246,7 @@ def test_the_command_survives_sigterm_at_random_moments(tmp_path):
     source = table(tmp_path / "data")
     files = {}
     for name in ("straight", "stopped"):
-        run = run_of(tmp_path / name, source, max_steps=400, checkpoints={"every_steps": 50})
+        run = run_of(tmp_path / name, source, max_steps=150, checkpoints={"every_steps": 50})
         run = run.model_copy(update={"data": run.data.model_copy(update={"num_workers": 1})})
         files[name] = tmp_path / f"{name}.yaml"
         files[name].write_text(yaml.safe_dump(run.model_dump(mode="json")))
@@ -258,7 +258,7 @@ def test_the_command_survives_sigterm_at_random_moments(tmp_path):
         seen = ""
         while "step/s" not in seen:  # it is in the loop
             seen += process.stderr.read(1)
-        time.sleep(chance.uniform(0.1, 0.6))
+        time.sleep(chance.uniform(0.05, 0.3))
         process.send_signal(chance.choice([signal.SIGTERM, signal.SIGINT]))
         said = process.communicate(timeout=120)[1]
         assert process.returncode in (130, 143), said
