@@ -1,0 +1,55 @@
+"""What is decayed, how fast layers learn, what is frozen."""
+
+import pytest
+import torch
+from test_loop import SMALL
+
+from medmoe_hf.training import build_model
+from medmoe_hf.training.build import freeze, parameter_groups, train_mode
+from medmoe_hf.training.config import ModelSection
+
+
+@pytest.fixture
+def model():
+    return build_model(ModelSection(preset="tiny", overrides=SMALL))[0]
+
+
+def test_every_parameter_is_in_one_group_and_only_matrices_decay(model):
+    groups = parameter_groups(model, 0.1, 1e-3, layer_decay=0.5)
+    held = [id(parameter) for group in groups for parameter in group["params"]]
+    assert len(held) == len(set(held)) == len(list(model.parameters()))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for group in groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            table = "position" in name or "token_type" in name
+            assert group["weight_decay"] == (0.1 if parameter.ndim > 1 and not table else 0.0), name
+
+
+def test_rates_fall_from_layer_to_layer(model):
+    rates = {}
+    for group in parameter_groups(model, 0.1, 1.0, layer_decay=0.5):
+        rates |= {id(parameter): group["lr"] for parameter in group["params"]}
+    of = {name: rates[id(parameter)] for name, parameter in model.named_parameters()}
+    assert of["vision_model.experts.0.scale_attention.fc1.weight"] == of["report_router.fc1.weight"] == 1.0
+    blocks = [
+        of[f"vision_model.backbone.encoder.layers.{stage}.blocks.0.layernorm_before.weight"] for stage in range(4)
+    ]
+    assert blocks == [0.0625, 0.125, 0.25, 0.5]
+    assert of["vision_model.backbone.embeddings.patch_embeddings.projection.weight"] == 0.03125
+    assert of["text_model.encoder.encoder.layer.0.output.dense.weight"] == 0.5
+    assert of["text_model.encoder.embeddings.word_embeddings.weight"] == 0.25
+
+
+def test_frozen_parts_stay_in_evaluation_mode(model):
+    freeze(model, ["text_model", "*.experts.2.*"])
+    train_mode(model)
+    assert not any(module.training for module in model.text_model.encoder.encoder.layer.modules())
+    assert not any(module.training for module in model.vision_model.experts[2].modules() if list(module.parameters()))
+    assert all(module.training for module in model.vision_model.experts[1].modules())
+    running = model.vision_model.experts[2].scale_projections[0][0].batch_norm
+    running(torch.randn(2, 8, 4, 4) + 5)
+    assert not running.running_mean.any()
+    with pytest.raises(ValueError, match="No parameter is trainable"):
+        freeze(model, ["*"])
+        parameter_groups(model, 0.1)
