@@ -14,6 +14,7 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -486,6 +487,7 @@ class SampleStream:
 
     # Resuming
 
+    @cached_property
     def fingerprint(self) -> str:
         """A hash of all that the order depends on."""
         facts = {
@@ -500,7 +502,7 @@ class SampleStream:
     def state_dict(self) -> dict[str, Any]:
         """Where this rank is: everything up to the last sample that it was given is done. Plain, for JSON."""
         return {
-            "fingerprint": self.fingerprint(),
+            "fingerprint": self.fingerprint,
             "rank": self.rank,
             "epoch": self.epoch,
             "next": self._next,
@@ -514,7 +516,7 @@ class SampleStream:
         Raises:
             StreamError: for a state of another configuration or rank.
         """
-        if state["fingerprint"] != self.fingerprint() or state["rank"] != self.rank:
+        if state["fingerprint"] != self.fingerprint or state["rank"] != self.rank:
             raise StreamError(
                 "This state is of a stream with other sources, seed, mixing, split or number of processes (or of "
                 "another rank): its positions mean other samples here. Resume with the configuration that it was "

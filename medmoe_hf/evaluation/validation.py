@@ -9,6 +9,8 @@ from torch import Tensor
 from medmoe_hf.evaluation.metrics import accuracy, recall_at_k
 from medmoe_hf.model.losses_medmoe import cosine_logits
 
+LOSS_PARTS = ("loss", "loss_global", "loss_local", "loss_aux")
+
 
 @torch.no_grad()
 def validate(
@@ -42,7 +44,7 @@ def validate(
             kept["routing_image"] = output.router_logits.argmax(dim=-1)
             if output.report_router_logits is not None:
                 kept["routing_report"] = output.report_router_logits.argmax(dim=-1)
-            for name in ("loss", "loss_global", "loss_local", "loss_aux"):
+            for name in LOSS_PARTS:
                 kept[name] = output[name].view(1)
             measured = counts is None or counts[number]
             for name, value in kept.items():
@@ -55,8 +57,7 @@ def validate(
     if gather is not None:
         joined = {name: gather(column) for name, column in joined.items()}
     joined = {name: column.cpu() for name, column in joined.items()}
-    losses = ("loss", "loss_global", "loss_local", "loss_aux")
-    result = {name: joined[name].double().mean().item() for name in losses}
+    result = {name: joined[name].double().mean().item() for name in LOSS_PARTS}
     result |= {
         name: accuracy(joined[name], joined["label"]) for name in ("routing_image", "routing_report") if name in joined
     }

@@ -27,7 +27,7 @@ from torch import Tensor, distributed, nn
 from medmoe_hf.model import MedMoEModel
 from medmoe_hf.model.losses_medmoe import local_terms, training_losses
 from medmoe_hf.model.modeling_medmoe import MedMoEBackboneOutput, MedMoEBatchNorm, in_process_group
-from medmoe_hf.training.negatives import average_gradients, gather_rows
+from medmoe_hf.training.negatives import average_gradients, gather_rows, summed
 
 
 @dataclass
@@ -89,18 +89,18 @@ def cached_step(
     counts = _expert_counts(parts, len(vision.experts))
     used = [index for index, count in enumerate(counts.tolist()) if count]
     with _step_norms(vision, parts, used, autocast) as norms:
-        words = _joined([part.outputs["words"] for part in parts])
         mask = _joined([part.word_mask for part in parts])
-        all_words = gather_rows(words).requires_grad_()
+        # Cut off here, so that what all images say about a word is known before it goes back to its process and part.
+        gathered = gather_rows(_joined([part.outputs["words"] for part in parts]))
+        all_words = gathered.detach().requires_grad_()
         every = {"words": all_words, "mask": gather_rows(mask)}
         with torch.no_grad(), autocast():
             for part in parts:
                 image, terms = _experts(model, part, every)
-                part.outputs |= {"image": image, "terms": terms}
-        for part in parts:
-            part.outputs = {name: value.detach().requires_grad_() for name, value in part.outputs.items()}
-        routers = [name for name in ("router", "report_router") if name in parts[0].outputs]
-        column = {name: _joined([part.outputs[name] for part in parts]) for name in parts[0].outputs}
+                part.outputs |= {"image": image.detach().requires_grad_(), "terms": terms.detach().requires_grad_()}
+        column = {
+            name: _joined([part.outputs[name] for part in parts]) for name in parts[0].outputs if name != "words"
+        }
         losses = training_losses(
             model.config,
             model.global_scale,
@@ -108,23 +108,16 @@ def cached_step(
             column["text"],
             column["terms"],
             mask.any(dim=1),
-            [column[name] for name in routers],
+            [column[name] for name in ("router", "report_router") if name in column],
             torch.cat([batch["modality_labels"] for batch in batches]),
             gather_rows,
         )
         backward(losses["loss"])
         _back_through_experts(model, parts, every, norms, autocast)
     if all_words.grad is not None:
-        _add_word_gradients(parts, all_words.grad)
+        gathered.backward(all_words.grad)
     _back_through_towers(model, parts, autocast)
-    idle = {
-        id(parameter)
-        for index, expert in enumerate(vision.experts)
-        if index not in used
-        for parameter in expert.parameters()
-    }
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    average_gradients(trained, {id(parameter) for parameter in trained} - idle)
+    average_gradients([parameter for parameter in model.parameters() if parameter.requires_grad])
     return {name: value.detach() for name, value in losses.items()} | {"expert_counts": counts}
 
 
@@ -147,7 +140,7 @@ def _encode(model: MedMoEModel, batch: dict[str, Any]) -> _Part:
         random_state=state,
         pooled=backbone.pooler_output.detach().requires_grad_(),
         maps=[feature_map.detach().requires_grad_() for feature_map in backbone.feature_maps],
-        outputs=outputs,
+        outputs={name: value.detach().requires_grad_() for name, value in outputs.items()},
         word_mask=word_mask,
         expert_ids=vision.select_experts(selecting, batch.get("modality")),
         mixture=vision.mixture_weights(outputs["router"], batch.get("modality")),
@@ -277,23 +270,13 @@ def _step_norms(
                         size = total.new_tensor([numbers.numel() // numbers.shape[1]])
                         total += torch.cat([numbers.sum((0, 2, 3)), numbers.square().sum((0, 2, 3)), size])
                 totals.append(total)
-            for (expert, scale, layer), total in zip(layers, _summed(totals), strict=True):
+            for (expert, scale, layer), total in zip(layers, summed(totals), strict=True):
                 layer.normalise = _StepNorm(expert, scale, depth, layer, total, len(parts))
                 norms.append(layer.normalise)
         yield norms
     finally:
         for norm in norms:
             norm.layer.normalise = None
-
-
-def _summed(tensors: list[Tensor]) -> list[Tensor]:
-    """Each tensor's sum over all processes, in one exchange."""
-    if not tensors or not in_process_group():
-        return tensors
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
-    distributed.all_reduce(flat)
-    parts = flat.split([tensor.numel() for tensor in tensors])
-    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def _batch_norms(vision: Any, used: list[int], depth: int) -> Iterator[tuple[int, int, MedMoEBatchNorm]]:
@@ -332,7 +315,7 @@ def _back_through_experts(
         _backward([image, terms, logits], [part.outputs[name].grad for name in ("image", "terms", "router")])
     for depth in sorted({norm.depth for norm in norms}, reverse=True):
         layers = [norm for norm in norms if norm.depth == depth]
-        for norm, totals in zip(layers, _summed([norm.sums.sum(dim=0) for norm in layers]), strict=True):
+        for norm, totals in zip(layers, summed([norm.sums.sum(dim=0) for norm in layers]), strict=True):
             for number, part in enumerate(parts):
                 _select(norms, number)
                 with autocast():
@@ -344,22 +327,6 @@ def _back_through_experts(
 def _select(norms: list[_StepNorm], part: int) -> None:
     for norm in norms:
         norm.part = part
-
-
-def _add_word_gradients(parts: list[_Part], gradient: Tensor) -> None:
-    """Gives each part what the local loss of all images, on all processes, says about its words."""
-    own = sum(len(part.word_mask) for part in parts)
-    if in_process_group():
-        distributed.all_reduce(gradient)
-        counts = torch.zeros(distributed.get_world_size(), dtype=torch.long, device=gradient.device)
-        counts[distributed.get_rank()] = own
-        distributed.all_reduce(counts)
-        start = int(counts[: distributed.get_rank()].sum())
-        gradient = gradient[start : start + own]
-    for part, share in zip(parts, gradient.split([len(part.word_mask) for part in parts]), strict=True):
-        words = part.outputs["words"]
-        share = share[:, : words.shape[1]]
-        words.grad = share.clone() if words.grad is None else words.grad + share
 
 
 def _back_through_towers(

@@ -191,6 +191,11 @@ class TrainConfig(BaseModel):
         return self.data.evaluation is not None or self.data.validation_share > 0
 
     @property
+    def caches_gradients(self) -> bool:
+        """Whether negatives reach over accumulated micro-batches, so that a step is more than a sum of their steps."""
+        return self.negatives == "global" and self.gradient_accumulation_steps > 1
+
+    @property
     def run_dir(self) -> Path:
         """Where checkpoints and logs are kept."""
         return self.output_dir.with_name(f"{self.output_dir.name}-run")

@@ -29,7 +29,7 @@ from transformers import get_scheduler
 from medmoe_hf.data.atomic import whole_folder
 from medmoe_hf.data.collate import ContrastiveCollator
 from medmoe_hf.data.stream import Sample, SampleStream, Split, StreamError
-from medmoe_hf.evaluation.validation import validate
+from medmoe_hf.evaluation.validation import LOSS_PARTS, validate
 from medmoe_hf.model.modeling_medmoe import in_process_group
 from medmoe_hf.training import checkpoints
 from medmoe_hf.training.adapters import add_lora, save_adapter
@@ -38,8 +38,6 @@ from medmoe_hf.training.cached import cached_step
 from medmoe_hf.training.checkpoints import ResumeError
 from medmoe_hf.training.config import TrainConfig
 from medmoe_hf.training.negatives import gather_rows
-
-LOSS_PARTS = ("loss", "loss_global", "loss_local", "loss_aux")
 
 
 class TrainingError(RuntimeError):
@@ -178,8 +176,7 @@ class TrainingRun:
             betas=config.betas,
             fused=True,
         )
-        self.cached = config.negatives == "global" and config.gradient_accumulation_steps > 1
-        if self.cached:
+        if config.caches_gradients:
             # Several backward passes through one set of weights: here gradients are averaged by `cached_step`.
             self.model = whole.to(accelerator.device)
             self.optimizer = accelerator.prepare(optimizer)
@@ -207,7 +204,7 @@ class TrainingRun:
     def _check_strategy(self) -> None:
         kind, config = self.accelerator.distributed_type, self.config
         sharded = kind in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        if sharded and config.negatives == "global" and config.gradient_accumulation_steps > 1:
+        if sharded and config.caches_gradients:
             raise TrainingError(
                 "Gradient caching needs whole weights in every process, and FSDP or DeepSpeed shards them. Set "
                 "`gradient_accumulation_steps: 1`, or `negatives: ranks`, or use examples/accelerate/ddp.yaml."
@@ -300,7 +297,7 @@ class TrainingRun:
                 self._log(bar)
             due = bool(config.evaluate_every) and record.steps % config.evaluate_every == 0
             best = config.evaluates and (due or last) and self._evaluate(bar)
-            self._save_if_due(best and due and not last)
+            self._save_if_due(best)
         bar.close()
         record.skipped = {f"{source}: {cause}": count for (source, cause), count in self.stream.faults.counts.items()}
         if record.skipped and accelerator.is_main_process:
@@ -325,11 +322,11 @@ class TrainingRun:
             taken = list(islice(batches, self.config.gradient_accumulation_steps))
         except StreamError as problem:
             error = problem
-        if self._any_process(error is not None):
+        if self._highest(error is not None):
             self._stop_for_data(error, before)
         train_mode(self.model)
         losses, counts = self._backward([batch for batch, _ in taken])
-        if self._any_process(not torch.isfinite(losses["loss"]).item()):
+        if self._highest(not torch.isfinite(losses["loss"])):
             self._stop_for_numbers(losses["loss"].item(), [key for _, keys in taken for key in keys])
         self._forget_idle_experts(counts)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
@@ -350,7 +347,7 @@ class TrainingRun:
     def _backward(self, batches: list[dict[str, Any]]) -> tuple[dict[str, Tensor], Tensor]:
         """Gradients of a step: the losses, and (K,) how many images each expert computed on all processes."""
         accelerator, experts = self.accelerator, len(self.inner.vision_model.experts)
-        if self.cached:
+        if self.config.caches_gradients:
             losses = cached_step(self.inner, batches, accelerator.backward, accelerator.autocast)
             return losses, losses["expert_counts"]
         gather = None if self.config.negatives == "micro_batch" else gather_rows
@@ -382,19 +379,16 @@ class TrainingRun:
     def _warm_up(self) -> None:
         steps = self.config.warmup_steps
         if self.record.steps < steps:
-            for group, rate in zip(self.optimizer.param_groups, self._full_rates(), strict=True):
-                group["lr"] = rate * min(1.0, (self.record.steps + 1) / steps)
+            for group in self.optimizer.param_groups:
+                group["lr"] = group.setdefault("initial_lr", group["lr"]) * (self.record.steps + 1) / steps
 
-    def _full_rates(self) -> list[float]:
-        return [group.setdefault("initial_lr", group["lr"]) for group in self.optimizer.param_groups]
-
-    def _any_process(self, flag: bool) -> bool:
-        """Whether it is so in any of them: all must leave together, or the others wait for ever."""
+    def _highest(self, level: int) -> int:
+        """The highest level of any process: all must do the same together, or the others wait for ever."""
         if not in_process_group():
-            return flag
-        flags = torch.tensor([int(flag)], device=self.accelerator.device)
-        distributed.all_reduce(flags, op=distributed.ReduceOp.MAX)
-        return bool(flags.item())
+            return level
+        levels = torch.tensor([int(level)], device=self.accelerator.device)
+        distributed.all_reduce(levels, op=distributed.ReduceOp.MAX)
+        return int(levels.item())
 
     # Ends before the end
 
@@ -421,14 +415,16 @@ class TrainingRun:
 
     def _save_if_due(self, best: bool) -> None:
         rhythm, steps = self.config.checkpoints, self.record.steps
-        stopped = self._any_process(self._signal != 0)
-        timed = bool(rhythm.every_minutes) and time.monotonic() - self._saved > 60 * rhythm.every_minutes
-        counted = bool(rhythm.every_steps) and steps % rhythm.every_steps == 0
         if steps == self.config.max_steps:
             return
-        if self._any_process(stopped or timed or counted or (best and rhythm.keep_best)):
+        timed = bool(rhythm.every_minutes) and time.monotonic() - self._saved > 60 * rhythm.every_minutes
+        counted = bool(rhythm.every_steps) and steps % rhythm.every_steps == 0
+        due = timed or counted or (best and rhythm.keep_best)
+        # One exchange for both: a step is no place for more than it needs.
+        level = self._highest(2 if self._signal else int(due))
+        if level:
             self.save_checkpoint()
-        if stopped:
+        if level == 2:
             raise Interrupted(
                 f"Stopped by {signal.Signals(self._signal or signal.SIGTERM).name} after step {steps}. The checkpoint "
                 f"is {self._place()}; go on with `--resume auto`.",
@@ -521,7 +517,7 @@ class TrainingRun:
             yield
         except (OSError, SafetensorError) as error:
             problem = error
-        if not self._any_process(problem is not None):
+        if not self._highest(problem is not None):
             return
         full = getattr(problem, "errno", None) == errno.ENOSPC or "No space left" in str(problem)
         found = checkpoints.find_checkpoints(self.folder)

@@ -45,7 +45,7 @@ class _GatherRows(torch.autograd.Function):
         distributed.all_gather(shapes, shape)
         counts = [int(other[0]) for other in shapes]
         largest = torch.stack(shapes).amax(dim=0).tolist()
-        # Boolean tensors and bf16 do not travel everywhere; bytes and their own types do.
+        # Booleans do not travel everywhere; bytes do.
         sent = rows.to(torch.uint8) if rows.dtype == torch.bool else rows
         padded = sent.new_zeros(largest)
         padded[tuple(slice(size) for size in rows.shape)] = sent
@@ -65,32 +65,34 @@ class _GatherRows(torch.autograd.Function):
         return own[tuple(slice(size) for size in ctx.shape)]
 
 
-def average_gradients(parameters: list[torch.nn.Parameter], used: set[int] | None = None) -> None:
+def summed(tensors: list[Tensor]) -> list[Tensor]:
+    """Each tensor's sum over all processes, in one exchange; all of one type, in the same order everywhere."""
+    if not tensors or not in_process_group():
+        return tensors
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    distributed.all_reduce(flat)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
     """Averages gradients over processes, for a model that is wrapped in nothing that does.
 
     Args:
-        parameters: in the same order everywhere.
-        used: `id`s of parameters that have a gradient in some process (missing ones count as zero); None: all.
+        parameters: in the same order everywhere; one without a gradient counts as zero.
     """
     if not in_process_group():
         return
-    bucket: list[Tensor] = []
-    for parameter in [*parameters, None]:
-        if parameter is not None:
-            if used is not None and id(parameter) not in used:
-                continue
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            bucket.append(parameter.grad)
-        full = sum(gradient.numel() for gradient in bucket) >= _BUCKET
-        if bucket and (parameter is None or full):
-            flat = torch.cat([gradient.flatten().float() for gradient in bucket])
-            distributed.all_reduce(flat)
-            flat /= distributed.get_world_size()
-            parts = flat.split([gradient.numel() for gradient in bucket])
-            for gradient, part in zip(bucket, parts, strict=True):
-                gradient.copy_(part.view_as(gradient))
-            bucket = []
+    buckets: list[list[Tensor]] = [[]]
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        if sum(gradient.numel() for gradient in buckets[-1]) >= _BUCKET:
+            buckets.append([])
+        buckets[-1].append(parameter.grad)
+    for bucket in buckets:
+        for gradient, total in zip(bucket, summed([gradient.float() for gradient in bucket]), strict=True):
+            gradient.copy_(total / distributed.get_world_size())
 
 
 _BUCKET = 2**23  # elements that travel at a time: 32 MiB

@@ -4,7 +4,8 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_loop import SMALL, config
+from small_models import SMALL
+from test_loop import config
 
 from medmoe_hf import MedMoEConfig, MedMoEModel, MedMoEProcessor
 from medmoe_hf.data import phantom_sample

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_loop import SMALL
+from small_models import SMALL
 
 from medmoe_hf.training import build_model
 from medmoe_hf.training.build import freeze, parameter_groups, train_mode

@@ -2,23 +2,15 @@
 
 import os
 import socket
-from copy import deepcopy
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_loop import SMALL, config
+from small_models import EXACT
+from test_loop import config
 from torch import multiprocessing
 
 pytestmark = pytest.mark.slow
-
-EXACT = deepcopy(SMALL)
-EXACT["text_config"] |= {
-    "num_hidden_layers": 4,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}
-EXACT["vision_config"]["swin_config"]["drop_path_rate"] = 0.0
 
 
 def run_of(folder, kind, preset, world, **changes):

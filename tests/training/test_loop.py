@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_models import SMALL
 
 from medmoe_hf import MedMoEModel, MedMoEProcessor
 from medmoe_hf.data import phantom_sample
@@ -13,19 +14,6 @@ from medmoe_hf.data.stream import StreamError
 from medmoe_hf.training import TrainConfig, TrainingError, build_model, train
 from medmoe_hf.training.build import parameter_groups
 from medmoe_hf.training.config import ModelSection
-
-SMALL = {
-    "text_config": {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 32},
-    "projection_dim": 16,
-    "vision_config": {
-        "image_size": 64,
-        "expert_hidden_size": 8,
-        "local_size": 16,
-        "scale_attention_size": 8,
-        "router_hidden_size": 8,
-        "swin_config": {"embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": 4},
-    },
-}
 
 
 def config(output_dir, **changes):

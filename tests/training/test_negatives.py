@@ -1,16 +1,12 @@
 """Full-batch negatives: two processes, and micro-batches, against one process with the whole batch."""
 
-import sys
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
+import two_ranks
 from safetensors.torch import load_file
 from torch import multiprocessing
-
-sys.path.insert(0, str(Path(__file__).parent))
-import two_ranks
 from two_ranks import CASES, batch_of, model_of, outcome
 
 from medmoe_hf.training.cached import cached_step
@@ -82,14 +78,19 @@ def test_rows_of_unequal_size_are_padded_and_get_their_own_gradients(folder):
         assert found["gradient"].tolist() == expected
 
 
+def model_with_dropout():
+    model, collator = model_of("gloria")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.3
+    return model, collator
+
+
 def test_dropout_is_replayed():
     """With dropout the two passes of a tower must draw the same numbers, else gradients belong to another loss."""
-    batches, gradients = None, []
+    gradients = []
     for _ in range(2):
-        model, collator = model_of("gloria")
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.3
+        model, collator = model_with_dropout()
         batches = [batch_of(collator, rows) for rows in (slice(0, 4), slice(4, 8))]
         torch.manual_seed(7)
         before = cached_step(model, batches)["loss"]
@@ -102,10 +103,7 @@ def test_dropout_is_replayed():
     assert torch.equal(gradient, gradients[1][name])
     losses = []
     for sign in (1, -1):
-        model, collator = model_of("gloria")
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.3
+        model, collator = model_with_dropout()
         with torch.no_grad():
             dict(model.named_parameters())[name].add_(gradient, alpha=sign * 1e-2 / gradient.norm())
         torch.manual_seed(7)

@@ -14,7 +14,8 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from test_loop import SMALL, config
+from small_models import SMALL
+from test_loop import config
 
 from medmoe_hf import MedMoEModel
 from medmoe_hf.data import phantom_sample

@@ -5,40 +5,17 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from small_models import EXACT
 from torch import distributed
 
 from medmoe_hf.data import phantom_sample
 from medmoe_hf.data.collate import ContrastiveCollator
+from medmoe_hf.evaluation.validation import LOSS_PARTS
 from medmoe_hf.training import build_model
 from medmoe_hf.training.cached import cached_step
 from medmoe_hf.training.config import ModelSection
 from medmoe_hf.training.negatives import gather_rows
 
-SMALL = {
-    "text_config": {
-        "hidden_size": 32,
-        "num_attention_heads": 2,
-        "num_hidden_layers": 4,
-        "intermediate_size": 32,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-    },
-    "projection_dim": 16,
-    "vision_config": {
-        "image_size": 64,
-        "expert_hidden_size": 8,
-        "local_size": 16,
-        "scale_attention_size": 8,
-        "router_hidden_size": 8,
-        "swin_config": {
-            "embed_dim": 8,
-            "depths": [1, 1, 1, 1],
-            "num_heads": [1, 1, 2, 2],
-            "window_size": 4,
-            "drop_path_rate": 0.0,
-        },
-    },
-}
 # What differs between the losses and towers that must come out the same.
 CASES = {
     "gloria": ("tiny", {"local_loss": "gloria"}),
@@ -55,7 +32,7 @@ LABELS = [0, 0, 1, 2, -100, 3, 3, 5]
 def model_of(case):
     preset, overrides = CASES[case]
     torch.manual_seed(0)
-    small = {**SMALL, **overrides}
+    small = {**EXACT, **overrides}
     if preset == "official":
         small["vision_config"] = {**small["vision_config"], "mixture": "hard"}
     model, processor = build_model(ModelSection(preset=preset, overrides=small))
@@ -73,7 +50,7 @@ def outcome(model, losses):
     """Gradients, running statistics and losses by name."""
     found = {f"gradient {name}": value.grad for name, value in model.named_parameters() if value.grad is not None}
     found |= {f"buffer {name}": value for name, value in model.named_buffers() if "running_" in name}
-    found |= {name: losses[name].detach() for name in ("loss", "loss_global", "loss_local", "loss_aux")}
+    found |= {name: losses[name].detach() for name in LOSS_PARTS}
     return {name: value.clone().contiguous() for name, value in found.items()}
 
 
