@@ -320,6 +320,8 @@ class MedMoEConfig(MedMoETextConfig):
         similarity: what `logits_per_image` scores: `"global"` (v_g with t_g), `"local"` (words with regions) or their
             `"mean"`.
         local_loss: `"gloria"` (Huang et al., ICCV 2021) or `"token"` (the formula of section 4.4).
+        local_loss_products: the type in which `gloria` multiplies its matrices. `"bfloat16"` is faster where the machine
+            has units for it, and rounds each factor to three digits; sums and all else stay float32.
         temp1: inverse temperature of the attention over regions (`gloria`).
         temp1_regions: the number of regions that `temp1` is meant for (361 = 19x19 in GLoRIA): with M regions it grows
             to temp1 + ln(M / temp1_regions), so that the largest weight a region can have stays the same. None keeps
@@ -352,6 +354,7 @@ class MedMoEConfig(MedMoETextConfig):
     projection_dim: int | None = None
     similarity: Literal["global", "local", "mean"] = "global"
     local_loss: Literal["gloria", "token"] = "gloria"
+    local_loss_products: Literal["float32", "bfloat16"] = "float32"
     temp1: float | int = 4.0
     temp1_regions: int | None = None
     temp2: float | int = 5.0

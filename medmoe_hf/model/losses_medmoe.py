@@ -5,6 +5,7 @@ K experts.
 Everything is computed in float32, whatever the embeddings' type and any autocast around it.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -51,8 +52,10 @@ def contrastive_loss(logits_per_image: Tensor, contrast: str = "sum") -> Tensor:
 # Elements of the largest intermediate tensor: small enough to stay in the caches' and the allocator's reach, large
 # enough that small problems run in one piece.
 _CHUNK_ELEMENTS = 2**20
-# Elements of a softmax that is worth keeping for the backward pass: 64 MiB.
-_KEPT_ELEMENTS = 2**24
+# The same for work that is done caption by caption.
+_SECTION_ELEMENTS = 2**19
+# Elements that GLoRIA's similarity keeps for its backward pass at most: 512 MiB.
+_KEPT_ELEMENTS = 2**27
 
 
 def _region_chunks(local_embeds: Tensor, words: Tensor) -> tuple[Tensor, ...]:
@@ -123,7 +126,13 @@ def word_contributions(regions: Tensor, words: Tensor, word_mask: Tensor, refere
 
 
 def gloria_logits(
-    local_embeds: Tensor, word_embeds: Tensor, word_mask: Tensor, temp1: float, temp2: float, temp3: float
+    local_embeds: Tensor,
+    word_embeds: Tensor,
+    word_mask: Tensor,
+    temp1: float,
+    temp2: float,
+    temp3: float,
+    products: torch.dtype = torch.float32,
 ) -> Tensor:
     """Word-region similarity of every image with every caption: temp3 * log Σ_i exp(temp2 * cos(c_i, t_i)).
 
@@ -135,6 +144,8 @@ def gloria_logits(
         local_embeds: (B, D, H', W'), the local maps.
         word_embeds: (N, W, D).
         word_mask: (N, W) bool, True where there is a word. A caption without words scores 0 with every image.
+        products: the type in which matrices are multiplied. With bfloat16 the factors and the result of each product
+            are rounded to it; its sums and everything between the products stay float32.
 
     Returns:
         (B, N) float32.
@@ -144,121 +155,214 @@ def gloria_logits(
         # Captions with as many words as each other come to lie side by side, and their words without any padding.
         order = counts.argsort(stable=True)
         words = word_embeds.float()[order][word_mask[order]]
-        widths, captions = counts.unique(return_counts=True)
-        groups = [(width, number) for width, number in zip(widths.tolist(), captions.tolist(), strict=True) if width]
-        similarity = _GloriaSimilarity.apply(local_embeds.float().flatten(2), words, groups, temp1, temp2)
+        sizes = [size for size in counts[order].tolist() if size]
+        regions = local_embeds.float().flatten(2)
+        trained = torch.is_grad_enabled() and (regions.requires_grad or words.requires_grad)
+        similarity = _GloriaSimilarity.apply(regions, words, sizes, temp1, temp2, products, trained)
         # No words, no similarity: such captions stand first.
-        wordless = len(counts) - similarity.shape[1]
-        similarity = nn.functional.pad(temp3 * similarity, (wordless, 0))
+        similarity = nn.functional.pad(temp3 * similarity, (len(counts) - len(sizes), 0))
         return similarity[:, order.argsort()]
 
 
 class _GloriaSimilarity(torch.autograd.Function):
     """log Σ_i exp(temp2 * cos(c_i, t_i)) of every image and caption, with a backward pass of its own.
 
-    Autograd would keep half a dozen tensors of (B, P, M), P the words of all captions. Here a chunk of images at a
-    time is taken through all of it in one or two buffers, and only the contexts c_i (B, P, D) are kept, with the
-    first softmax where that is small; else it is computed again.
+    Autograd would keep half a dozen tensors of (B, P, M), P the words of all captions. Here an image at a time, or a
+    chunk of small ones, is taken through all of it in the same few buffers. Kept for the backward pass are the
+    contexts c_i (B, P, D) and the first softmax (B, P, M), as far as `_KEPT_ELEMENTS` reaches. Without the softmax
+    the five matrix products of both passes become six, without the contexts too they become seven.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, regions: Tensor, words: Tensor, groups: list[tuple[int, int]], temp1: float, temp2: float
+        ctx: Any,
+        regions: Tensor,
+        words: Tensor,
+        sizes: list[int],
+        temp1: float,
+        temp2: float,
+        products: torch.dtype,
+        trained: bool,
     ) -> Tensor:
         """Gives (B, G).
 
         Args:
             regions: (B, D, M) float32.
             words: (P, D) float32, the words of caption after caption.
-            groups: (words of a caption, number of such captions), in the order of `words`; G captions in all.
+            sizes: the number of words of each of the G captions, ascending.
+            products: see `gloria_logits`.
+            trained: whether a backward pass may follow.
         """
-        images, _, positions = regions.shape
-        elements = images * len(words) * positions
-        contexts = regions.new_empty(images, len(words), regions.shape[1])
-        shares = regions.new_empty(images, len(words), positions) if elements <= _KEPT_ELEMENTS else None
-        for rows in _image_chunks(regions, words):
-            part = _word_shares(regions[rows], words, groups, None if shares is None else shares[rows])
-            torch.bmm(_region_weights(part, temp1), regions[rows].transpose(1, 2), out=contexts[rows])
-        cosines = torch.einsum("bpd,pd->bp", _unit(contexts), _unit(words))
-        similarity = _by_caption(lambda values: values.logsumexp(dim=-1), temp2 * cosines, groups)
-        ctx.save_for_backward(regions, words, contexts, shares, cosines, similarity)
-        ctx.groups, ctx.temp1, ctx.temp2 = groups, temp1, temp2
+        images, depth, positions = regions.shape
+        everything = images, len(words)
+        keeps_contexts = trained and images * len(words) * depth <= _KEPT_ELEMENTS
+        keeps_shares = keeps_contexts and images * len(words) * (depth + positions) <= _KEPT_ELEMENTS
+        chunks, most = _chunks(regions, sizes)
+        contexts = regions.new_empty(*(everything if keeps_contexts else most), depth, dtype=products)
+        shares = regions.new_empty(*(everything if keeps_shares else most), positions)
+        weights = regions.new_empty(*most, positions, dtype=products)
+        cosines = regions.new_empty(everything)
+        unit_words, contrasts = _unit(words), _contrasts(words, sizes).to(products)
+        for chunk, first, chunk_sizes in chunks:
+            maps, part = regions[chunk[0]].to(products), chunk[1]
+            context = contexts[chunk if keeps_contexts else first]
+            share, weight = shares[chunk if keeps_shares else first], weights[first]
+            _share_out(contrasts[part], maps, chunk_sizes, weight, share)
+            _weigh(share, chunk_sizes, temp1, weight)
+            torch.bmm(weight, maps.transpose(1, 2), out=context)
+            cosines[chunk] = (_unit(context.float()) * unit_words[part]).sum(dim=-1)
+        similarity = _by_caption(lambda values: values.logsumexp(dim=-1), temp2 * cosines, sizes)
+        kept = contexts if keeps_contexts else None, shares if keeps_shares else None
+        ctx.save_for_backward(regions, words, *kept, cosines, similarity)
+        ctx.sizes, ctx.temp1, ctx.temp2, ctx.products = sizes, temp1, temp2, products
         return similarity
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        regions, words, contexts, kept, cosines, similarity = ctx.saved_tensors
+        regions, words, contexts, shares, cosines, similarity = ctx.saved_tensors
         wants_regions, wants_words = ctx.needs_input_grad[:2]
-        sizes = torch.tensor(
-            [width for width, number in ctx.groups for _ in range(number)], dtype=torch.long, device=words.device
-        )
+        _, depth, positions = regions.shape
         with torch.autocast(regions.device.type, enabled=False):
             # d similarity / d cos is temp2 times the softmax over a caption's words.
+            sizes = torch.tensor(ctx.sizes, dtype=torch.long, device=words.device)
             spread = [part.repeat_interleave(sizes, dim=1) for part in (gradient * ctx.temp2, similarity)]
             grad_cosines = spread[0] * (ctx.temp2 * cosines - spread[1]).exp()
-            unit_words = _unit(words)
+            unit_words, contrasts = _unit(words), _contrasts(words, ctx.sizes).to(ctx.products)
             grad_regions = torch.empty_like(regions) if wants_regions else None
-            grad_words = torch.zeros_like(words)
-            for rows in _image_chunks(regions, words):
-                maps, weight, cosine = regions[rows], grad_cosines[rows, :, None], cosines[rows, :, None]
-                unit_contexts = _unit(contexts[rows])
-                if wants_words:
-                    pull = (weight * (unit_contexts - cosine * unit_words)).sum(dim=0)
-                    grad_words += pull * _inverse_length(words)
-                grad_contexts = unit_words - cosine * unit_contexts
-                grad_contexts *= weight * _inverse_length(contexts[rows])
-                shares = _word_shares(maps, words, ctx.groups) if kept is None else kept[rows]
-                region_weights = _region_weights(shares, ctx.temp1)
+            grad_words = torch.zeros_like(words) if wants_words else None
+            chunks, (images, length) = _chunks(regions, ctx.sizes)
+            # One product makes the gradient of the regions: [grad_contexts; temp1 * words]ᵀ [weights; grad_scores].
+            left = regions.new_empty(images, 2 * length, depth, dtype=ctx.products)
+            right = regions.new_empty(images, 2 * length, positions, dtype=ctx.products)
+            spare = regions.new_empty(images if shares is None else 0, length, positions)
+            for chunk, first, chunk_sizes in chunks:
+                maps, part, number = regions[chunk[0]].to(ctx.products), chunk[1], first[1].stop
+                factors, terms = left[first[0], : 2 * number], right[first[0], : 2 * number]
+                weight, grad_scores = terms[:, :number], terms[:, number:]
+                share = spare[first] if shares is None else shares[chunk]
+                if shares is None:
+                    _share_out(contrasts[part], maps, chunk_sizes, weight, share)
+                _weigh(share, chunk_sizes, ctx.temp1, weight)
+                context = torch.bmm(weight, maps.transpose(1, 2)) if contexts is None else contexts[chunk]
+                context, cosine = context.float(), cosines[chunk].unsqueeze(-1)
+                pull = grad_cosines[chunk].unsqueeze(-1) * _inverse_length(context)
+                away = cosine * pull * _inverse_length(context)
+                factors[:, :number] = (pull * unit_words[part]).addcmul_(away, context, value=-1)
+                factors[:, number:] = ctx.temp1 * contrasts[part]
+                # Back through both softmaxes: first the one over regions (without a normaliser) ...
+                torch.bmm(factors[:, :number], maps, out=grad_scores)
+                for section, of_weight, of_share in _captions(chunk_sizes, grad_scores, weight, share):
+                    upstream = section.float().mul_(of_share).mul_(of_weight)
+                    # ... then the one over the words of a caption.
+                    upstream.addcmul_(of_share, upstream.sum(dim=2, keepdim=True), value=-1)
+                    section.copy_(upstream)
+                if grad_words is not None:
+                    slope = grad_cosines[chunk].unsqueeze(-1)
+                    towards = (pull * context).sum(dim=0) - (slope * cosine).sum(dim=0) * unit_words[part]
+                    by_scores = torch.bmm(grad_scores, maps.transpose(1, 2)).sum(dim=0, dtype=words.dtype)
+                    grad_words[part] += towards * _inverse_length(words[part]) + ctx.temp1 * by_scores
                 if grad_regions is not None:
-                    torch.bmm(grad_contexts.transpose(1, 2), region_weights, out=grad_regions[rows])
-                # Back through both softmaxes, in place: first the one over regions (without a normaliser) ...
-                grad_scores = region_weights.mul_(grad_contexts @ maps).mul_(shares)
-                # ... then the one over the words of a caption.
-                for section, share in _captions(ctx.groups, grad_scores, shares):
-                    section.addcmul_(share, section.sum(dim=2, keepdim=True), value=-1)
-                grad_scores *= ctx.temp1
-                if wants_words:
-                    grad_words += torch.einsum("bpm,bdm->pd", grad_scores, maps)
-                if grad_regions is not None:
-                    grad_regions[rows].baddbmm_(words.t().expand(len(maps), -1, -1), grad_scores)
-        return grad_regions, grad_words if wants_words else None, None, None, None
+                    target, begun = grad_regions[chunk[0]], part.start > 0
+                    if target.dtype == ctx.products:
+                        target.baddbmm_(factors.transpose(1, 2), terms, beta=begun)
+                    else:
+                        product = torch.bmm(factors.transpose(1, 2), terms)
+                        target.copy_(target + product if begun else product)
+        return grad_regions, grad_words, None, None, None, None, None
 
 
-def _image_chunks(regions: Tensor, words: Tensor) -> list[slice]:
-    step = max(1, _CHUNK_ELEMENTS // max(1, len(words) * regions.shape[2]))
-    return [slice(start, start + step) for start in range(0, len(regions), step)]
+_Chunk = tuple[tuple[slice, slice], tuple[slice, slice], list[int]]
 
 
-def _captions(groups: list[tuple[int, int]], *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Views (B, captions of the group, their words, ...) of tensors (B, P, ...)."""
+def _chunks(regions: Tensor, sizes: list[int]) -> tuple[list[_Chunk], tuple[int, int]]:
+    """Cuts images (B, D, M) and captions into chunks of bounded size.
+
+    As many images as fit, at least one. The captions of a single image are cut only when they are four times too
+    large, because products of few words are slow, and never inside a caption.
+
+    Returns:
+        for each chunk where its images and its words lie in (B, P, ...), where they lie in a buffer for any chunk,
+        and the sizes of its captions; and the images and words of that buffer.
+    """
+    images, _, positions = regions.shape
+    limit = _fitting(_CHUNK_ELEMENTS, regions)
+    parts: list[list[int]] = [[]]
+    for size in sizes:
+        if parts[-1] and (sum(parts[-1]) + size) * positions > 4 * limit:
+            parts.append([])
+        parts[-1].append(size)
+    ends = list(itertools.accumulate(sum(part) for part in parts))
+    longest = max(sum(part) for part in parts)
+    step = max(1, min(images, limit // max(1, longest * positions)))
+    chunks = []
+    for start in range(0, images, step):
+        rows = slice(start, min(start + step, images))
+        for end, part in zip(ends, parts, strict=True):
+            place = slice(rows.stop - start), slice(sum(part))
+            chunks.append(((rows, slice(end - sum(part), end)), place, part))
+    return chunks, (step, longest)
+
+
+def _fitting(elements: int, tensor: Tensor) -> int:
+    """Caches bound what a CPU should take at a time; a GPU wants work enough for each launch."""
+    return elements if tensor.device.type == "cpu" else 64 * elements
+
+
+def _captions(sizes: list[int], *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views (B, captions, words of each, ...) of tensors (B, P, ...), of captions of the same size.
+
+    As many captions as leave all that is done to a view in the CPU's second-level cache.
+    """
     start = 0
-    for width, number in groups:
-        yield tuple(tensor[:, start : start + width * number].unflatten(1, (number, width)) for tensor in tensors)
-        start += width * number
+    images, _, *rest = tensors[0].shape
+    limit = _fitting(_SECTION_ELEMENTS, tensors[0]) // max(1, images * math.prod(rest))
+    for size, group in itertools.groupby(sizes):
+        left = len(list(group))
+        while left:
+            number = min(left, max(1, limit // size))
+            stop = start + number * size
+            yield tuple(tensor[:, start:stop].unflatten(1, (number, size)) for tensor in tensors)
+            start, left = stop, left - number
 
 
-def _by_caption(function: Callable[[Tensor], Tensor], values: Tensor, groups: list[tuple[int, int]]) -> Tensor:
+def _by_caption(function: Callable[[Tensor], Tensor], values: Tensor, sizes: list[int]) -> Tensor:
     """(B, P) to (B, G): what `function` makes of the last axis, the words of a caption."""
-    parts = [function(section) for (section,) in _captions(groups, values)]
+    parts = [function(section) for (section,) in _captions(sizes, values)]
     return torch.cat(parts, dim=1) if parts else values.new_zeros(len(values), 0)
 
 
-def _word_shares(regions: Tensor, words: Tensor, groups: list[tuple[int, int]], out: Tensor | None = None) -> Tensor:
-    """(b, P, M): for each region the share of each word, a softmax over the words of each caption."""
-    if out is None:
-        out = regions.new_empty(len(regions), len(words), regions.shape[2])
-    torch.matmul(words, regions, out=out)
-    for (section,) in _captions(groups, out):
-        section.copy_(section.softmax(dim=2))
-    return out
+def _contrasts(words: Tensor, sizes: list[int]) -> Tensor:
+    """(P, D) words less the mean of their caption.
+
+    A softmax over the words of a caption does not see what they share, nor does its gradient; rounding does.
+    """
+    contrasts = words.clone()
+    for (section,) in _captions(sizes, contrasts.unsqueeze(0)):
+        section -= section.mean(dim=2, keepdim=True)
+    return contrasts
 
 
-def _region_weights(shares: Tensor, temp1: float) -> Tensor:
-    """The second softmax without its normaliser, which the cosine does not see. Shares lie in 0..1, so that a
-    constant keeps the weights from overflowing; where it would let them vanish, each word's own largest share does."""
-    peak = 1.0 if temp1 <= 20 else shares.amax(dim=-1, keepdim=True)
-    return (shares - peak).mul_(temp1).exp_()
+def _share_out(contrasts: Tensor, maps: Tensor, sizes: list[int], scores: Tensor, shares: Tensor) -> None:
+    """Fills `shares` (b, P, M): for each region the share of each word, a softmax over the words of each caption.
+
+    `scores` is as large, and left with t_i·v_j.
+    """
+    torch.bmm(contrasts.expand(len(maps), -1, -1), maps, out=scores)
+    for section, share in _captions(sizes, scores, shares):
+        torch.softmax(section, 2, dtype=shares.dtype, out=share)
+
+
+def _weigh(shares: Tensor, sizes: list[int], temp1: float, weights: Tensor) -> None:
+    """Fills `weights` (b, P, M) with the second softmax without its normaliser, which the cosine does not see.
+
+    Shares lie in 0..1: unless `temp1` is large, exponentials neither overflow nor vanish.
+    """
+    for share, weight in _captions(sizes, shares, weights):
+        if temp1 > 20:
+            share = share - share.amax(dim=-1, keepdim=True)
+        scaled = torch.mul(share, temp1, out=weight if weight.dtype == share.dtype else None)
+        torch.exp(scaled, out=weight)
 
 
 def _inverse_length(vectors: Tensor) -> Tensor:
@@ -382,7 +486,8 @@ def local_logits(config: Any, local_embeds: Tensor, word_embeds: Tensor, word_ma
     """The word-region similarity that belongs to `config.local_loss`; shapes as `gloria_logits`."""
     if config.local_loss == "gloria":
         temp1 = region_temperature(config, local_embeds.shape[2] * local_embeds.shape[3])
-        return gloria_logits(local_embeds, word_embeds, word_mask, temp1, config.temp2, config.temp3)
+        products = getattr(torch, config.local_loss_products)
+        return gloria_logits(local_embeds, word_embeds, word_mask, temp1, config.temp2, config.temp3, products)
     return token_logits(local_embeds, word_embeds, word_mask, config.temp3)
 
 

@@ -1,0 +1,241 @@
+"""Time and memory of the parts of a training step, each against a plain formulation.
+
+    python examples/benchmarks/training.py [--rounds 5] [--batches 16 32 48]
+
+The local loss (GLoRIA's, forward and backward; 56x56 maps of 768, 25 words a caption) against the loop over captions
+of its formulation, in float32 and with bfloat16 products, and against the five matrix products it cannot do without;
+the aggregation of word pieces against a loop over tokens; a step of the `paper` preset with one expert an image
+against all six on every image. Variants take turns, so that a busy machine hurts all. Times are CPU seconds of all
+threads, median and range of the rounds; memory is what the process grew by at its peak; ratios are medians of each
+round's own ratio.
+"""
+
+import argparse
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from medmoe_hf import MedMoEConfig, MedMoEModel
+from medmoe_hf.model import losses_medmoe as losses
+from medmoe_hf.model.modeling_medmoe import pool_words
+
+WORDS, WIDTH, SIDE = 25, 768, 56
+TEMP1, TEMP2, TEMP3 = 4.0, 5.0, 10.0
+
+
+def plain_gloria(maps: Tensor, words: Tensor) -> Tensor:
+    """The loss as its paper writes it, a caption at a time; every caption has all its words."""
+    images = len(maps)
+    regions = maps.flatten(2)
+    columns = []
+    for caption in words:
+        query = caption.expand(images, -1, -1)
+        over_words = (query @ regions).softmax(dim=1)
+        over_regions = (TEMP1 * over_words).softmax(dim=2)
+        context = over_regions @ regions.transpose(1, 2)
+        cosine = torch.nn.functional.cosine_similarity(query, context, dim=-1)
+        columns.append((TEMP2 * cosine).exp().sum(dim=1).log())
+    logits = TEMP3 * torch.stack(columns, dim=1)
+    target = torch.arange(images)
+    cross_entropy = torch.nn.functional.cross_entropy
+    return cross_entropy(logits, target) + cross_entropy(logits.T, target)
+
+
+def our_gloria(products: str) -> Callable[[Tensor, Tensor], Tensor]:
+    config = SimpleNamespace(
+        local_loss="gloria",
+        local_loss_products=products,
+        temp1=TEMP1,
+        temp1_regions=None,
+        temp2=TEMP2,
+        temp3=TEMP3,
+        contrast="sum",
+    )
+    mask = torch.ones(1, WORDS, dtype=torch.bool)
+    return lambda maps, words: losses.local_loss(config, maps, words, mask.expand(len(words), -1))
+
+
+def products_alone(maps: Tensor, words: Tensor) -> None:
+    """The matrix products of both passes, image by image: scores, contexts, and three of the backward pass."""
+    packed = words.detach().flatten(0, 1)
+    scores = torch.empty(len(packed), SIDE * SIDE)
+    contexts = torch.empty(len(packed), WIDTH)
+    both = torch.randn(2 * len(packed), WIDTH), torch.randn(2 * len(packed), SIDE * SIDE)
+    gradient = torch.empty(WIDTH, SIDE * SIDE)
+    for image in maps.detach().flatten(2):
+        torch.mm(packed, image, out=scores)  # words by regions
+        torch.mm(scores, image.T, out=contexts)
+        torch.mm(contexts, image, out=scores)
+        torch.mm(both[0].T, both[1], out=gradient)  # twice as deep: the gradient of the regions through both ways
+        torch.mm(scores, image.T, out=contexts)
+
+
+def peak(work: Callable[[], object]) -> float:
+    """MiB that the process grew by at most while it worked; Linux tells, elsewhere NaN."""
+    clear = Path("/proc/self/clear_refs")
+    if not clear.exists():
+        work()
+        return float("nan")
+
+    def status(key: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+    gc.collect()
+    # glibc keeps what was freed, and would hand it out again unseen.
+    ctypes.CDLL(None).malloc_trim(0)
+    before = status("VmRSS:")
+    clear.write_text("5")
+    work()
+    return (status("VmHWM:") - before) / 1024
+
+
+def compare(title: str, variants: dict[str, Callable[[], object]], rounds: int, memory: bool = True) -> None:
+    """Prints a line for each variant; the first is what the others are held against."""
+    first = next(iter(variants))
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for work in variants.values():
+        work()
+    grown = {name: peak(work) if memory else float("nan") for name, work in variants.items()}
+    for _ in range(rounds):
+        for name, work in variants.items():
+            start = time.process_time()
+            work()
+            seconds[name].append(time.process_time() - start)
+    print(f"\n{title}\n{'':34}{'CPU s, median (range)':>28}{'speed':>18}{'peak MiB':>10}{'memory':>8}")
+    for name, times in seconds.items():
+        ratios = [plain / own for plain, own in zip(seconds[first], times, strict=True)]
+        spread = f"{statistics.median(times):.3f} ({min(times):.3f}-{max(times):.3f})"
+        speed = f"{statistics.median(ratios):.2f}x ({min(ratios):.1f}-{max(ratios):.1f})"
+        kept = f"{grown[name]:10.0f}{grown[name] / grown[first]:8.2f}" if memory else ""
+        print(f"{name:34}{spread:>28}{speed:>18}{kept}", flush=True)
+
+
+def local_loss(batch: int, rounds: int) -> None:
+    torch.manual_seed(0)
+    maps = torch.randn(batch, WIDTH, SIDE, SIDE)
+    # As long as a trained model's words against its regions: scores of a few units.
+    words = torch.randn(batch, WORDS, WIDTH) * 3 / WIDTH**0.5
+    gradients: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def both_passes(name: str, loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], None]:
+        def work() -> None:
+            gradients.pop(name, None)
+            inputs = maps.requires_grad_(), words.requires_grad_()
+            gradients[name] = torch.autograd.grad(loss(*inputs), inputs)
+
+        return work
+
+    variants = {
+        "loop over captions": plain_gloria,
+        "ours": our_gloria("float32"),
+        "ours, bfloat16 products": our_gloria("bfloat16"),
+    }
+    calls: dict[str, Callable[[], object]] = {name: both_passes(name, loss) for name, loss in variants.items()}
+    calls["five matrix products alone"] = lambda: products_alone(maps, words)
+    compare(f"Local loss, forward and backward, batch {batch}", calls, rounds)
+    right = gradients["loop over captions"]
+    for name in list(variants)[1:]:
+        off = max(((a - b).norm() / b.norm()).item() for a, b in zip(gradients[name], right, strict=True))
+        print(f"    gradients of {name}: {off:.1e} of their length away from the loop's")
+
+
+def loop_over_tokens(layers: Tensor, word_ids: list[list[int]]) -> Tensor:
+    """Pieces of a word added one by one, in every layer; layers are summed afterwards."""
+    result = torch.zeros(layers.shape[1:])
+    for row, ids in enumerate(word_ids):
+        by_layer = []
+        for layer in layers:
+            words: list[Tensor] = []
+            last = -1
+            for token, word in zip(layer[row], ids, strict=True):
+                if word == -1:
+                    continue
+                if word == last:
+                    words[-1] = words[-1] + token
+                else:
+                    words.append(token)
+                last = word
+            by_layer.append(torch.stack(words))
+        summed = torch.stack(by_layer).sum(dim=0)
+        result[row, : len(summed)] = summed
+    return result
+
+
+def word_aggregation(rounds: int) -> None:
+    torch.manual_seed(0)
+    batch, length = 32, 97
+    layers = torch.randn(4, batch, length, WIDTH)
+    ids = (torch.rand(batch, length) < 0.7).cumsum(dim=1) - 1
+    ids[:, 0], ids[:, -1] = -1, -1
+    as_lists = ids.tolist()
+
+    def ours() -> Tensor:
+        return pool_words(layers.sum(dim=0), ids, "sum")[0]
+
+    assert torch.allclose(ours(), loop_over_tokens(layers, as_lists), atol=1e-4)
+    work = {"loop over tokens": lambda: loop_over_tokens(layers, as_lists), "ours": ours}
+    compare(f"Word aggregation: 4 layers, {batch} reports of {length} pieces", work, rounds, memory=False)
+
+
+class AllExperts:
+    """Every expert on every image, of which each image keeps one: what hard routing saves."""
+
+    def __init__(self, vision_model: torch.nn.Module) -> None:
+        self.vision_model = vision_model
+
+    def __call__(self, feature_maps: list[Tensor], expert_ids: Tensor, mixture: None = None) -> tuple[Tensor, ...]:
+        size = self.vision_model.map_size(feature_maps)
+        parts = [expert(feature_maps, size) for expert in self.vision_model.experts]
+        rows = torch.arange(len(expert_ids))
+        return tuple(torch.stack(values)[expert_ids, rows] for values in zip(*parts, strict=True))
+
+
+def training_step(batch: int, rounds: int) -> None:
+    torch.manual_seed(0)
+    model = MedMoEModel(MedMoEConfig.from_preset("paper")).train()
+    pixels = torch.randn(batch, 3, 224, 224)
+    tokens = torch.randint(1000, 20000, (batch, WORDS + 2))
+    word_ids = torch.arange(WORDS + 2).sub(1).expand(batch, -1).clone()
+    word_ids[:, -1] = -1
+    labels = torch.arange(batch) % 6
+    fuse = model.vision_model.fuse
+
+    def step(experts: Callable) -> Callable[[], None]:
+        def work() -> None:
+            model.vision_model.fuse = experts
+            model.zero_grad(set_to_none=True)
+            model(
+                pixel_values=pixels, input_ids=tokens, word_ids=word_ids, modality_labels=labels, return_loss=True
+            ).loss.backward()
+
+        return work
+
+    work = {"all six experts on every image": step(AllExperts(model.vision_model)), "the selected expert": step(fuse)}
+    compare(f"A step of `paper` (forward and backward), batch {batch}, 224 pixels", work, rounds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batches", type=int, nargs="*", default=[16, 32, 48], help="of the local loss")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--step-batch", type=int, default=8, help="of the training step")
+    arguments = parser.parse_args()
+    torch.set_flush_denormal(True)
+    torch.set_num_threads(arguments.threads)
+    for batch in arguments.batches:
+        local_loss(batch, arguments.rounds)
+    word_aggregation(max(10, arguments.rounds))
+    training_step(arguments.step_batch, arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()
