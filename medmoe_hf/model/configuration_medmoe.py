@@ -320,7 +320,7 @@ class MedMoEConfig(MedMoETextConfig):
         similarity: what `logits_per_image` scores: `"global"` (v_g with t_g), `"local"` (words with regions) or their
             `"mean"`.
         local_loss: `"gloria"` (Huang et al., ICCV 2021) or `"token"` (the formula of section 4.4).
-        local_loss_products: the type in which `gloria` multiplies its matrices. `"bfloat16"` is faster where the machine
+        local_loss_products: the type in which `gloria` multiplies its matrices. `"bfloat16"` is faster where a machine
             has units for it, and rounds each factor to three digits; sums and all else stay float32.
         temp1: inverse temperature of the attention over regions (`gloria`).
         temp1_regions: the number of regions that `temp1` is meant for (361 = 19x19 in GLoRIA): with M regions it grows
