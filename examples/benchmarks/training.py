@@ -148,21 +148,19 @@ def local_loss(batch: int, rounds: int) -> None:
 
 
 def loop_over_tokens(layers: Tensor, word_ids: list[list[int]]) -> Tensor:
-    """Pieces of a word added one by one, in every layer; layers are summed afterwards."""
+    """GLoRIA's way: report by report and layer by layer the pieces of each word are stacked and summed."""
     result = torch.zeros(layers.shape[1:])
     for row, ids in enumerate(word_ids):
         by_layer = []
         for layer in layers:
-            words: list[Tensor] = []
-            last = -1
-            for token, word in zip(layer[row], ids, strict=True):
+            words, bank = [], []
+            for token, word, following in zip(layer[row], ids, [*ids[1:], -1], strict=True):
                 if word == -1:
                     continue
-                if word == last:
-                    words[-1] = words[-1] + token
-                else:
-                    words.append(token)
-                last = word
+                bank.append(token)
+                if following != word:
+                    words.append(torch.stack(bank).sum(dim=0))
+                    bank = []
             by_layer.append(torch.stack(words))
         summed = torch.stack(by_layer).sum(dim=0)
         result[row, : len(summed)] = summed
@@ -178,7 +176,7 @@ def word_aggregation(rounds: int) -> None:
     as_lists = ids.tolist()
 
     def ours() -> Tensor:
-        return pool_words(layers.sum(dim=0), ids, "sum")[0]
+        return pool_words(sum(layers[1:], layers[0]), ids, "sum")[0]
 
     assert torch.allclose(ours(), loop_over_tokens(layers, as_lists), atol=1e-4)
     work = {"loop over tokens": lambda: loop_over_tokens(layers, as_lists), "ours": ours}

@@ -497,29 +497,76 @@ class _SharedBatchNorm(torch.autograd.Function):
         return values.to(gradient.dtype), own[1], own[0], None
 
 
+class MedMoEConv2d(nn.Conv2d):
+    """A convolution that keeps the size, and that also runs with kernels of each image's own.
+
+    Where routing happens inside a graph (see `MedMoEVisionModel.fuse`) its `weight` is (B, C_out, C_in, k, k) and its
+    `bias` (B, C_out).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, bias: bool = True) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.convolve(hidden_states, self.weight, self.bias)
+
+    def convolve(self, hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """(B, C_in, H, W) to (B, C_out, H, W) with another weight and bias than the layer's own."""
+        if weight.dim() == 4:
+            return self._conv_forward(hidden_states, weight, bias)
+        size = hidden_states.shape[-2:]
+        if self.kernel_size[0] > 1:
+            columns = nn.functional.unfold(hidden_states, self.kernel_size, padding=self.padding)
+        else:
+            columns = hidden_states.flatten(2)
+        result = weight.flatten(2) @ columns
+        if bias is not None:
+            result = result + bias.unsqueeze(-1)
+        return result.unflatten(2, size)
+
+
 class MedMoEConvLayer(nn.Module):
     """Convolution, BatchNorm, ReLU: (B, C_in, H, W) to (B, C_out, H, W)."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
         super().__init__()
-        self.convolution = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+        self.convolution = MedMoEConv2d(in_channels, out_channels, kernel_size, bias=False)
         self.batch_norm = MedMoEBatchNorm(out_channels)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return nn.functional.relu(self.batch_norm(self.convolution(hidden_states)))
+        norm = self.batch_norm
+        # A convolution that an adapter wraps is more than its weight.
+        if norm.training or not isinstance(self.convolution, MedMoEConv2d):
+            return nn.functional.relu(norm(self.convolution(hidden_states)))
+        # Outside training the norm is a scale and a shift: on the kernel they cost a thousandth of what they cost on
+        # the map.
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        shift = norm.bias - norm.running_mean * scale
+        weight = self.convolution.weight * scale[..., None, None, None]
+        return nn.functional.relu(self.convolution.convolve(hidden_states, weight, shift))
 
 
 class MedMoEScaleScorer(nn.Module):
-    """The scale-attention MLP, shared by an expert's scales: (B, D, H, W) to one logit a position (B, 1, H, W)."""
+    """The scale-attention MLP, shared by an expert's scales: a map (B, D, h, w) to a logit a position (B, 1, H, W)."""
 
     def __init__(self, in_channels: int, hidden_size: int) -> None:
         super().__init__()
         # 1x1 convolutions are linear layers that need no permutation of the map.
-        self.fc1 = nn.Conv2d(in_channels, hidden_size, 1)
-        self.fc2 = nn.Conv2d(hidden_size, 1, 1)
+        self.fc1 = MedMoEConv2d(in_channels, hidden_size, 1)
+        self.fc2 = MedMoEConv2d(hidden_size, 1, 1)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.fc2(nn.functional.relu(self.fc1(hidden_states)))
+    def forward(self, hidden_states: Tensor, align: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Scores a map, or with `align` what that makes of it.
+
+        The first layer runs before `align`: interpolation weights sum to one, so that a linear layer, its bias
+        included, gives the same before and after. There are up to 64 times fewer positions before.
+        """
+        hidden_states = self.fc1(hidden_states)
+        if align is not None:
+            hidden_states = align(hidden_states)
+        return self.fc2(nn.functional.relu(hidden_states))
 
 
 class MedMoEExpert(nn.Module):
@@ -549,25 +596,41 @@ class MedMoEExpert(nn.Module):
         """(B, D, h, w) to (B, D, *size)."""
         return align_map(feature_map, size)
 
-    def forward(self, feature_maps: Sequence[Tensor], size: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+    @staticmethod
+    def shares(weights: Tensor, size: Sequence[int]) -> Tensor:
+        """The adjoint of `align`: weights (B, H, W) of an aligned map's positions to those (B, h, w) of its source's.
+
+        A weighted sum over the aligned map is a sum with these over the map itself.
+        """
+        rows, columns = (_interpolation(*sides).to(weights) for sides in zip(size, weights.shape[1:], strict=True))
+        return rows @ weights @ columns.t()
+
+    def forward(
+        self, feature_maps: Sequence[Tensor], size: Sequence[int] | None = None, mean_only: bool = False
+    ) -> tuple[Tensor, ...]:
         """S maps (B, C_s, H_s, W_s) to the local map (B, D, *size) and the scale weights (B, S, *size).
 
-        Without a size, that of the first map.
+        Without a size, that of the first map. With `mean_only` to the local map's mean (B, D), which needs no map.
         """
         size = feature_maps[0].shape[-2:] if size is None else size
         projected = [
             project(feature_map) for project, feature_map in zip(self.scale_projections, feature_maps, strict=True)
         ]
-        scales = [self.align(scale, size) for scale in projected]
         if self.score_native:
             scores = [align_map(self.scale_attention(scale), size) for scale in projected]
         else:
-            scores = [self.scale_attention(scale) for scale in scales]
+            scores = [self.scale_attention(scale, lambda hidden: self.align(hidden, size)) for scale in projected]
         logits = torch.cat(scores, dim=1)
         weights = logits.float().softmax(dim=1).to(logits.dtype)
-        local = scales[0] * weights[:, :1]
-        for index, scale in enumerate(scales[1:], start=1):
-            local = local + scale * weights[:, index : index + 1]
+        if mean_only:
+            sums = [
+                scale.flatten(2) @ self.shares(weight, scale.shape[-2:]).flatten(1).unsqueeze(2)
+                for scale, weight in zip(projected, weights.unbind(dim=1), strict=True)
+            ]
+            return (torch.cat(sums, dim=2).sum(dim=2) / (size[0] * size[1]),)
+        local = self.align(projected[0], size) * weights[:, :1]
+        for index, scale in enumerate(projected[1:], start=1):
+            local = local.addcmul(self.align(scale, size), weights[:, index : index + 1])
         return local, weights
 
 
@@ -576,7 +639,7 @@ class MedMoETokenExpert(MedMoEExpert):
 
     @staticmethod
     def projection(config: MedMoEVisionConfig, width: int) -> nn.Module:
-        return nn.Sequential(nn.Conv2d(width, config.local_size, 1), nn.ReLU())
+        return nn.Sequential(MedMoEConv2d(width, config.local_size, 1), nn.ReLU())
 
     @staticmethod
     def align(feature_map: Tensor, size: Sequence[int]) -> Tensor:
@@ -586,6 +649,25 @@ class MedMoETokenExpert(MedMoEExpert):
         if tokens.shape[2] != positions:
             tokens = nn.functional.interpolate(tokens, size=positions, mode="linear", align_corners=False)
         return tokens.unflatten(2, tuple(size))
+
+    @staticmethod
+    def shares(weights: Tensor, size: Sequence[int]) -> Tensor:
+        tokens = weights.flatten(1)
+        if weights.shape[1:] != size:
+            tokens = tokens @ _interpolation(size[0] * size[1], tokens.shape[1]).to(weights).t()
+        return tokens.unflatten(1, tuple(size))
+
+
+def _floating_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and running statistics by name; counters are left out."""
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+
+
+def _interpolation(source: int, target: int) -> Tensor:
+    """(source, target): how much each of `source` cells in a row counts in each of `target` interpolated ones."""
+    rows = torch.eye(source).unsqueeze(0)
+    return nn.functional.interpolate(rows, size=target, mode="linear", align_corners=False)[0]
 
 
 _EXPERTS = {"convolution": MedMoEExpert, "token": MedMoETokenExpert}
@@ -717,6 +799,29 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
             everything = [expert(feature_maps, size) for expert in self.experts]
             local, weights = (torch.stack(parts, dim=1) for parts in zip(*everything, strict=True))
             return torch.einsum("bk,bkdhw->bdhw", mixture, local), torch.einsum("bk,bkshw->bshw", mixture, weights)
+        local, weights = self._send(feature_maps, expert_ids, size)
+        return local, weights
+
+    def mean_embeds(self, feature_maps: Sequence[Tensor], expert_ids: Tensor, mixture: Tensor | None = None) -> Tensor:
+        """The mean (B, D) of the local map that `fuse` would make, without making it; arguments as there."""
+        size = self.map_size(feature_maps)
+        if mixture is not None:
+            everything = torch.stack([expert(feature_maps, size, mean_only=True)[0] for expert in self.experts], dim=1)
+            return (mixture.unsqueeze(1).to(everything.dtype) @ everything).squeeze(1)
+        return self._send(feature_maps, expert_ids, size, mean_only=True)[0]
+
+    def _send(
+        self, feature_maps: Sequence[Tensor], expert_ids: Tensor, size: Sequence[int], mean_only: bool = False
+    ) -> tuple[Tensor, ...]:
+        """What each image's own expert makes of it, in the order of the batch.
+
+        Images are grouped by expert. Inside a graph, which may not depend on where images go, each image brings its
+        expert's parameters instead: the arithmetic is the same, in the same modules.
+        """
+        if not self.training and torch.compiler.is_compiling():
+            every = [_floating_tensors(expert) for expert in self.experts]
+            own = {name: torch.stack([tensors[name] for tensors in every])[expert_ids] for name in every[0]}
+            return torch.func.functional_call(self.experts[0], own, (feature_maps, size, mean_only))
         order = expert_ids.argsort(stable=True)
         counts = torch.bincount(expert_ids, minlength=len(self.experts)).tolist()
         together = in_process_group()
@@ -726,18 +831,20 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
             if len(rows) or together
         ]
         if len(groups) == 1:
-            return groups[0][0](feature_maps, size)
-        parts = [expert([feature_map[rows] for feature_map in feature_maps], size) for expert, rows in groups]
+            return groups[0][0](feature_maps, size, mean_only)
+        parts = [
+            expert([feature_map[rows] for feature_map in feature_maps], size, mean_only) for expert, rows in groups
+        ]
         back = order.argsort()
-        return torch.cat([local for local, _ in parts])[back], torch.cat([weights for _, weights in parts])[back]
+        return tuple(torch.cat(values)[back] for values in zip(*parts, strict=True))
 
-    def global_embeds(self, backbone_output: MedMoEBackboneOutput, local_embeds: Tensor | None) -> Tensor:
+    def global_embeds(self, backbone_output: MedMoEBackboneOutput, mean_embeds: Tensor | None) -> Tensor:
         """v_g: the backbone's mean (B, C), the mean of the expert's map (B, D), or the two side by side."""
         kind = self.config.global_features
         parts = [] if kind == "expert" else [backbone_output.pooler_output]
         if kind != "backbone":
-            assert local_embeds is not None
-            parts.append(local_embeds.mean(dim=(2, 3)))
+            assert mean_embeds is not None
+            parts.append(mean_embeds)
         return torch.cat(parts, dim=-1)
 
     @can_return_tuple
@@ -754,16 +861,18 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
         backbone_output = self.encode(pixel_values, **kwargs)
         router_logits = self.router(backbone_output.pooler_output)
         expert_ids = self.select_experts(router_logits, modality)
-        local_embeds = scale_weights = None
-        if local or self.config.global_features != "backbone":
-            local_embeds, scale_weights = self.fuse(
-                backbone_output.feature_maps, expert_ids, self.mixture_weights(router_logits, modality)
-            )
+        local_embeds = scale_weights = mean_embeds = None
+        routed = backbone_output.feature_maps, expert_ids, self.mixture_weights(router_logits, modality)
+        if local:
+            local_embeds, scale_weights = self.fuse(*routed)
+            mean_embeds = local_embeds.mean(dim=(2, 3))
+        elif self.config.global_features != "backbone":
+            mean_embeds = self.mean_embeds(*routed)
         return MedMoEVisionOutput(
             last_hidden_state=backbone_output.last_hidden_state,
-            pooler_output=self.global_embeds(backbone_output, local_embeds),
-            local_embeds=local_embeds if local else None,
-            scale_weights=scale_weights if local else None,
+            pooler_output=self.global_embeds(backbone_output, mean_embeds),
+            local_embeds=local_embeds,
+            scale_weights=scale_weights,
             router_logits=router_logits,
             expert_ids=expert_ids,
             hidden_states=backbone_output.hidden_states,
@@ -832,7 +941,8 @@ class MedMoETextModel(MedMoEPreTrainedModel):
             **kwargs,
         )
         # Layers first, then pieces: one sum over words and not one a layer.
-        tokens = torch.stack(outputs.hidden_states[-self.config.num_summed_layers :]).sum(dim=0)
+        last, *others = outputs.hidden_states[-self.config.num_summed_layers :]
+        tokens = sum(others, last)
         if attention_mask is None:
             attention_mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
         word_ids = self._word_ids(attention_mask, word_ids)
@@ -1103,7 +1213,9 @@ class MedMoEModel(MedMoEPreTrainedModel):
             if not len(columns):
                 continue
             some = MedMoEBackboneOutput(pooler_output=backbone_output.pooler_output[rows])
-            image_embeds, local = self._project_image(self.vision_model.global_embeds(some, local), local)
+            image_embeds, local = self._project_image(
+                self.vision_model.global_embeds(some, local.mean(dim=(2, 3))), local
+            )
             selected = MedMoETextOutput(
                 pooler_output=text.pooler_output[columns],
                 word_embeds=text.word_embeds[columns],
@@ -1180,7 +1292,7 @@ class MedMoEModel(MedMoEPreTrainedModel):
             local, scale_weights = vision.fuse(
                 backbone_output.feature_maps, expert_ids, vision.mixture_weights(router_logits, modality)
             )
-        image_embeds, local = self._project_image(vision.global_embeds(backbone_output, local), local)
+        image_embeds, local = self._project_image(vision.global_embeds(backbone_output, local.mean(dim=(2, 3))), local)
         if logits_per_image is None:
             logits_per_image = self._similarity(image_embeds, local, text)
 
@@ -1275,10 +1387,13 @@ class MedMoEForImageClassification(MedMoEPreTrainedModel):
         if kind != "backbone":
             router_logits = self.vision_model.router(backbone_output.pooler_output)
             expert_ids = self.vision_model.select_experts(router_logits, modality)
-            local, _ = self.vision_model.fuse(
-                backbone_output.feature_maps, expert_ids, self.vision_model.mixture_weights(router_logits, modality)
+            features.append(
+                self.vision_model.mean_embeds(
+                    backbone_output.feature_maps,
+                    expert_ids,
+                    self.vision_model.mixture_weights(router_logits, modality),
+                )
             )
-            features.append(local.mean(dim=(2, 3)))
         logits = self.classifier(torch.cat(features, dim=-1))
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
         return ImageClassifierOutput(

@@ -1,0 +1,143 @@
+"""Ways of running the experts that must not show: grouped, inside a graph, without a map, with folded norms."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import interpolate
+
+from medmoe_hf.model import MedMoEVisionModel
+from medmoe_hf.model.modeling_medmoe import MedMoEConvLayer, MedMoEScaleScorer
+
+KINDS = {
+    "paper": {},
+    "plus": {"pyramid_norm": True, "scale_attention_native": True, "router_norm": True},
+    "official": {"expert_type": "token"},
+    "soft": {"mixture": "soft", "map_size": 5},
+    "map of another size": {"map_size": 9},
+}
+SIX_AND_TWO_ALIKE = [3, 0, 5, 3, 1, 2, 4]
+
+
+def lived_in(model):
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if "running_var" in name:
+                tensor.uniform_(0.5, 2.0)
+            elif tensor.is_floating_point() and tensor.dim() == 1:
+                tensor.add_(0.3 * torch.randn_like(tensor))
+    return model.eval()
+
+
+@pytest.fixture(params=list(KINDS))
+def tower(request, small_config):
+    config = small_config(router="image", vision_config=KINDS[request.param]).vision_config
+    return lived_in(MedMoEVisionModel(config))
+
+
+def slow_expert(expert, feature_maps, size):
+    """As the paper draws it: a norm after each convolution, scores on aligned maps, position by position mixed."""
+    aligned, scores = [], []
+    for project, feature_map in zip(expert.scale_projections, feature_maps, strict=True):
+        hidden = feature_map
+        for layer in project:
+            if isinstance(layer, MedMoEConvLayer):
+                norm = layer.batch_norm
+                hidden = nn.functional.conv2d(
+                    hidden, layer.convolution.weight, padding=layer.convolution.kernel_size[0] // 2
+                )
+                deviation = (norm.running_var + norm.eps).sqrt()
+                hidden = (hidden - norm.running_mean[:, None, None]) / deviation[:, None, None]
+                hidden = (hidden * norm.weight[:, None, None] + norm.bias[:, None, None]).relu()
+            else:
+                hidden = layer(hidden)
+        scorer = nn.Sequential(expert.scale_attention.fc1, nn.ReLU(), expert.scale_attention.fc2)
+        aligned.append(expert.align(hidden, size))
+        scores.append(
+            interpolate(scorer(hidden), size=tuple(size), mode="bilinear")
+            if expert.score_native
+            else scorer(aligned[-1])
+        )
+    weights = torch.cat(scores, dim=1).softmax(dim=1)
+    return sum(weights[:, [index]] * scale for index, scale in enumerate(aligned)), weights
+
+
+@torch.no_grad()
+def test_an_expert_gives_what_the_plain_formulation_gives(tower):
+    """Folded norms, and the first layer of the scores before the interpolation."""
+    maps = tower.encode(torch.randn(2, 3, 64, 96)).feature_maps
+    size = tower.map_size(maps)
+    for expert in tower.experts[:2]:
+        for found, right in zip(expert(maps, size), slow_expert(expert, maps, size), strict=True):
+            torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-6)
+
+
+def test_a_linear_layer_may_run_before_the_interpolation():
+    scorer = MedMoEScaleScorer(6, 4)
+    maps = torch.randn(2, 6, 3, 5)
+
+    def align(values):
+        return interpolate(values, size=(7, 11), mode="bilinear")
+
+    torch.testing.assert_close(scorer(maps, align), scorer(align(maps)), rtol=1e-5, atol=1e-6)
+
+
+def test_the_mean_needs_no_map(tower):
+    """In value and in gradient, at sizes that divide by nothing."""
+    pixels = torch.randn(3, 3, 64, 100)
+    found = {}
+    for local in (True, False):
+        inputs = pixels.clone().requires_grad_()
+        output = tower.encode(inputs)
+        ids = torch.tensor([4, 0, 4])
+        mixture = tower.mixture_weights(tower.router(output.pooler_output))
+        if local:
+            mean = tower.fuse(output.feature_maps, ids, mixture)[0].mean(dim=(2, 3))
+        else:
+            mean = tower.mean_embeds(output.feature_maps, ids, mixture)
+        mean.square().sum().backward()
+        found[local] = mean.detach(), inputs.grad
+    for right, value in zip(*found.values(), strict=True):
+        torch.testing.assert_close(value, right, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["expert", "both"])
+def test_the_tower_without_local_maps_gives_the_same_embedding(small_config, kind):
+    fields = {"vision_config": {"global_features": kind}, "projection_dim": 16}
+    tower = lived_in(MedMoEVisionModel(small_config(**fields).vision_config))
+    pixels = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            tower(pixels, local=False).pooler_output, tower(pixels).pooler_output, rtol=1e-5, atol=1e-6
+        )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mean_only", [True, False])
+def test_each_image_with_its_expert_s_parameters_is_what_groups_give(tower, mean_only, monkeypatch):
+    """As it is done inside a graph."""
+    maps = tower.encode(torch.randn(len(SIX_AND_TWO_ALIKE), 3, 64, 96)).feature_maps
+    arguments = maps, torch.tensor(SIX_AND_TWO_ALIKE), tower.map_size(maps), mean_only
+    grouped = tower._send(*arguments)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    calls = []
+    for expert in tower.experts[1:]:
+        expert.register_forward_pre_hook(lambda *_: calls.append(1))
+    for found, right in zip(tower._send(*arguments), grouped, strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
+    assert not calls
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_tower_is_one_graph(small_config):
+    """Without a break, for routings that differ within the batch and for another batch size."""
+    torch._dynamo.reset()
+    tower = lived_in(MedMoEVisionModel(small_config().vision_config))
+    graph = torch.compile(tower, backend="eager", fullgraph=True, dynamic=True)
+    for count in (5, 2):
+        pixels = torch.randn(count, 3, 64, 64)
+        right, found = tower(pixels), graph(pixels)
+        if count == 5:
+            assert len(set(right.expert_ids.tolist())) > 1
+        for name in ("pooler_output", "local_embeds", "scale_weights", "router_logits"):
+            torch.testing.assert_close(found[name], right[name], rtol=1e-5, atol=1e-5)
