@@ -208,7 +208,7 @@ def quickstart(folder: Path, samples: int = 24) -> None:
 
 def test_there_is_a_recipe_for_every_set():
     others = {"rocov2": ["retrieval"], "openi": ["retrieval"], "ms_cxr": ["grounding"]}
-    others["phantoms"] = ["zero-shot", "retrieval", "grounding", "routing"]
+    others["phantoms"] = ["zero-shot", "linear-probe", "retrieval", "grounding", "routing"]
     assert recipe_names() == sorted([*CLASSES, *others])
     assert {name: load_recipe(name).tasks for name in others} == others
     probes = [name for name in CLASSES if "linear-probe" in load_recipe(name).tasks]

@@ -1,0 +1,85 @@
+"""Everything that a recipe asks for, of one model or of several side by side."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from medmoe_hf.evaluation.encoders import BATCH_SIZE, MedMoEEncoder, load_encoder
+from medmoe_hf.evaluation.grounding import grounding
+from medmoe_hf.evaluation.linear_probe import linear_probe
+from medmoe_hf.evaluation.recipes import EvaluationSet, joined, load_recipe, open_recipe
+from medmoe_hf.evaluation.results import Result, write
+from medmoe_hf.evaluation.retrieval import retrieval
+from medmoe_hf.evaluation.routing import routing
+from medmoe_hf.evaluation.zero_shot import zero_shot
+
+PROTOCOLS: dict[str, Callable[..., Result]] = {
+    "zero-shot": zero_shot,
+    "linear-probe": linear_probe,
+    "retrieval": retrieval,
+    "grounding": grounding,
+    "routing": routing,
+}
+_BY_CLASS = ("zero-shot", "linear-probe")
+_MEDMOE_ONLY = ("grounding", "routing")
+
+
+def evaluate(
+    models: Sequence[str | Path],
+    recipe: str | Path,
+    data_dir: str | Path,
+    protocols: Sequence[str] | None = None,
+    output: str | Path | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+    batch_size: int = BATCH_SIZE,
+    force: bool = False,
+    report: Callable[[str], Any] = print,
+) -> list[Result]:
+    """Runs the protocols of a recipe on a user's copy of its data.
+
+    Args:
+        models: as `load_encoder` takes them.
+        recipe: a name of `recipe_names()`, or the path of a YAML file.
+        data_dir: the folder of the data.
+        protocols: of `PROTOCOLS`; None: the recipe's tasks.
+        output: folder for `results.json`, `results.md` and the figures; None writes nothing.
+        resamples, seed: of the bootstrap.
+        batch_size: images in one pass.
+        force: whether an `output` that is there already is replaced.
+        report: is told a line for each measurement, and why one is left out: other models than a MedMoE have neither
+            heat-maps nor routers.
+
+    Raises:
+        FileExistsError: if `output` exists and `force` is False, before anything is measured.
+        ValueError: for a protocol that is not the recipe's, a model that cannot be scored, or incomplete data.
+    """
+    if output is not None and Path(output).exists() and not force:
+        raise FileExistsError(f"{output} exists already; choose another folder or remove it.")
+    read = load_recipe(recipe)
+    chosen = list(read.tasks) if protocols is None else list(protocols)
+    for protocol in chosen:
+        if protocol not in read.tasks:
+            raise ValueError(f"The recipe {read.name} is not made for {protocol}, but for {', '.join(read.tasks)}.")
+    sets = open_recipe(read, data_dir)
+    results = []
+    for model in models:
+        encoder = load_encoder(model, batch_size)
+        for protocol in chosen:
+            if protocol in _MEDMOE_ONLY and not isinstance(encoder, MedMoEEncoder):
+                report(f"{protocol} of {encoder.name} is left out: only a MedMoE has it.")
+                continue
+            run = partial(PROTOCOLS[protocol], encoder, resamples=resamples, seed=seed)
+            for data in _sets_for(protocol, sets, read.name):
+                result = run(data)
+                results.append(result)
+                report(f"{protocol} of {encoder.name} on {data.name}: N = {result.count}")
+    if output is not None:
+        write(results, output, force)
+    return results
+
+
+def _sets_for(protocol: str, sets: Sequence[EvaluationSet], name: str) -> list[EvaluationSet]:
+    """Classes are told apart within a set; everything else is asked of all sets at once."""
+    return list(sets) if protocol in _BY_CLASS or len(sets) == 1 else [joined(sets, name)]

@@ -1,0 +1,270 @@
+"""Encoders: each gives what its model gives by plain calls, and what cannot be scored is refused."""
+
+import json
+import shutil
+
+import numpy as np
+import pydicom
+import pytest
+import torch
+from PIL import Image
+from pydicom.data import get_testdata_file
+from safetensors.torch import load_file, save_file
+from small_encoders import clip_folder, medmoe_folder, open_clip_architecture
+from transformers import AutoModel, AutoProcessor, CLIPModel, CLIPProcessor, SiglipConfig, SiglipModel
+
+from medmoe_hf.data import phantom_sample
+from medmoe_hf.evaluation.encoders import (
+    EncoderError,
+    MedMoEEncoder,
+    OpenClipEncoder,
+    TransformersEncoder,
+    load_encoder,
+    read_picture,
+    scores_of,
+)
+
+TEXTS = ["a chest radiograph with effusion", "normal", "axial ct of the abdomen with a cyst of the left kidney"]
+
+
+@pytest.fixture(scope="module")
+def images():
+    return [phantom_sample(3, index, image_size=72)["image"] for index in range(7)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return medmoe_folder(tmp_path_factory.mktemp("encoders") / "medmoe")
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+    return model, AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+
+
+# --- MedMoE
+
+
+def test_medmoe_embeddings_are_the_models_and_batches_do_not_matter(folder, loaded, images):
+    model, processor = loaded
+    encoder = load_encoder(folder, batch_size=3)
+    assert isinstance(encoder, MedMoEEncoder)
+    assert encoder.name == "/".join(folder.parts[-2:])
+    with torch.no_grad():
+        pooled = model.get_image_features(**processor(images=images, return_tensors="pt")).pooler_output
+        texts = model.get_text_features(**processor(text=TEXTS, return_tensors="pt")).pooler_output
+    torch.testing.assert_close(encoder.encode_images(images), pooled / pooled.norm(dim=1, keepdim=True))
+    torch.testing.assert_close(encoder.encode_texts(TEXTS), texts / texts.norm(dim=1, keepdim=True))
+    assert encoder.encode_images(images).dtype == torch.float32
+
+
+@pytest.mark.parametrize("changes", [{}, {"router": "both", "projection_dim": 48}, {"local_loss": "token"}])
+def test_local_scores_are_the_models_own_local_logits(tmp_path, images, changes, monkeypatch):
+    folder = medmoe_folder(tmp_path / "medmoe", **changes)
+    encoder = MedMoEEncoder(folder, batch_size=4)
+    texts = TEXTS + [phantom_sample(3, index, image_size=72)["caption"] for index in range(6)]
+    # Few texts a part: what is kept of parts has to land in the right columns.
+    monkeypatch.setattr("medmoe_hf.evaluation.encoders._TEXTS_AT_ONCE", 2)
+    found = encoder.local_scores(images, texts)
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True, similarity="local").eval()
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    with torch.no_grad():
+        output = model(**processor(images=images, text=texts, return_tensors="pt"))
+    torch.testing.assert_close(found, output.logits_per_image, rtol=1e-4, atol=1e-4)
+    assert len(encoder.route_texts(texts).argmax(dim=1).unique()) > 1
+    assert len(encoder.route_images(images).argmax(dim=1).unique()) > 1
+
+
+def test_features_are_the_image_towers(folder, loaded, images):
+    model, processor = loaded
+    features = MedMoEEncoder(folder, batch_size=3).features(images)
+    with torch.no_grad():
+        output = model.vision_model(**processor(images=images, return_tensors="pt"))
+    torch.testing.assert_close(features["backbone"], output.last_hidden_state.mean(dim=1))
+    torch.testing.assert_close(features["expert"], output.local_embeds.mean(dim=(2, 3)))
+    assert torch.equal(features["both"], torch.cat([features["backbone"], features["expert"]], dim=1))
+
+
+def test_routes_are_the_models(folder, loaded, images):
+    model, processor = loaded
+    encoder = MedMoEEncoder(folder, batch_size=3)
+    of_images = model.route(**processor(images=images, return_tensors="pt")).probabilities
+    of_texts = model.route(**processor(text=TEXTS, return_tensors="pt")).probabilities
+    torch.testing.assert_close(encoder.route_images(images), of_images)
+    torch.testing.assert_close(encoder.route_texts(TEXTS), of_texts)
+    assert encoder.expert_ids([0, 5, -100]).tolist() == [0, 5, -100]
+
+
+def test_heatmaps_are_one_by_one_the_models_in_original_pixels(folder, loaded):
+    model, processor = loaded
+    images = [phantom_sample(3, index, image_size=72)["image"].crop((0, 0, 72, 60 + index)) for index in range(4)]
+    phrases = ["effusion", "pleural effusion", "cyst", "normal"]
+    references = [["no effusion"], [], ["no effusion"], ["normal", "no cyst"]]
+    modalities = [0, -100, 1, 2]
+    maps = MedMoEEncoder(folder, batch_size=2).heatmaps(images, phrases, references, modalities, sigma=1.0)
+    for row, (image, phrase) in enumerate(zip(images, phrases, strict=True)):
+        against = processor(text=references[row], return_tensors="pt") if references[row] else None
+        inputs = processor(images=image, text=phrase, return_tensors="pt")
+        modality = None if modalities[row] < 0 else modalities[row]
+        grounding = model.ground(**inputs, reference=against, modality=modality)
+        sizes = [(image.height, image.width)]
+        (expected,) = processor.post_process_grounding(grounding, target_sizes=sizes, sigma=1.0)
+        assert maps[row].shape == (image.height, image.width)
+        np.testing.assert_allclose(maps[row], expected.mean(dim=0).numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_dicom_goes_through_the_models_own_processor_and_maps_have_its_pixels(folder, loaded):
+    model, processor = loaded
+    path = get_testdata_file("MR_small.dcm")
+    encoder = MedMoEEncoder(folder)
+    with torch.no_grad():
+        expected = model.get_image_features(**processor(images=path, return_tensors="pt")).pooler_output
+    torch.testing.assert_close(encoder.encode_images([path]), torch.nn.functional.normalize(expected))
+    header = pydicom.dcmread(path)
+    (heatmap,) = encoder.heatmaps([path], ["normal"])
+    assert heatmap.shape == (header.Rows, header.Columns)
+
+
+def test_a_folder_without_a_text_tower_is_refused_not_made_up(tmp_path, folder):
+    shutil.copytree(folder, tmp_path / "classifier")
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if name.startswith("vision_model.")}
+    save_file(kept, tmp_path / "classifier" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(EncoderError, match=r"classifier lacks \d+ tensors"):
+        load_encoder(tmp_path / "classifier")
+
+
+def test_the_hash_follows_the_preprocessing_and_not_the_place(tmp_path, folder):
+    shutil.copytree(folder, tmp_path / "elsewhere")
+    settings = MedMoEEncoder(folder).preprocessing
+    assert MedMoEEncoder(tmp_path / "elsewhere").preprocessing == settings
+    path = next(
+        path for path in (tmp_path / "elsewhere").glob("*processor_config.json") if "resample" in path.read_text()
+    )
+    path.write_text(path.read_text().replace('"resample": 3', '"resample": 2'))
+    assert MedMoEEncoder(tmp_path / "elsewhere").preprocessing != settings
+
+
+# --- others
+
+
+def test_clip_of_transformers_as_by_hand(tmp_path, images):
+    folder = clip_folder(tmp_path / "clip")
+    encoder = load_encoder(folder, batch_size=3)
+    assert isinstance(encoder, TransformersEncoder)
+    model, processor = CLIPModel.from_pretrained(folder).eval(), CLIPProcessor.from_pretrained(folder)
+    with torch.no_grad():
+        output = model(
+            **processor(images=images, text=TEXTS, return_tensors="pt", padding=True, truncation=True, max_length=32)
+        )
+    torch.testing.assert_close(encoder.encode_images(images), output.image_embeds, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(encoder.encode_texts(TEXTS), output.text_embeds, rtol=1e-4, atol=1e-5)
+    logits = encoder.logit_scale * encoder.encode_images(images) @ encoder.encode_texts(TEXTS).T
+    torch.testing.assert_close(logits, output.logits_per_image, rtol=1e-4, atol=1e-4)
+    assert encoder.encode_texts(["word " * 300]).shape == (1, 16)
+    assert list(encoder.features(images)) == ["embedding"]
+    assert scores_of(encoder, ("global", "local", "mean")) == ["global"]
+    with pytest.raises(ValueError, match="no score cosine"):
+        scores_of(encoder, ("cosine",))
+
+
+def test_siglip_reads_texts_padded_to_their_full_length(tmp_path, images):
+    folder = clip_folder(tmp_path / "siglip")
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = SiglipConfig(
+        text_config={**tower, "vocab_size": 190, "max_position_embeddings": 40},
+        vision_config={**tower, "image_size": 32, "patch_size": 8},
+    )
+    SiglipModel(config).save_pretrained(folder)
+    encoder = load_encoder(folder)
+    model, processor = SiglipModel.from_pretrained(folder).eval(), CLIPProcessor.from_pretrained(folder)
+    inputs = processor(
+        images=images, text=TEXTS, return_tensors="pt", padding="max_length", max_length=40, truncation=True
+    )
+    assert inputs["input_ids"].shape == (3, 40)
+    with torch.no_grad():
+        output = model(**inputs)
+    torch.testing.assert_close(encoder.encode_images(images), output.image_embeds, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(encoder.encode_texts(TEXTS), output.text_embeds, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_of_one_tower_is_refused(tmp_path):
+    folder = clip_folder(tmp_path / "clip")
+    vision = CLIPModel.from_pretrained(folder).vision_model
+    shutil.copytree(folder, tmp_path / "tower")
+    vision.save_pretrained(tmp_path / "tower")
+    with pytest.raises(EncoderError, match="no get_"):
+        load_encoder(tmp_path / "tower")
+
+
+def test_open_clip_as_by_hand_and_with_a_file(tmp_path, images):
+    open_clip = pytest.importorskip("open_clip")
+    architecture = open_clip_architecture(tmp_path)
+    encoder = load_encoder(f"open_clip:{architecture}", batch_size=3)
+    assert isinstance(encoder, OpenClipEncoder)
+    assert encoder.weights == "random"
+    before = torch.random.get_rng_state()
+    again = load_encoder(f"open_clip:{architecture}")
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(again.encode_texts(TEXTS), encoder.encode_texts(TEXTS))
+
+    model, _, transform = open_clip.create_model_and_transforms(architecture)
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    model.eval()
+    with torch.no_grad():
+        of_images = model.encode_image(
+            torch.stack([transform(image.convert("RGB")) for image in images]), normalize=True
+        )
+        of_texts = model.encode_text(open_clip.get_tokenizer(architecture)(TEXTS), normalize=True)
+    for name in ("weights.safetensors", "weights.pt"):
+        encoder = load_encoder(f"open_clip:{architecture}:{tmp_path / name}")
+        assert encoder.weights == "pretrained"
+        assert encoder.name == f"open_clip:{architecture}:{name}"
+        torch.testing.assert_close(encoder.encode_images(images), of_images, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(encoder.encode_texts(TEXTS), of_texts, rtol=1e-4, atol=1e-5)
+
+
+def test_open_clip_never_unpickles(tmp_path):
+    pytest.importorskip("open_clip")
+    architecture = open_clip_architecture(tmp_path)
+
+    class Evil:
+        def __reduce__(self):
+            return open, (str(tmp_path / "was_run"), "w")
+
+    torch.save({"state_dict": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(EncoderError, match="more than weights"):
+        load_encoder(f"open_clip:{architecture}:{tmp_path / 'evil.pt'}")
+    assert not (tmp_path / "was_run").exists()
+    with pytest.raises(EncoderError, match="open_clip:ARCH"):
+        load_encoder("open_clip:no-such-architecture")
+
+
+# --- pictures
+
+
+def test_pictures_of_all_kinds_become_rgb(tmp_path):
+    colour = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    Image.fromarray(colour).save(tmp_path / "a.png")
+    for source in (tmp_path / "a.png", str(tmp_path / "a.png"), Image.fromarray(colour), colour):
+        picture = read_picture(source)
+        assert picture.mode == "RGB"
+        np.testing.assert_array_equal(np.asarray(picture), colour)
+    gray = np.arange(108, dtype=np.uint16).reshape(9, 12) * 600
+    stretched = np.asarray(read_picture(gray))[..., 0].astype(float)
+    np.testing.assert_allclose(stretched, (gray / gray.max() * 255).round(), atol=1)
+    header = pydicom.dcmread(get_testdata_file("CT_small.dcm"))
+    picture = read_picture(get_testdata_file("CT_small.dcm"))
+    assert picture.size == (header.Columns, header.Rows)
+    assert np.asarray(picture).std() > 10
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(EncoderError, match="nothing_here is neither the folder"):
+        load_encoder(tmp_path / "nothing_here")
+
+
+def test_settings_hold_no_path(folder):
+    assert str(folder) not in json.dumps(MedMoEEncoder(folder).preprocessing)

@@ -1,0 +1,174 @@
+"""Results as JSON, Markdown, figures and entries of a model card."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from PIL import Image
+
+from medmoe_hf.evaluation.intervals import Interval
+from medmoe_hf.evaluation.metrics import calibration
+from medmoe_hf.evaluation.results import HeatmapExample, Result, to_markdown, write
+
+FACTS = {
+    "title": "A set | of images",
+    "metric": "accuracy",
+    "licence": "CC0",
+    "overlaps": ["lies in CheXpert's training part"],
+    "weights": "pretrained",
+    "preprocessing": "0123456789ab",
+    "prompts": "ba9876543210",
+    "seed": 0,
+    "resamples": 100,
+    "versions": {},
+}
+
+
+def result(protocol="zero-shot", model="you/medmoe", dataset="toy", count=4, metrics=None, **changes):
+    metrics = metrics or {"global/accuracy": Interval(0.75, 0.5, 1.0, 4)}
+    return Result(protocol, model, dataset, count, metrics, {**FACTS, **changes.pop("facts", {})}, **changes)
+
+
+@pytest.fixture
+def everything():
+    rng = np.random.default_rng(0)
+    chances = rng.dirichlet(np.ones(3), 40)
+    labels = rng.integers(3, size=40)
+    classified = result(count=40, facts={"count_by_class": {"a": 20, "b": 20, "c": 0}})
+    for variant in ("global", "local"):
+        classified.add_classification(variant, chances, labels, ["a", "b", "c"], None)
+    routed = result("routing", count=40)
+    routed.add_classification("image router", chances, labels, ["a", "b", "c"], None)
+    recalls = {
+        f"{kind}/{way}_{name}": Interval(value, value - 0.1, value + 0.1, 50)
+        for kind in ("global", "local")
+        for way in ("image_to_text", "text_to_image")
+        for name, value in (("r1", 0.2), ("r5", 0.5), ("r10", 0.7), ("median_rank", 6.0))
+    }
+    retrieved = [
+        result("retrieval", model, count=50, metrics=recalls, facts={"chance": {"r1": 0.02, "r5": 0.1, "r10": 0.2}})
+        for model in ("you/medmoe", "you/clip")
+    ]
+    probed = result(
+        "linear-probe",
+        metrics={f"expert {share}/accuracy": Interval(0.5, 0.4, 0.6, 20) for share in ("10%", "100%")},
+        facts={
+            "seeds": {"expert 10%": [0.4, 0.6], "expert 100%": [0.5]},
+            "trained_on": {"10%": 12, "100%": 120},
+            "not_converged": 0,
+        },
+    )
+    example = HeatmapExample(
+        np.zeros((30, 40, 3), np.uint8),
+        "effusion",
+        rng.random((30, 40)),
+        "glorbix",
+        rng.random((30, 40)),
+        [(3, 4, 9, 12)],
+        "xray",
+    )
+    grounded = result("grounding", facts={"nonsense": ["glorbix"]}, examples=[example])
+    return [classified, routed, *retrieved, probed, grounded]
+
+
+def test_write_leaves_json_markdown_and_a_figure_for_everything_there_is(tmp_path, everything):
+    write(everything, tmp_path / "out")
+    pictures = {
+        "zero-shot_confusion.png",
+        "zero-shot_reliability.png",
+        "routing_confusion.png",
+        "routing_reliability.png",
+        "retrieval_recall.png",
+        "linear-probe.png",
+        "grounding_toy_you_medmoe_heatmaps.png",
+    }
+    assert {path.name for path in (tmp_path / "out").iterdir()} == pictures | {"results.json", "results.md"}
+    for name in pictures:
+        with Image.open(tmp_path / "out" / name) as picture:
+            assert np.asarray(picture.convert("L")).std() > 5
+    content = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [entry["protocol"] for entry in content] == [one.protocol for one in everything]
+    assert content[0]["metrics"]["global/accuracy"]["value"] == everything[0].metrics["global/accuracy"].value
+    assert content[0]["confusions"]["global"]["classes"] == ["a", "b", "c"]
+    assert "examples" not in content[5]
+
+
+def test_the_same_results_give_the_same_files(tmp_path, everything):
+    for name in ("one", "two"):
+        write(everything, tmp_path / name)
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+
+
+def test_write_replaces_only_when_told(tmp_path, everything):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("x")
+    with pytest.raises(FileExistsError, match="out exists already"):
+        write(everything, tmp_path / "out")
+    assert (tmp_path / "out" / "mine").exists()
+    write(everything[:1], tmp_path / "out", force=True)
+    assert not (tmp_path / "out" / "mine").exists()
+
+
+def test_json_has_null_for_what_is_no_number():
+    metrics = {
+        "global/macro_auroc": Interval(math.nan, math.nan, math.nan, 3, 10),
+        "a/b": Interval(1.0, 0.0, math.inf, 3),
+    }
+    found = json.loads(json.dumps(result(metrics=metrics).to_json(), allow_nan=False))["metrics"]
+    assert found["global/macro_auroc"] == {"value": None, "low": None, "high": None, "n": 3, "undefined": 10}
+    assert found["a/b"]["high"] is None
+
+
+def test_markdown_has_a_row_for_each_variant_with_intervals(everything):
+    text = to_markdown(everything)
+    rows = [line for line in text.splitlines() if line.startswith("| toy | 40 | you/medmoe | local |")]
+    assert len(rows) == 1
+    assert str(everything[0].metrics["local/accuracy"]) in rows[0]
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    header = None
+    for line in tables:
+        header = line if line.startswith("| set |") else header
+        assert line.count(" | ") == header.count(" | ")
+    assert "**accuracy**" in text  # the one to quote
+    assert "a 20, b 20, c 0" in text
+    assert "lies in CheXpert's training part" in text
+    assert "0123456789ab" in text
+    assert "expert 10% 0.141" in text  # the standard deviation of 0.4 and 0.6
+    nothing = to_markdown([result(metrics={"global/accuracy": Interval(math.nan, math.nan, math.nan, 1)})])
+    assert "not defined" in nothing
+
+
+def test_entries_of_a_model_card_survive_the_card(everything):
+    metrics = {
+        "global/accuracy": Interval(0.75, 0.5, 1.0, 4),
+        "local/macro_auroc": Interval(0.8, math.nan, math.nan, 1),
+        "global/macro_f1": Interval(math.nan, math.nan, math.nan, 4),
+    }
+    entries = result(metrics=metrics).to_eval_results()
+    assert all(isinstance(entry, EvalResult) for entry in entries)
+    found = [(entry.metric_type, entry.metric_value, entry.metric_args["variant"]) for entry in entries]
+    assert found == [("accuracy", 0.75, "global"), ("roc_auc", 0.8, "local")]
+    assert entries[0].metric_args == {"variant": "global", "images": 4, "low_95": 0.5, "high_95": 1.0}
+    assert "low_95" not in entries[1].metric_args
+
+    entries = [entry for one in everything for entry in one.to_eval_results()]
+    data = ModelCardData(model_name="medmoe", eval_results=entries)
+    read = ModelCard(f"---\n{data.to_yaml()}\n---\n").data
+    assert sorted(
+        (one.task_type, one.dataset_type, one.metric_name, one.metric_value) for one in read.eval_results
+    ) == (sorted((one.task_type, one.dataset_type, one.metric_name, one.metric_value) for one in entries))
+
+
+def test_classification_is_counted_by_hand():
+    chances = np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.7, 0.3]])
+    labels = np.array([0, 1, 1, 0])
+    one = result()
+    one.add_classification("global", chances, labels, ["a", "b"], ["s", "s", "t", "t"])
+    assert one.confusions["global"].counts == [[2, 0], [1, 1]]
+    assert one.metrics["global/accuracy"].value == 0.75
+    assert one.metrics["global/accuracy"].n == 2  # subjects, not images
+    assert one.metrics["global/brier"].value == pytest.approx(np.mean([0.02, 0.08, 0.72, 0.18]))
+    assert one.calibrations["global"]["ece"] == calibration(chances, labels)["ece"]
