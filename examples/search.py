@@ -1,0 +1,54 @@
+"""Embeddings of a few hundred pairs, written to disk and searched by words and by image.
+
+python examples/search.py                              # with the quickstart's model; `--model` names another
+
+The same from the command line: `medmoe encode sources.yaml embeds --model FOLDER`, then `medmoe search embeds --text
+"a large pleural effusion"`, or `--image scan.png --modality ct`.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from medmoe_hf.data import phantom_sample, write_webdataset
+from medmoe_hf.data.sources import WebDatasetSource
+from medmoe_hf.search import EmbeddingIndex, encode_sources, search
+
+QUERIES = ("a pleural effusion on a chest radiograph", "abdominal ct with a liver metastasis")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="quickstart/model", help="folder or Hub id")
+    parser.add_argument("--samples", type=int, default=300)
+    arguments = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_webdataset(Path(folder) / "data", shards=1, samples_per_shard=arguments.samples, seed=7)
+        source = WebDatasetSource(kind="webdataset", name="phantoms", files=[f"{folder}/data/*.tar"])
+        embeds = Path(folder) / "embeds"
+        # Reports are written only because these are drawings. Interrupted, the same call would go on where it was.
+        print(encode_sources([source], embeds, arguments.model, samples_per_shard=100, keep_captions=True))
+
+        for text in QUERIES:
+            print(f'\nImages for "{text}":')
+            for hit in search(embeds, text, k=3):
+                print(f"  {hit}")
+
+        sample = phantom_sample(7, 5)
+        sample["image"].save(Path(folder) / "scan.png")
+        print(f"\nImages like that of: {sample['caption']}")
+        for hit in search(embeds, image=Path(folder) / "scan.png", k=3):
+            print(f"  {hit}")
+        first = search(embeds, image=Path(folder) / "scan.png", k=1)[0]
+        if not first.key.endswith("/000000005"):
+            raise SystemExit("An image that was encoded is not its own nearest neighbour.")
+
+        modality = EmbeddingIndex(embeds).manifest["modalities"][1]
+        print(f"\nOf those that are routed to {modality}:")
+        for hit in search(embeds, QUERIES[0], modality=modality, k=3):
+            print(f"  {hit}")
+
+
+if __name__ == "__main__":
+    main()

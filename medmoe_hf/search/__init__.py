@@ -1,0 +1,6 @@
+"""Bulk encoding of image-report pairs, and search in what was encoded."""
+
+from medmoe_hf.search.encode import EncodeError, EncodeRecord, encode_sources, encode_texts
+from medmoe_hf.search.index import EmbeddingIndex, Hit, search
+
+__all__ = ["EmbeddingIndex", "EncodeError", "EncodeRecord", "Hit", "encode_sources", "encode_texts", "search"]

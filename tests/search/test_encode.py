@@ -1,0 +1,255 @@
+"""Bulk encoding: what is written, and that interruptions and several processes leave neither a gap nor a duplicate."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import torch
+from encoding_process import (
+    PLACE,
+    encode_all,
+    launched,
+    model_folder,
+    sources_of,
+    table_of,
+    write_sources,
+)
+from PIL import Image
+from torch import multiprocessing
+
+from medmoe_hf import MedMoEModel, MedMoEProcessor
+from medmoe_hf.data.shards import TarShard
+from medmoe_hf.data.sources import PhantomSource
+from medmoe_hf.data.stream import StreamError
+from medmoe_hf.search import EncodeError, encode_sources, encode_texts
+from medmoe_hf.search.encode import _PlacedStream, _Writer
+from medmoe_hf.training import build_model
+from medmoe_hf.training.config import ModelSection
+
+GOOD, BAD = 93, 2
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_sources(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return model_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def whole(data, model, tmp_path_factory):
+    """A run that nothing interrupts."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    record = encode_all(data, out, model)
+    assert (record.samples, record.total) == (GOOD, GOOD)
+    return out
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_each_row_is_what_the_model_says_of_the_sample_at_its_place(data, model, tmp_path, dtype):
+    encode_all(data, tmp_path / "out", model, dtype=dtype, keep_captions=True)
+    rows = table_of(tmp_path / "out").to_pylist()
+    assert len(rows) == len({row["position"] for row in rows}) == GOOD
+    loaded, processor = MedMoEModel.from_pretrained(model).eval(), MedMoEProcessor.from_pretrained(model)
+    bound = 1e-5 if dtype == "float32" else 5e-4  # half the distance of neighbouring 16-bit numbers below 1
+    for row in rows[::7]:
+        shard = TarShard(row["shard"])
+        sample = shard.read(shard.locate(row["row"]))
+        assert row["key"] == f"{shard.name}/{sample['__key__']}"
+        assert row["caption"] == sample["txt"].decode()
+        (tmp_path / "image.png").write_bytes(sample["png"])
+        inputs = processor(images=[Image.open(tmp_path / "image.png")], text=[row["caption"]], return_tensors="pt")
+        with torch.no_grad():
+            output = loaded(**inputs, modality=loaded.route(pixel_values=inputs["pixel_values"]).modality)
+            routed = loaded.route(pixel_values=inputs["pixel_values"])
+        assert row["modality"] == routed.modality[0]
+        assert row["probability"] == pytest.approx(routed.probabilities.max().item(), abs=1e-5)
+        np.testing.assert_allclose(row["image_embeds"], output.image_embeds[0], atol=bound)
+        np.testing.assert_allclose(row["text_embeds"], output.text_embeds[0], atol=bound)
+
+
+def test_broken_samples_are_skipped_and_counted(data, model, tmp_path):
+    with pytest.raises(StreamError, match="2 of 95 samples are faulty"):
+        encode_all(data, tmp_path / "out", model, max_bad_fraction=0.01)
+    record = encode_all(data, tmp_path / "out", model)  # what was written stays, and is gone on with
+    assert record.samples < record.total == GOOD
+    assert record.skipped == {"worse: unreadable image": BAD}
+    assert "2 worse: unreadable image" in str(record)
+
+
+class Stop(Exception):
+    pass
+
+
+def stopping(monkeypatch, owner, name, calls):
+    """Makes a method fail at one of its calls."""
+    method, counted = getattr(owner, name), [0]
+
+    def replacement(self, *arguments):
+        counted[0] += 1
+        if counted[0] == calls:
+            raise Stop
+        return method(self, *arguments)
+
+    monkeypatch.setattr(owner, name, replacement)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_interrupted_twice_it_is_as_if_never(data, model, whole, tmp_path, monkeypatch, seed):
+    rng, out = random.Random(seed), tmp_path / "out"
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            if rng.random() < 0.5:
+                stopping(patch, _PlacedStream, "place", rng.randint(1, 40))  # somewhere in a shard
+            else:
+                stopping(patch, _Writer, "write", rng.randint(1, 4))  # between two
+            with pytest.raises(Stop):
+                encode_all(data, out, model, num_workers=seed % 2)
+    left = out / ".embeds-00000-of-00001-000001.parquet.partial"
+    left.write_bytes(b"half")
+    record = encode_all(data, out, model)
+    assert record.total == GOOD
+    assert record.skipped == {"worse: unreadable image": BAD}
+    assert table_of(out).equals(table_of(whole))
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in whole.iterdir())
+    again = encode_all(data, out, model)  # and there is nothing more to do
+    assert (again.samples, again.total, again.skipped) == (0, GOOD, record.skipped)
+
+
+@pytest.mark.parametrize("samples", [GOOD, 31])
+def test_an_end_on_the_edge_of_a_shard_is_an_end(data, model, tmp_path, samples):
+    source = PhantomSource(kind="phantom", image_size=64, length=samples)
+    encode_sources([source], tmp_path / "out", model, samples_per_shard=samples)
+    shards = sorted((tmp_path / "out").glob("*.parquet"))
+    assert [pyarrow.parquet.read_metadata(path).num_rows for path in shards] == [samples, 0]
+    assert encode_sources([source], tmp_path / "out", model, samples_per_shard=samples).samples == 0
+
+
+@pytest.mark.slow
+def test_killed_twice_it_is_as_if_never(data, model, whole, tmp_path):
+    rng, out = random.Random(int.from_bytes(os.urandom(4), "big")), tmp_path / "out"
+    command = [sys.executable, str(encode_all.__code__.co_filename), str(data), str(out), str(model)]
+    for _ in range(2):
+        before = len(list(out.glob("embeds-*")))
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        while len(list(out.glob("embeds-*"))) == before and process.poll() is None:
+            time.sleep(0.001)
+        time.sleep(0.05 * rng.random())
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    assert table_of(out).equals(table_of(whole))
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_does(data, model, whole, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(launched, args=(2, port, data, tmp_path / "out", model), nprocs=2)
+    one, two = table_of(whole), table_of(tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("embeds-00001-of-00002-*"))) > 3
+    assert two.select(PLACE).equals(one.select(PLACE))
+    for column in ("image_embeds", "text_embeds"):
+        # other batches: the sums are added up in another order
+        np.testing.assert_allclose(np.stack(two[column].to_numpy()), np.stack(one[column].to_numpy()), atol=5e-4)
+    with pytest.raises(EncodeError, match="processes: 2 then, 1 now"):
+        encode_all(data, tmp_path / "out", model)
+
+
+def test_reports_are_in_no_file_unless_asked_for(whole, data):
+    captions = {sample["caption"] for sample in _PlacedStream(sources_of(data))}
+    written = b"".join(path.read_bytes() for path in whole.iterdir())
+    assert b"xray" in written
+    assert not any(caption.encode() in written for caption in captions)
+
+
+def test_passed_shards_keep_no_list_of_their_samples(data):
+    stream = _PlacedStream(sources_of(data))
+    for sample in stream:
+        stream.place(sample)
+    lists = [[vars(shard)["_places"] is None for shard in shards] for shards in stream.shards]
+    assert lists == [[True, True, False], [False]]
+
+
+@pytest.mark.parametrize("preset", ["tiny", "official", "plus"])
+def test_texts_together_are_as_one_by_one(preset):
+    torch.manual_seed(0)
+    text = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
+    vision = {"image_size": 64, "local_size": 64, "expert_hidden_size": 8}
+    overrides = {"text_config": text, "vision_config": vision}
+    model, processor = build_model(ModelSection(preset=preset, overrides=overrides))
+    model.eval()
+    report = "chest radiograph with a large left pleural effusion and no other finding"
+    texts = [report[:length] for length in (15, 60, 5, 47, 72, 15, 30, 20, 60)]
+    together = encode_texts(model, processor, texts, batch_size=3)
+    with torch.no_grad():
+        alone = [
+            model.get_text_features(**processor(text=[text], return_tensors="pt")).pooler_output for text in texts
+        ]
+    torch.testing.assert_close(together, torch.nn.functional.normalize(torch.cat(alone), dim=-1), atol=1e-5, rtol=0)
+
+
+def test_a_batch_of_texts_is_padded_to_its_own_longest(model, monkeypatch):
+    loaded, processor = MedMoEModel.from_pretrained(model).eval(), MedMoEProcessor.from_pretrained(model)
+    shapes, features = [], loaded.get_text_features
+    monkeypatch.setattr(
+        loaded,
+        "get_text_features",
+        lambda **batch: shapes.append(tuple(batch["input_ids"].shape)) or features(**batch),
+    )
+    encode_texts(loaded, processor, ["effusion " * 20, "effusion", "effusion", "effusion", "a effusion"], batch_size=2)
+    # equal texts once; two special tokens
+    assert shapes == [(2, 4), (1, 22)]
+
+
+def test_what_does_not_belong_together_is_refused(data, model, whole, tmp_path):
+    other = model_folder(tmp_path / "other", seed=1)
+    with pytest.raises(EncodeError, match=r"fingerprint: [0-9a-f]{16} then, [0-9a-f]{16} now"):
+        encode_all(data, whole, other)
+    for changes in ({"dtype": "float32"}, {"samples_per_shard": 11}, {"keep_captions": True}):
+        name = next(iter(changes))
+        with pytest.raises(EncodeError, match=f"{name}: "):
+            encode_all(data, whole, model, **changes)
+    with pytest.raises(EncodeError, match="sources: "):
+        encode_sources(sources_of(data)[:1], whole, model, samples_per_shard=10)
+    with pytest.raises(EncodeError, match="no folder of embeddings"):
+        encode_all(data, data, model)
+    with pytest.raises(EncodeError, match="`length`"):
+        encode_sources([PhantomSource(kind="phantom")], tmp_path / "endless", model)
+
+
+def test_a_moved_model_is_the_same(data, model, whole, tmp_path):
+    MedMoEModel.from_pretrained(model).save_pretrained(tmp_path / "moved")
+    MedMoEProcessor.from_pretrained(model).save_pretrained(tmp_path / "moved")
+    assert encode_all(data, whole, tmp_path / "moved").samples == 0
+
+
+def test_a_gap_and_a_damaged_shard_are_named(data, model, tmp_path):
+    out = tmp_path / "out"
+    encode_all(data, out, model)
+    shards = sorted(out.glob("*.parquet"))
+    content = shards[-1].read_bytes()
+    shards[-1].write_bytes(content[:-20])
+    with pytest.raises(EncodeError, match=f"{shards[-1].name} is damaged"):
+        encode_all(data, out, model)
+    shards[-1].write_bytes(content)
+    shards[2].unlink()
+    with pytest.raises(EncodeError, match=f"{shards[2].name} is missing"):
+        encode_all(data, out, model)
+    (out / "encoding.json").write_text(json.dumps({})[:1])
+    with pytest.raises(EncodeError, match=r"encoding\.json is damaged"):
+        encode_all(data, out, model)
