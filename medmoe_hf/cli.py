@@ -1,10 +1,10 @@
 """The `medmoe` command: parses arguments and hands them on."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -247,6 +247,207 @@ def init(
             force=force,
         )
     typer.echo(f"{report}\nWrote {out}.")
+
+
+@app.command()
+def card(
+    folder: Annotated[Path, typer.Argument(help="Model folder; its README.md is written.")],
+    training: Annotated[Path | None, typer.Option(help="training.json or YAML; by default the folder's.")] = None,
+    results: Annotated[Path | None, typer.Option(help="results.json of `medmoe evaluate`.")] = None,
+    repo: Annotated[str | None, typer.Option(help="Hub id that the model will have.")] = None,
+    base_model: Annotated[list[str] | None, typer.Option(help="Hub id; may be repeated.")] = None,
+    license: Annotated[str | None, typer.Option(help="Of the weights: apache-2.0, say.")] = None,
+    dataset: Annotated[list[str] | None, typer.Option(help="Hub id; may be repeated.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a README.md that somebody else wrote.")] = False,
+) -> None:
+    """Write a folder's model card; what nobody states reads "not stated"."""
+    from medmoe_hf.hub.card import build_card, write_card
+
+    with _errors_of("card"):
+        made = build_card(
+            folder,
+            training=training,
+            results=results,
+            repo=repo,
+            base_model=base_model,
+            license=license,
+            datasets=dataset,
+        )
+        path = write_card(folder, made, force)
+    typer.echo(f"Wrote {path}.")
+
+
+@data.command("push")
+def push_sources(
+    sources: Annotated[Path, typer.Argument(help="YAML file with a list of sources.")],
+    repo: Annotated[str, typer.Argument(help="user/name of the dataset.")],
+    format: Annotated[Literal["parquet", "webdataset"], typer.Option(help="Of its files.")] = "parquet",
+    shard_size: Annotated[int, typer.Option(min=1, help="Samples in a file.")] = 1000,
+    license: Annotated[str | None, typer.Option(help="Of the data: cc-by-4.0, say.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Only for you, if the dataset is new.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
+    i_have_removed_identifiers: Annotated[
+        bool, typer.Option("--i-have-removed-identifiers", help="Publish though something looks like an identifier.")
+    ] = False,
+) -> None:
+    """Publish sources as a dataset on the Hub."""
+    from medmoe_hf.data.sources import load_sources
+    from medmoe_hf.data.stream import StreamError
+    from medmoe_hf.hub.publish_data import push_data
+
+    try:
+        with _errors_of("data push"):
+            address = push_data(
+                load_sources(sources),
+                repo,
+                format,
+                shard_size,
+                i_have_removed_identifiers,
+                license=license,
+                private=private,
+                revision=revision,
+                create_pr=create_pr,
+            )
+    except StreamError as error:
+        raise SystemExit(f"medmoe data push: {error}") from error
+    typer.echo(f"Published: {address}")
+
+
+@app.command()
+def encode(
+    sources: Annotated[Path, typer.Argument(help="YAML file with a list of sources.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make, or to go on with after an interruption.")],
+    model: Annotated[str, typer.Option(help="Folder or Hub id.")],
+    batch_size: Annotated[int, typer.Option(min=1, help="Images, and texts, computed at a time.")] = 64,
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="Pairs in a file.")] = 2048,
+    dtype: Annotated[Literal["float16", "float32"], typer.Option(help="Of the embeddings on disk.")] = "float16",
+    keep_captions: Annotated[
+        bool, typer.Option("--keep-captions", help="Write the reports too; they may be about patients.")
+    ] = False,
+    num_workers: Annotated[int, typer.Option(min=0, help="Processes that read, for each that encodes.")] = 0,
+    max_bad_fraction: Annotated[float, typer.Option(min=0, max=1, help="Share of samples that may be broken.")] = 0.05,
+) -> None:
+    """Write image and report embeddings of sources as parquet; run again, it goes on where it was."""
+    from medmoe_hf.data.shards import ShardError
+    from medmoe_hf.data.sources import load_sources
+    from medmoe_hf.data.stream import StreamError
+    from medmoe_hf.search import encode_sources
+
+    try:
+        with _errors_of("encode"):
+            record = encode_sources(
+                load_sources(sources),
+                out,
+                model,
+                batch_size=batch_size,
+                samples_per_shard=samples_per_shard,
+                dtype=dtype,
+                keep_captions=keep_captions,
+                num_workers=num_workers,
+                max_bad_fraction=max_bad_fraction,
+            )
+    except (StreamError, ShardError) as error:
+        raise SystemExit(f"medmoe encode: {error}") from error
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(str(record))
+
+
+@app.command()
+def search(
+    out: Annotated[Path, typer.Argument(help="Folder that `medmoe encode` wrote.")],
+    text: Annotated[str | None, typer.Option(help="What to look for, in words.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Or an image to find the like of.")] = None,
+    among: Annotated[Literal["images", "reports"], typer.Option(help="What is compared with it.")] = "images",
+    modality: Annotated[str | None, typer.Option(help="Only images that are routed to this expert.")] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="How many.")] = 10,
+    model: Annotated[str | None, typer.Option(help="Where the model is now, if it was moved.")] = None,
+) -> None:
+    """Find the pairs nearest to a text or an image. Captions, if they were kept, are printed: mind who reads along."""
+    from medmoe_hf.search import search as find
+
+    with _errors_of("search"):
+        hits = find(out, text, image, among=among, modality=modality, k=k, model=model)
+    for hit in hits:
+        typer.echo(str(hit))
+    if not hits:
+        typer.echo("Nothing was routed there.")
+
+
+evaluation = typer.Typer(help="Measure models on a copy of a known data set.", no_args_is_help=True)
+app.add_typer(evaluation, name="evaluate")
+
+_Recipe = "A name that `medmoe evaluate recipes` lists, or a YAML file."
+_Data = Annotated[Path, typer.Option("--data", help="Folder of your copy of the data.")]
+
+
+def _evaluation_command(protocol: str | None) -> Callable[..., None]:
+    def command(
+        model: Annotated[
+            str, typer.Argument(help="Folder or Hub id of a MedMoE, CLIP or SigLIP; or open_clip:ARCH[:CHECKPOINT].")
+        ],
+        recipe: Annotated[str, typer.Option(help=_Recipe)],
+        data: _Data,
+        output: Annotated[Path, typer.Option(help="Folder to make: results.json, results.md and figures.")],
+        compare: Annotated[list[str] | None, typer.Option(help="Another model beside it; may be repeated.")] = None,
+        resamples: Annotated[int, typer.Option(min=1, help="Of the bootstrap intervals.")] = 1000,
+        seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap, and of a probe's draws.")] = 0,
+        batch_size: Annotated[int, typer.Option(min=1, help="Images in one pass.")] = 32,
+        force: Annotated[bool, typer.Option("--force", help="Replace OUTPUT if it exists.")] = False,
+    ) -> None:
+        from medmoe_hf.evaluation.suite import evaluate
+
+        with _errors_of(f"evaluate {protocol or 'all'}"):
+            evaluate(
+                [model, *(compare or [])],
+                recipe,
+                data,
+                None if protocol is None else [protocol],
+                output=output,
+                resamples=resamples,
+                seed=seed,
+                batch_size=batch_size,
+                force=force,
+                report=typer.echo,
+            )
+        typer.echo(f"Wrote {output}.")
+
+    return command
+
+
+for _protocol, _help in {
+    "zero-shot": "Classify images by sentences.",
+    "linear-probe": "Train linear classifiers on 1 %, 10 % and 100 % of the training part, on frozen features.",
+    "retrieval": "Find reports by image and images by report.",
+    "grounding": "Hold heat-maps of phrases against boxes, and against heat-maps of nonsense.",
+    "routing": "Hold the routers' choices against known modalities.",
+    "all": "All that the recipe is made for.",
+}.items():
+    evaluation.command(_protocol, help=_help)(_evaluation_command(None if _protocol == "all" else _protocol))
+
+
+@evaluation.command()
+def check(recipe: Annotated[str, typer.Argument(help=_Recipe)], data: _Data) -> None:
+    """Say what your copy of a data set lacks. Exits with 1 if it cannot be used."""
+    from medmoe_hf.evaluation.recipes import WARNING, check_recipe, load_recipe
+
+    with _errors_of("evaluate check"):
+        problems = check_recipe(load_recipe(recipe), data)
+    for problem in problems:
+        typer.echo(problem)
+    if any(not problem.startswith(WARNING) for problem in problems):
+        raise typer.Exit(1)
+    typer.echo(f"{data} can be used.")
+
+
+@evaluation.command("recipes")
+def list_recipes() -> None:
+    """List the recipes that come with the package."""
+    from medmoe_hf.evaluation.recipes import load_recipe, recipe_names
+
+    for name in recipe_names():
+        read = load_recipe(name)
+        typer.echo(f"{name:<18}{read.title}: {', '.join(read.tasks)}")
 
 
 if __name__ == "__main__":

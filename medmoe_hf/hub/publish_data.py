@@ -1,0 +1,490 @@
+"""Datasets for the Hub: any list of sources as sharded parquet or webdataset tars, with a card, and without what
+identifies patients.
+
+Of a source only pixels, captions and modalities are published, under running numbers: no header, no path, no metadata
+of an image file. What the pixels themselves show is for people to check.
+"""
+
+import io
+import re
+import tarfile
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCard, DatasetCardData, HfApi
+from PIL import Image, ImageOps
+
+from medmoe_hf.data.atomic import whole_folder
+from medmoe_hf.data.phantom import MODALITIES
+from medmoe_hf.data.shards import ShardError
+from medmoe_hf.data.sources import IMAGE_FIELDS, field_of
+from medmoe_hf.data.stream import SampleStream
+from medmoe_hf.hub.card import markdown_table, source_name
+from medmoe_hf.model.configuration_medmoe import UNKNOWN_MODALITY
+from medmoe_hf.model.medical_images_medmoe import is_medical_image
+
+try:
+    import pydicom
+    import pydicom.misc
+except ImportError:  # only DICOM needs it
+    pydicom = None
+
+FEATURES = datasets.Features(
+    {
+        "image": datasets.Image(),
+        "caption": datasets.Value("string"),
+        "modality": datasets.ClassLabel(names=list(MODALITIES)),
+    }
+)
+_NAMED = 20  # files that a refusal names
+_SIZES = {10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M", 10**7: "1M<n<10M"}
+
+# Header fields by PS3.15 E.1 that name or describe a person; the second kind is what a pseudonym may stand in.
+_IDENTIFYING = (
+    *("PatientBirthDate", "PatientBirthTime", "PatientBirthName", "PatientMotherBirthName", "PatientAddress"),
+    *("PatientTelephoneNumbers", "PatientTelecomInformation", "OtherPatientIDs", "OtherPatientIDsSequence"),
+    *("OtherPatientNames", "MedicalRecordLocator", "PatientComments", "PatientInsurancePlanCodeSequence"),
+    *("MilitaryRank", "ResponsiblePerson", "AccessionNumber", "ReferringPhysicianName", "RequestingPhysician"),
+    *("PerformingPhysicianName", "PhysiciansOfRecord", "NameOfPhysiciansReadingStudy", "OperatorsName"),
+    *("InstitutionAddress",),
+)
+_PSEUDONYMS = ("PatientName", "PatientID")
+
+_MONTHS = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*"
+_DAY, _MONTH, _YEAR = r"(?:0?[1-9]|[12]\d|3[01])", r"(?:0?[1-9]|1[0-2])", r"(?:19|20)\d\d"
+# What an identifier looks like in a caption or the name of a file: kind, pattern.
+_LOOKS_LIKE = (
+    (
+        "a date",
+        rf"(?i)(?<!\d)(?:{_YEAR}([-./_]){_MONTH}\1{_DAY}|{_DAY}([-./_]){_MONTH}\2{_YEAR}|{_MONTH}([-./_]){_DAY}\3{_YEAR}"
+        rf"|{_DAY}\.? {_MONTHS}\.?,? {_YEAR}|{_MONTHS}\.? {_DAY},? {_YEAR}"
+        rf"|{_YEAR}(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01]))(?!\d)",
+    ),
+    ("a date", r"(?i)\b(?:d\.?o\.?b\b\.?|date of birth|born)(?: on| in)?\s*[:=]?\s*\d"),
+    (
+        "a record number",
+        r"(?i)(?<![a-z])(?:mrn|medical record|record no|patient id|accession)\W{0,3}(?:number|no)?\W{0,3}\w*\d{3}",
+    ),
+    ("a record number", r"(?<![\w.,+-])[1-9]\d{6,9}(?![\w.,]*\d)"),
+    ("a record number", r"(?<!\d)\d{3}-\d{2}-\d{4}(?!\d)"),
+    (
+        "a name",
+        r"(?<![A-Za-z])(?:[Pp]atient(?:'s)?(?: [Nn]ame)?|PATIENT(?: NAME)?|[Nn]ame|NAME)\s*[:=]\s*"
+        r"(?!(?:(?:[Ff]em|[Mm])ale|[Uu]nknown|[Aa]nonym\w*|ANON\w*)\b)[A-Z][A-Za-z'-]+",
+    ),
+    ("a name", r"\b(?:Mr|Mrs|Ms|Dr)\.? [A-Z][a-z]+"),
+    ("a name", r"[A-Za-z]{2,}\^[A-Za-z]+"),
+    (
+        "a phone number",
+        r"(?<![\w.])(?:\+\d{1,3}[ .-]?)?(?:\(\d{2,4}\) ?|\d{2,4}[ .-])\d{3,4}[ .-]\d{3,4}(?![\w]|[.,]\d)",
+    ),
+    ("an e-mail address", r"[\w.+-]+@[\w-]+\.[\w.-]+"),
+)
+_PATTERNS = tuple((kind, re.compile(pattern)) for kind, pattern in _LOOKS_LIKE)
+
+
+class IdentifierError(ValueError):
+    """Data that seem to identify patients; the message says how many and where, and never quotes them."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that looks like an identifier.
+
+    Attributes:
+        kind: what it looks like.
+        place: the file's name, or where that is the finding, its number in which shard.
+    """
+
+    kind: str
+    place: str
+
+
+def export_data(
+    sources: Sequence[Any],
+    out_dir: str | Path,
+    format: Literal["parquet", "webdataset"] = "parquet",
+    shard_size: int = 1000,
+    i_have_removed_identifiers: bool = False,
+    *,
+    repo: str | None = None,
+    license: str | None = None,
+) -> Path:
+    """Writes sources as a folder that is a dataset on the Hub: shards in `data/`, and a card.
+
+    Images are written upright as PNG: the same pixels in 8 or 16 bits, and nothing else of the file. DICOM and NIfTI
+    are shown as the source says. A caption is what its rule gives, where that draws from several the one of the first
+    epoch. Samples that cannot be read are left out and counted in the card.
+
+    Args:
+        sources: models of `medmoe_hf.data.sources`; none endless.
+        out_dir: folder to make; it appears whole.
+        format: `parquet` (columns image, caption, modality) or `webdataset` (tars of png, txt, cls).
+        shard_size: samples in a shard.
+        i_have_removed_identifiers: whether the caller answers for it that nothing here identifies a patient, so that
+            nothing is looked for.
+        repo: Hub id that the card's snippets load. None: they load the folder from where it lies.
+        license: of the data, as the Hub abbreviates it.
+
+    Returns:
+        The folder.
+
+    Raises:
+        IdentifierError: if headers, captions or names of files look as if they identified patients.
+        FileExistsError: if the folder is there already.
+        ImportError: for DICOM without pydicom.
+        StreamError: if too many samples cannot be read.
+        ValueError: for an endless source, or another format or size.
+    """
+    if format not in _WRITERS or shard_size < 1:
+        raise ValueError(f"`format` must be one of {', '.join(_WRITERS)}, `shard_size` 1 or more.")
+    for source in sources:
+        if source.kind == "phantom" and source.length is None:
+            raise ValueError("An endless phantom source cannot be published; give it a `length`.")
+    findings: list[Finding] = []
+    with whole_folder(out_dir) as partial:
+        if not i_have_removed_identifiers:
+            for source in sources:
+                findings += _in_files(source)
+            _refuse(findings)
+        (partial / "data").mkdir()
+        stream = SampleStream(sources, shuffle=False, prepare=_png)
+        counts: Counter[tuple[int, int]] = Counter()
+        shard: list[dict[str, Any]] = []
+        number = 0
+        for sample in stream:
+            if not i_have_removed_identifiers:
+                place = _place(sample["key"], f"{stream.names[sample['source']]}, sample {sample['position']}")
+                findings += [Finding(f"{kind} in a caption", place) for kind in _kinds(sample["caption"])]
+            counts[sample["source"], sample["modality"]] += 1
+            shard.append(sample)
+            if len(shard) == shard_size:
+                _WRITERS[format](partial / "data", number, shard)
+                shard, number = [], number + 1
+        if shard:
+            _WRITERS[format](partial / "data", number, shard)
+        _refuse(findings)
+        card = _card(
+            sources, counts, stream.faults.bad, format, i_have_removed_identifiers, repo or Path(out_dir).name, license
+        )
+        (partial / "README.md").write_text(str(card).rstrip() + "\n", encoding="utf-8")
+    return Path(out_dir)
+
+
+def push_data(
+    sources: Sequence[Any],
+    repo: str,
+    format: Literal["parquet", "webdataset"] = "parquet",
+    shard_size: int = 1000,
+    i_have_removed_identifiers: bool = False,
+    *,
+    license: str | None = None,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str = "Upload dataset",
+) -> str:
+    """Exports sources and uploads them in one commit; shards of an earlier push that are not among them are removed.
+
+    The repository is made if it is not there. A push that is cut off leaves the old revision, and can be repeated.
+
+    Args:
+        repo: Hub id of the dataset.
+        private: whether a repository that is made for this is private.
+        revision: branch to commit to.
+        create_pr: whether to open a pull request instead.
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        IdentifierError and others: as `export_data`, before anything is sent.
+        huggingface_hub.errors.HfHubHTTPError: without token or rights.
+    """
+    with tempfile.TemporaryDirectory(prefix="medmoe-data-") as temporary:
+        folder = export_data(
+            sources,
+            Path(temporary) / "dataset",
+            format,
+            shard_size,
+            i_have_removed_identifiers,
+            repo=repo,
+            license=license,
+        )
+        api = HfApi()
+        api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
+        # `upload_folder` may make several commits of one upload (where hf_xet is installed).
+        paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+        parent = api.dataset_info(repo, revision=revision)
+        stale = [
+            entry.rfilename
+            for entry in parent.siblings or ()
+            if entry.rfilename.startswith("data/") and entry.rfilename not in paths
+        ]
+        commit = api.create_commit(
+            repo,
+            [
+                *(CommitOperationDelete(path) for path in stale),
+                *(CommitOperationAdd(path, str(place)) for path, place in sorted(paths.items())),
+            ],
+            commit_message=commit_message,
+            repo_type="dataset",
+            revision=revision,
+            # Whoever pushed in the meantime is noticed, and not undone.
+            parent_commit=parent.sha,
+            create_pr=create_pr,
+        )
+    return str(commit.pr_url if create_pr else commit.commit_url)
+
+
+# Identifiers
+
+
+def _in_files(source: Any) -> Iterator[Finding]:
+    """What headers and names of files give away; phantoms have neither."""
+    if source.kind == "phantom":
+        return
+    for shard in source.shards():
+        try:
+            count = len(shard)
+        except ShardError:
+            continue  # the stream reports it
+        for number in range(count):
+            try:
+                row = shard.read(shard.locate(number))
+                key = field_of(row, source.image, IMAGE_FIELDS)
+                content = None if key is None else row[key]
+                path = content.get("path") if isinstance(content, dict) else content
+                if isinstance(content, dict) and content.get("bytes") is not None:
+                    content = content["bytes"]
+                elif isinstance(content, dict):
+                    content = path
+                name = str(row.get("__key__") or (path if isinstance(path, str) else ""))
+                place = _place(name or shard.name, f"{PurePath(shard.name).name}, sample {number}")
+                for kind in _kinds(PurePath(name).stem):
+                    yield Finding(f"{kind} in the name of a file", place)
+                if is_medical_image(content):
+                    for field in _in_header(content):
+                        yield Finding(f"{field} in a DICOM header", place)
+            except OSError:
+                continue  # the stream counts it
+
+
+def _in_header(content: Any) -> list[str]:
+    """The fields of a DICOM header that hold an identifier; none for NIfTI, which has no such fields."""
+    if pydicom is None:
+        raise ImportError('Looking into DICOM headers needs the package pydicom: pip install "medmoe_hf[dicom]"')
+    source = io.BytesIO(content) if isinstance(content, bytes) else content
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # pydicom's quote the header
+            header = pydicom.dcmread(source, stop_before_pixels=True, force=True)
+            removed = str(header.get("PatientIdentityRemoved", "")).strip().upper() == "YES"
+            sought = _IDENTIFYING if removed else (*_IDENTIFYING, *_PSEUDONYMS)
+            found = {element.keyword for element in header.iterall() if element.keyword in sought and element.value}
+    except Exception:  # parsers raise a dozen types, and their messages quote the header
+        # Files without DICOM's mark may be NIfTI.
+        marked = pydicom.misc.is_dicom(io.BytesIO(content) if isinstance(content, bytes) else content)
+        return ["something unreadable"] if marked else []
+    if str(header.get("BurnedInAnnotation", "")).strip().upper() == "YES":
+        found.add("BurnedInAnnotation")
+    return sorted(found)
+
+
+def _kinds(text: str) -> list[str]:
+    """What a text looks as if it held, each kind once."""
+    return list(dict.fromkeys(kind for kind, pattern in _PATTERNS if pattern.search(text)))
+
+
+def _place(name: str, otherwise: str) -> str:
+    """The file's name, unless that gives something away itself."""
+    base = PurePath(name).name
+    return otherwise if _kinds(PurePath(name).stem) or not base else base
+
+
+def _refuse(findings: Sequence[Finding]) -> None:
+    if not findings:
+        return
+    counts = Counter(finding.kind for finding in findings)
+    places = list(dict.fromkeys(finding.place for finding in findings))
+    listed = "\n".join(f"  {count} x {kind}" for kind, count in counts.most_common())
+    more = f", and {len(places) - _NAMED} more" if len(places) > _NAMED else ""
+    raise IdentifierError(
+        f"These data look as if they identified patients, and nothing was published:\n{listed}\n"
+        f"Files: {', '.join(places[:_NAMED])}{more}.\n"
+        "Remove what identifies anybody. If it is none, or only such headers as are never published, say so with "
+        "`--i-have-removed-identifiers`."
+    )
+
+
+# Writing
+
+
+def _png(image: Image.Image) -> bytes:
+    """An image's pixels, upright, and nothing that its file said besides.
+
+    Raises:
+        ValueError: for numbers that 16 bits do not hold.
+    """
+    # Of all metadata only the orientation changes what is seen.
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image)
+        if values.dtype.kind == "f" or values.min() < 0 or values.max() > 65535:
+            raise ValueError("a PNG holds whole numbers of 16 bits")
+        image = Image.fromarray(values.astype(np.uint16))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+    elif image.mode not in ("1", "L", "RGB"):
+        image = image.convert("RGB")
+    # Anew from the pixels: Pillow would write the colour profile and the comments of the old one.
+    bare = Image.frombytes(image.mode, image.size, image.tobytes())
+    buffer = io.BytesIO()
+    bare.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _write_parquet(folder: Path, number: int, samples: Sequence[dict[str, Any]]) -> None:
+    rows = {
+        "image": [{"bytes": sample["image"], "path": None} for sample in samples],
+        "caption": [sample["caption"] for sample in samples],
+        "modality": [None if sample["modality"] == UNKNOWN_MODALITY else sample["modality"] for sample in samples],
+    }
+    datasets.Dataset.from_dict(rows, features=FEATURES).to_parquet(folder / f"train-{number:05d}.parquet")
+
+
+def _write_tar(folder: Path, number: int, samples: Sequence[dict[str, Any]]) -> None:
+    with tarfile.open(folder / f"train-{number:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
+        for index, sample in enumerate(samples):
+            parts = {
+                "png": sample["image"],
+                "txt": sample["caption"].encode(),
+                "cls": str(sample["modality"]).encode(),
+            }
+            for extension, content in parts.items():
+                member = tarfile.TarInfo(f"{number:05d}-{index:06d}.{extension}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+
+
+_WRITERS = {"parquet": _write_parquet, "webdataset": _write_tar}
+
+
+# The card
+
+_TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ title }}
+
+{{ total }} medical images with captions{{ " (synthetic drawings, of no patient)" if synthetic }}, \
+written by [medmoe_hf](https://arxiv.org/abs/2506.08356) to train image-text models.
+
+Licence: {{ license or "not stated" }}
+
+## What is in it
+
+{{ modality_table }}
+
+{{ source_table }}
+
+{% if format == "parquet" -%}
+Parquet with the columns `image` (PNG), `caption` and `modality` (empty where unknown).
+{%- else -%}
+Webdataset tars with `png`, `txt` (the caption) and `cls` (the modality's number below, -100 where unknown).
+{%- endif %}
+The numbers of the modalities: {{ numbers }}. {{ skipped }} samples could not be read and were left out.
+
+## How to load it
+
+```python
+from datasets import load_dataset
+
+dataset = load_dataset("{{ place }}", split="train", streaming=True)
+sample = next(iter(dataset))
+```
+
+To train on it, as a source of `medmoe train`:
+
+```yaml
+- {kind: hub, path: {{ place }}}
+```
+
+## Personal data
+
+{% if declared -%}
+Whoever published this states that nothing in it identifies a patient. It was not searched for identifiers.
+{%- elif synthetic -%}
+These are drawings. There is nothing of a patient in them.
+{%- else -%}
+Headers of DICOM files, names of files and captions were searched for dates, record numbers, names, phone numbers and
+e-mail addresses, and none was found. A search finds what it knows: it cannot read what is burnt into pixels, and it is
+no proof.
+{%- endif %}
+Only pixels, captions and modalities are here: no header, no original name of a file, no metadata of an image.
+
+## Limits
+
+Captions and modalities are as the sources gave them; how right they are is not stated. There is no field that tells
+which images are of one person, so a split of these data may have one person on both sides. Not for decisions about a
+patient.
+"""
+
+
+def _card(
+    sources: Sequence[Any],
+    counts: Counter[tuple[int, int]],
+    skipped: int,
+    format: str,
+    declared: bool,
+    place: str,
+    license: str | None,
+) -> DatasetCard:
+    """The card of what was counted by (source, modality); `place` is the Hub id, or the folder's name."""
+    total = counts.total()
+    by_modality: Counter[int] = Counter()
+    by_source: Counter[int] = Counter()
+    for (source, modality), count in counts.items():
+        by_modality[modality] += count
+        by_source[source] += count
+    ending = {"parquet": "parquet", "webdataset": "tar"}[format]
+    title = place.split("/")[-1]
+    data = DatasetCardData(
+        license=license,
+        pretty_name=title,
+        size_categories=[next((name for limit, name in _SIZES.items() if total < limit), "n>10M")],
+        task_categories=["zero-shot-image-classification"],
+        tags=["medmoe", "medical-imaging", "image-text"],
+        configs=[{"config_name": "default", "data_files": [{"split": "train", "path": f"data/train-*.{ending}"}]}],
+    )
+    names = {UNKNOWN_MODALITY: "unknown", **dict(enumerate(MODALITIES))}
+    return DatasetCard.from_template(
+        data,
+        template_str=_TEMPLATE,
+        title=title,
+        total=f"{total:,}",
+        synthetic=all(source.kind == "phantom" for source in sources),
+        modality_table=markdown_table(
+            ("modality", "images"), [[names[key], f"{count:,}"] for key, count in sorted(by_modality.items())]
+        ),
+        source_table=markdown_table(
+            ("source", "kind", "images"),
+            [
+                [source_name(source.model_dump()), source.kind, f"{by_source[index]:,}"]
+                for index, source in enumerate(sources)
+            ],
+        ),
+        numbers=", ".join(f"{index} {name}" for index, name in enumerate(MODALITIES)),
+        format=format,
+        skipped=skipped,
+        place=place,
+        declared=declared,
+    )
