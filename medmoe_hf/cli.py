@@ -250,6 +250,51 @@ def init(
 
 
 @app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="A model and its processor, as `medmoe train` writes them.")],
+    repo: Annotated[str, typer.Argument(help="user/name on the Hub; made if it is not there.")],
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Of a new repo; by default as the account has it.")
+    ] = None,
+    branch: Annotated[str | None, typer.Option(help="By default main; made if it is not there.")] = None,
+    tag: Annotated[str | None, typer.Option(help="A new name for this state.")] = None,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request, commit nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would change; nothing is sent.")] = False,
+) -> None:
+    """Make a repo hold exactly what a folder holds, in one commit, after checking that it loads anywhere."""
+    from medmoe_hf.hub import publish
+
+    with _errors_of("push"):
+        report = publish(
+            folder,
+            repo,
+            private=private,
+            branch=branch,
+            tag=tag,
+            message=message,
+            create_pr=create_pr,
+            dry_run=dry_run,
+        )
+    typer.echo(str(report))
+
+
+@app.command()
+def verify(
+    source: Annotated[str, typer.Argument(help="Folder, or user/name on the Hub; its Python files are run.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a repo.")] = None,
+) -> None:
+    """Check that a published checkpoint gives what it was published with. Exits with 1 if it does not."""
+    from medmoe_hf.hub import verify as compare
+
+    with _errors_of("verify"):
+        report = compare(source, revision)
+    typer.echo(str(report))
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
 def card(
     folder: Annotated[Path, typer.Argument(help="Model folder; its README.md is written.")],
     training: Annotated[Path | None, typer.Option(help="training.json or YAML; by default the folder's.")] = None,

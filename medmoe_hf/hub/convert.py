@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, BertTokenize
 
 from medmoe_hf.data.atomic import whole_folder
 from medmoe_hf.data.phantom import phantom_vocabulary
+from medmoe_hf.data.places import without_places
 from medmoe_hf.hub.checkpoint_files import ConvertError, read_state_dict
 from medmoe_hf.model import (
     MedMoEConfig,
@@ -324,7 +325,9 @@ def _save(
     with whole_folder(out, force) as partial:
         model.save_pretrained(partial)
         MedMoEProcessor(images, tokenizer).save_pretrained(partial)
-        (partial / "conversion.json").write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
+        (partial / "conversion.json").write_text(
+            json.dumps(without_places(asdict(report)), indent=1) + "\n", encoding="utf-8"
+        )
 
 
 def _refuse_existing(out: str | Path, force: bool) -> None:

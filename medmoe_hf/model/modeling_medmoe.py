@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from torch import Tensor, distributed, nn
 from transformers import AutoModel, PreTrainedModel, SwinModel
 from transformers import initialization as init
@@ -334,6 +335,32 @@ class MedMoEPreTrainedModel(PreTrainedModel):
             if source.is_file() and Path(save_directory).is_dir():
                 shutil.copyfile(source, Path(save_directory) / source.name)
         return result
+
+    def _upload_modified_files(
+        self, working_dir: Any, repo_id: str, files_timestamps: Any, commit_message: str | None = None, **commit: Any
+    ) -> Any:
+        """As in transformers, one commit; it also removes the weights that are there from before.
+
+        Left alone, a single file would be loaded in the place of newer shards.
+        """
+        revision, create_pr = commit.pop("revision", None), commit.pop("create_pr", False)
+        api, folder = HfApi(token=commit.pop("token", None)), Path(working_dir)
+        if revision is not None and not revision.startswith("refs/pr"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        parent = api.model_info(repo_id, revision=revision).sha
+        new = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+        old = {name for name in api.list_repo_files(repo_id, revision=parent) if "/" not in name}
+        stale = {name for name in old - new.keys() if name.endswith((".safetensors", ".safetensors.index.json"))}
+        return api.create_commit(
+            repo_id,
+            [CommitOperationDelete(name) for name in sorted(stale)]
+            + [CommitOperationAdd(name, str(path)) for name, path in new.items()],
+            commit_message=commit_message or "Upload model",
+            revision=revision,
+            parent_commit=parent,
+            create_pr=create_pr,
+            **commit,
+        )
 
 
 class MedMoETimmBackbone(MedMoEPreTrainedModel):

@@ -28,6 +28,7 @@ from transformers import get_scheduler
 
 from medmoe_hf.data.atomic import whole_folder
 from medmoe_hf.data.collate import ContrastiveCollator
+from medmoe_hf.data.places import without_places
 from medmoe_hf.data.stream import Sample, SampleStream, Split, StreamError
 from medmoe_hf.evaluation.validation import LOSS_PARTS, validate
 from medmoe_hf.model.modeling_medmoe import in_process_group
@@ -54,7 +55,7 @@ class Interrupted(TrainingError):
 
 @dataclass
 class TrainingRecord:
-    """What happened in a run: written to `training.json` beside the weights.
+    """What happened in a run: written to `training.json` beside the weights, absolute paths cut to their last part.
 
     Attributes:
         steps: optimiser steps done.
@@ -544,7 +545,7 @@ class TrainingRun:
     def _save_model(self, place: Path, weights: dict[str, Tensor]) -> None:
         with whole_folder(place) as partial:
             self._write_model(partial, weights, averaged=True)
-            text = json.dumps(asdict(self.record), indent=1) + "\n"
+            text = json.dumps(without_places(asdict(self.record)), indent=1) + "\n"
             (partial / "training.json").write_text(text, encoding="utf-8")
 
     def _restore(self, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:

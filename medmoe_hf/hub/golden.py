@@ -1,0 +1,171 @@
+"""A known input beside a checkpoint, and what the model made of it: whoever loads the checkpoint can compare.
+
+`golden.safetensors` holds `images` (2, 96, 80, 3) uint8 and, in its metadata, texts and the versions it was made with;
+`input.*`, what the processor gave for them; and `output.*`, what the model gave for that, in float32.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from medmoe_hf.hub import clean_load
+from medmoe_hf.hub.folder_checks import GOLDEN, PublishError
+from medmoe_hf.model import (
+    MedMoEForImageClassification,
+    MedMoEModel,
+    MedMoEProcessor,
+    MedMoETextModel,
+    MedMoEVisionModel,
+)
+
+RELATIVE_TOLERANCE = 1e-4
+"""By how much a tensor may differ, relative to its largest value: more than other processors and kernels make."""
+
+_TEXTS = (
+    "A frontal radiograph of the chest with a small pleural effusion on the left.",
+    "Axial computed tomography of the abdomen, without contrast.",
+)
+_MODELS = {
+    kind.__name__: kind for kind in (MedMoEModel, MedMoEForImageClassification, MedMoEVisionModel, MedMoETextModel)
+}
+
+
+def golden_images() -> Tensor:
+    """(2, 96, 80, 3) uint8: gradients and rings, of integers alone, so that they are the same everywhere."""
+    rows, columns, colours = torch.arange(96)[:, None, None], torch.arange(80)[None, :, None], torch.arange(3)
+    slope = (2 * rows + columns + 20 * colours) % 256
+    rings = ((rows - 48) ** 2 + (columns - 40) ** 2 * (colours + 1)) // 16 % 256
+    return torch.stack([slope, rings]).to(torch.uint8)
+
+
+def write_golden(folder: str | Path) -> Path:
+    """Writes `golden.safetensors` into a folder, unless one is there that agrees with what this machine makes.
+
+    Args:
+        folder: of a model and its processor; loaded with this package's classes.
+
+    Returns:
+        the file.
+
+    Raises:
+        PublishError: if the folder does not load, lacks weights, has a processor of another model, or gives what is
+            not finite.
+    """
+    folder = Path(folder)
+    try:
+        architecture = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+        kind = _MODELS[architecture]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise PublishError(f"{folder / 'config.json'} names no model of MedMoE's in `architectures`.") from error
+    try:
+        model, loading = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        processor = MedMoEProcessor.from_pretrained(folder)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise PublishError(f"{folder} does not load: {error}") from error
+    if loading["missing_keys"]:
+        raise PublishError(f"{folder}: the weights lack {', '.join(sorted(loading['missing_keys'])[:8])}.")
+    images = golden_images()
+    try:
+        tensors = clean_load.golden_tensors(model, processor, images, _TEXTS)
+    except (LookupError, ValueError, RuntimeError, TypeError) as error:
+        raise PublishError(f"{folder}: the model cannot take what its processor gives: {error}") from error
+    broken = [name for name, value in tensors.items() if not value.isfinite().all()]
+    if broken:
+        raise PublishError(f"{folder}: {', '.join(broken)} of the golden input is not finite; the model is broken.")
+    place = folder / GOLDEN
+    tensors["images"] = images
+    if place.is_file() and _agrees(place, tensors):
+        return place
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    partial = place.with_name(f".{GOLDEN}")
+    # Under one key, for several come in any order, and the same would be another file.
+    save_file(tensors, partial, metadata={"golden": json.dumps({"texts": _TEXTS, "versions": versions})})
+    os.replace(partial, place)
+    return place
+
+
+def _agrees(place: Path, tensors: dict[str, Tensor]) -> bool:
+    try:
+        with safe_open(place, "pt") as file:
+            texts = json.loads(file.metadata()["golden"])["texts"]
+        return texts == list(_TEXTS) and max(_differences(load_file(place), tensors).values()) <= RELATIVE_TOLERANCE
+    except (SafetensorError, ValueError, LookupError, TypeError):
+        return False
+
+
+def _differences(expected: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, float]:
+    """For each tensor the largest difference, relative to the largest expected value; infinite for another shape."""
+    differences = {}
+    for name in sorted({*expected, *found}):
+        first, second = expected.get(name), found.get(name)
+        if first is None or second is None or first.shape != second.shape:
+            differences[name] = float("inf")
+            continue
+        if first.numel() == 0 or torch.equal(first, second):
+            differences[name] = 0.0
+            continue
+        if not first.is_floating_point():
+            differences[name] = float("inf")
+            continue
+        difference = (first.double() - second.double()).abs().max() / first.double().abs().max()
+        # A NaN compares with nothing, and must not pass.
+        differences[name] = float(difference) if difference.isfinite() else float("inf")
+    return differences
+
+
+def compare_with_golden(folder: str | Path) -> dict[str, float]:
+    """Loads a folder in a process without this package, and compares with what its `golden.safetensors` says.
+
+    The process has no network and no cached code; it runs the folder's own Python files.
+
+    Returns:
+        for each tensor of the golden file, the largest difference relative to its largest value; infinite for another
+        shape, other integers, or a tensor that is missing.
+
+    Raises:
+        PublishError: if there is no golden file, or the folder does not load; ends with what the process said.
+    """
+    folder = Path(folder).resolve()
+    if not (folder / GOLDEN).is_file():
+        raise PublishError(
+            f"{folder} has no {GOLDEN} to compare with: it was not published by `medmoe push`. "
+            "`medmoe_hf.hub.write_golden` writes it, from a folder that you trust."
+        )
+    try:
+        expected = load_file(folder / GOLDEN)
+    except (SafetensorError, OSError) as error:
+        raise PublishError(f"{folder / GOLDEN} cannot be read: {error}") from error
+    with tempfile.TemporaryDirectory(prefix="medmoe_clean_") as home:
+        out = Path(home) / "found.safetensors"
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+        environment |= {
+            "HF_HOME": home,
+            "HF_MODULES_CACHE": str(Path(home) / "modules"),
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        # In an empty folder, for Python looks for modules where it is started.
+        (empty := Path(home) / "empty").mkdir()
+        code = Path(clean_load.__file__).read_text(encoding="utf-8")
+        run = subprocess.run(
+            [sys.executable, "-c", code, str(folder), str(folder / GOLDEN), str(out)],
+            cwd=empty,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if run.returncode != 0:
+            last = "\n".join(run.stderr.strip().splitlines()[-12:])
+            raise PublishError(f"{folder} does not load where medmoe_hf is not installed:\n{last}")
+        found = load_file(out)
+    return _differences({name: value for name, value in expected.items() if name != "images"}, found)
