@@ -571,8 +571,12 @@ class MedMoEConvLayer(nn.Module):
         assert norm.running_var is not None
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         shift = norm.bias - norm.running_mean * scale
-        weight = self.convolution.weight * scale[..., None, None, None]
-        return nn.functional.relu(self.convolution.convolve(hidden_states, weight, shift))
+        kernel = self.convolution.weight
+        weight = kernel * scale[..., None, None, None]
+        # Norms stay float32 in a model of another type.
+        return nn.functional.relu(
+            self.convolution.convolve(hidden_states, weight.to(kernel.dtype), shift.to(kernel.dtype))
+        )
 
 
 class MedMoEScaleScorer(nn.Module):
