@@ -1,14 +1,15 @@
 """From a folder of images and a CSV to a fine-tuned model and a prediction.
 
-    python examples/train_on_your_data.py [--model quickstart/model] [--output runs/mine]
+    python examples/train_on_your_data.py [--model quickstart/model] [--output runs/mine] [--push user/name]
 
 Stands for a hospital's export. The script first makes one, of real images that Python packages ship (a CT and an MR
 file of pydicom, a retina photograph and a stained section of scikit-image): DICOM files and pictures in a folder, and
-a CSV that names each file, its patient and its report. Then come the three steps that you would take with your own:
+a CSV that names each file, its patient and its report. Then come the steps that you would take with your own:
 
 1. `medmoe data inspect` on six lines of YAML: what is there, and what is wrong with it;
 2. `medmoe train`: a short fine-tune, with patients held out;
-3. a prediction for one file: which modality it is, and which of some reports fits best.
+3. a prediction for one file: which modality it is, and which of some reports fits best;
+4. with `--push`, the model and its card go to a private repository on the Hub.
 
 Two scanners and three patients teach nothing about medicine: what is shown is the way, not a result.
 """
@@ -78,6 +79,7 @@ def main() -> None:
     parser.add_argument("--model", default="quickstart/model", help="checkpoint to start from: folder or Hub id")
     parser.add_argument("--output", type=Path, default=Path("runs/mine"))
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--push", metavar="REPO", help="user/name on the Hub; log in first: hf auth login")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True)
     table = make_export(arguments.output / "export")
@@ -121,6 +123,10 @@ def main() -> None:
     print(f"\nCT_small.dcm is routed to {routed.modality[0]} ({routed.probabilities.max():.2f}); it fits")
     for report, score in sorted(zip(reports, scores.tolist(), strict=True), key=lambda pair: -pair[1]):
         print(f"  {score:.2f}  {report}")
+
+    if arguments.push:
+        run("card", str(arguments.output / "model"), "--repo", arguments.push)
+        run("push", str(arguments.output / "model"), arguments.push, "--private")
 
 
 if __name__ == "__main__":

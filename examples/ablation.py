@@ -1,0 +1,581 @@
+"""Does each part of the design help? One change at a time, on synthetic phantoms.
+
+    python examples/ablation.py [--output ablation]     (half an hour on two quiet cores; --smoke: half a minute)
+
+The base is `plus` in the size of `tiny`, with a third stage. Each row undoes one thing in which `plus` differs from
+`paper`, or takes one part of the design away. All runs of a seed see the same pairs in the same order, for equally
+many steps, and are measured on the same phantoms of another seed.
+
+`ablation.json` has every run and is written after each, so that an interrupted ablation goes on where it was.
+`ablation.md` has means over seeds with 95 % intervals (Student's t) and differences paired by seed; `ablation.png`
+shows the differences, `scale_weights.png` which scales each expert looks at.
+
+Phantoms are drawings. What helps here need not help with patients' images.
+
+What `plus` changes and has no row here: a text tower that is not frozen (none is pretrained here), longer texts and
+padding to squares (no phantom needs them), negatives of all ranks (there is one), augmentation and the optimiser (they
+belong to recipes).
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import matplotlib
+import numpy as np
+import torch
+from accelerate.utils import set_seed
+from scipy import stats
+from transformers import BertTokenizer, get_scheduler
+
+from medmoe_hf.data import MODALITIES, phantom_sample, phantom_vocabulary, zero_shot_prompts
+from medmoe_hf.data.collate import ContrastiveCollator
+from medmoe_hf.evaluation import accuracy, recall_at_k
+from medmoe_hf.model import (
+    MedMoEConfig,
+    MedMoEImageProcessor,
+    MedMoEModel,
+    MedMoEProcessor,
+    MedMoETokenizer,
+    modeling_medmoe,
+)
+from medmoe_hf.training.build import parameter_groups
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+SIDE = 64
+UNSEEN_SEED = 1_000_000  # of the phantoms measured on; seeds of training count from 0
+NONSENSE = "glorbix"
+LEARNING_RATE, WARMUP, WEIGHT_DECAY = 2e-3, 50, 0.05
+
+# All widths are 96, so that the model without projections exists too. Three stages leave 4x4 cells at 64 pixels; the
+# fourth would leave 2x2, where 224 pixels leave 7x7. `temp1_regions` stands to 16x16 regions as 361 to 56x56: temp1 is
+# then 6.2, as in `plus` at 224 pixels.
+BASE: dict[str, Any] = {
+    "word_pooling": "mean",
+    "router": "both",
+    "projection_dim": 64,
+    "temp1": 4.0,
+    "temp1_regions": 29,
+    "temp2": 5.0,
+    "temp3": 10.0,
+    "learned_scale": True,
+    "contrast": "mean",
+    "aux_label_smoothing": 0.1,
+    "aux_loss_weight": 0.5,
+    "vision_config": {
+        "pyramid_norm": True,
+        "global_features": "both",
+        "scale_attention_native": True,
+        "router_norm": True,
+        "local_size": 96,
+        "swin_config": {"embed_dim": 24, "depths": (1, 1, 1), "num_heads": (1, 2, 4)},
+    },
+}
+
+
+class LastStageExpert(modeling_medmoe.MedMoEExpert):
+    """An expert that reads the coarsest map alone."""
+
+    def __init__(self, config: Any, channels: Any) -> None:
+        super().__init__(config, channels[-1:])
+
+    def forward(self, feature_maps: Any, *how: Any) -> Any:
+        # The model always says the size first.
+        return super().forward(feature_maps[-1:], *how)
+
+
+class FlatExpert(modeling_medmoe.MedMoETokenExpert):
+    """An expert whose scales are aligned as rows of tokens, as in the official code, and projected as in the paper."""
+
+    projection = staticmethod(modeling_medmoe.MedMoEExpert.projection)
+
+
+def share_expert(model: MedMoEModel) -> None:
+    """Leaves one expert, for all images; the routers are trained and measured as before, and select nothing."""
+    vision = model.vision_model
+    vision.experts = vision.experts[:1]
+    vision.select_experts = lambda router_logits, modality=None: torch.zeros_like(router_logits.argmax(dim=-1))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the table.
+
+    Attributes:
+        label: what is different.
+        changes: fields of `MedMoEConfig` to change in the configuration of `against`.
+        against: the row that it is compared with; None for the base.
+        undoes: whether this is something that `plus` changes in `paper`; the row `paper` undoes all of it.
+        expert: the class of the experts, where no field of the configuration says what is wanted.
+        alter: the same for anything else: changes a new model.
+    """
+
+    label: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    against: str | None = "plus"
+    undoes: bool = False
+    expert: type[modeling_medmoe.MedMoEExpert] = modeling_medmoe.MedMoEExpert
+    alter: Callable[[MedMoEModel], None] | None = None
+
+
+def undo(label: str, changes: dict[str, Any], against: str = "plus") -> Variant:
+    return Variant(label, changes, against, undoes=True)
+
+
+def merged(*layers: dict[str, Any]) -> dict[str, Any]:
+    """Dictionaries laid over each other, nested ones key by key."""
+    result: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            result[key] = merged(result.get(key, {}), value) if isinstance(value, dict) else value
+    return result
+
+
+_UNDONE = {
+    "words-sum": undo("pieces of a word summed, not averaged", {"word_pooling": "sum"}),
+    "router-report": undo("the report selects the expert, not the image", {"router": "report"}),
+    "global-backbone": undo("v_g: the Swin's mean, not both", {"vision_config": {"global_features": "backbone"}}),
+    "no-projection": undo("no projections", {"projection_dim": None}, against="global-expert"),
+    "temp1-fixed": undo("temp1 stays 4, does not grow with the regions", {"temp1_regions": None}),
+    "scale-fixed": undo("scale of the global loss fixed at 10", {"learned_scale": False}),
+    "contrast-sum": undo("directions of a contrast added, not averaged", {"contrast": "sum"}),
+    "no-smoothing": undo("auxiliary loss without label smoothing", {"aux_label_smoothing": 0.0}),
+    "aux-4": undo("auxiliary loss weighs 4, not 0.5", {"aux_loss_weight": 4.0}),
+    "no-pyramid-norm": undo("no LayerNorm on the pyramid", {"vision_config": {"pyramid_norm": False}}),
+    "no-router-norm": undo("no LayerNorm in the routers", {"vision_config": {"router_norm": False}}),
+    "attention-full": undo("scales scored at full resolution", {"vision_config": {"scale_attention_native": False}}),
+}
+
+VARIANTS: dict[str, Variant] = {
+    "plus": Variant("`plus` in small (the base)", BASE, against=None),
+    "paper": Variant("`paper` in small (all of these undone)", merged(*(row.changes for row in _UNDONE.values()))),
+    **_UNDONE,
+    "global-expert": Variant("v_g: the expert map's mean", {"vision_config": {"global_features": "expert"}}),
+    "shared-expert": Variant("one shared expert of the same size", alter=share_expert),
+    # C = 132 in one expert are as many parameters as C = 48 in six.
+    "shared-wide": Variant(
+        "one shared expert with the parameters of six",
+        {"vision_config": {"expert_hidden_size": 132}},
+        alter=share_expert,
+    ),
+    "last-stage": Variant("experts read the last stage only", expert=LastStageExpert),
+    # As in the official code, scores too are made of what was aligned.
+    "align-1d": Variant("scales aligned in one dimension", against="attention-full", expert=FlatExpert),
+    "local-token": Variant("local loss `token`, not `gloria`", {"local_loss": "token"}),
+}
+SMOKE = ("plus", "paper", "shared-expert", "last-stage")
+
+
+# key in a run's results -> heading; retrieval is the mean of both directions
+METRICS = {
+    "retrieval_r1": "R@1",
+    "retrieval_r5": "R@5",
+    "zero_shot": "zero-shot",
+    "pointing": "pointing",
+    "pointing_nonsense": "nonsense",
+    "routing_image": "routing",
+    "step_ms": "ms a step",
+}
+PLOTTED = ("retrieval_r5", "zero_shot", "pointing", "step_ms")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all runs of a table share."""
+
+    steps: int
+    batch_size: int
+    unseen: int
+
+
+def piece_tokenizer() -> MedMoETokenizer:
+    """A tokenizer of the phantoms' words that cuts long ones into pieces of four letters.
+
+    As real vocabularies cut medical words; with whole words there would be nothing to sum or to average.
+    """
+    pieces = dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
+    for letter in "abcdefghijklmnopqrstuvwxyz0123456789":
+        pieces |= dict.fromkeys([letter, f"##{letter}"])
+    for word in phantom_vocabulary():
+        cuts = range(4, len(word), 4) if len(word) > 5 else ()
+        pieces |= dict.fromkeys([word[:4] if cuts else word, *(f"##{word[cut : cut + 4]}" for cut in cuts)])
+    return MedMoETokenizer.from_tokenizer(BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}), 64)
+
+
+def new_model(name: str) -> tuple[MedMoEModel, MedMoEProcessor]:
+    """The untrained model of a row, and its processor."""
+    variant, row = VARIANTS[name], VARIANTS[name]
+    changes = row.changes
+    while row.against is not None:
+        row = VARIANTS[row.against]
+        changes = merged(row.changes, changes)
+    tokenizer = piece_tokenizer()
+    config = MedMoEConfig.from_preset("tiny", **merged(changes, {"text_config": {"vocab_size": len(tokenizer)}}))
+    # Through the model's own table, so that it is initialised as always.
+    with patch.dict(modeling_medmoe._EXPERTS, {"convolution": variant.expert}):
+        model = MedMoEModel(config)
+    if variant.alter is not None:
+        variant.alter(model)
+    return model, MedMoEProcessor(MedMoEImageProcessor(size={"height": SIDE, "width": SIDE}), tokenizer)
+
+
+@lru_cache(maxsize=2)
+def phantoms(seed: int, count: int) -> list[dict[str, Any]]:
+    """The first samples of a stream, images made ready for the collator; drawn once for all runs of a process."""
+    collator = ContrastiveCollator(new_model("plus")[1])
+    samples = (phantom_sample(seed, index, image_size=SIDE) for index in range(count))
+    return [{**sample, "image": collator.prepare(sample["image"])} for sample in samples]
+
+
+def batch_of(collator: ContrastiveCollator, samples: list[dict[str, Any]]) -> dict[str, Any]:
+    return collator.normalise(collator.assemble(samples))
+
+
+def run(name: str, seed: int, settings: Settings) -> dict[str, Any]:
+    """Trains the model of a row and measures it."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    pairs = phantoms(seed, settings.steps * settings.batch_size)
+    set_seed(seed)
+    model, processor = new_model(name)
+    collator = ContrastiveCollator(processor)
+    optimizer = new_optimizer(model)
+    scheduler = get_scheduler("cosine", optimizer, min(WARMUP, settings.steps // 4), settings.steps)
+    model.train()
+    for start in range(0, len(pairs), settings.batch_size):
+        step(model, optimizer, batch_of(collator, pairs[start : start + settings.batch_size]))
+        scheduler.step()
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        **measure(model.eval(), collator, phantoms(UNSEEN_SEED, settings.unseen)),
+    }
+
+
+def new_optimizer(model: MedMoEModel) -> torch.optim.Optimizer:
+    groups = parameter_groups(model, WEIGHT_DECAY)
+    return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98), fused=True)
+
+
+def step(model: MedMoEModel, optimizer: torch.optim.Optimizer, batch: dict[str, Any]) -> None:
+    model(**batch).loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def time_steps(names: list[str], settings: Settings, rounds: int) -> dict[str, list[float]]:
+    """CPU time of a training step of each row, in ms on one thread, once a round.
+
+    Rows take turns, and only their own thread's time counts: what else the machine does falls on all alike.
+    """
+    torch.set_num_threads(1)
+    samples = phantoms(0, settings.steps * settings.batch_size)[: settings.batch_size]
+    racers = []
+    for name in names:
+        model, processor = new_model(name)
+        racers.append((name, model.train(), new_optimizer(model), batch_of(ContrastiveCollator(processor), samples)))
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(1 + rounds):
+        for name, model, optimizer, batch in racers:
+            started = time.process_time()
+            step(model, optimizer, batch)
+            if number:  # the first warms up
+                times[name].append(1000 * (time.process_time() - started))
+    return times
+
+
+@torch.no_grad()
+def measure(model: MedMoEModel, collator: ContrastiveCollator, samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Retrieval, zero-shot accuracy, pointing game, routing and scale weights on unseen phantoms.
+
+    Similarities are those of the model's `forward`: where reports select experts, each prompt or caption selects its
+    own. A finding's score is the mean over its prompts.
+    """
+    batch = batch_of(collator, samples)
+    labels, pixels = batch.pop("modality_labels"), batch["pixel_values"]
+    output = model(**{**batch, "return_loss": False})
+    recall = recall_at_k(output.logits_per_image, [sample["caption"] for sample in samples], ks=(1, 5))
+    result: dict[str, Any] = dict(recall)
+    for k in (1, 5):
+        result[f"retrieval_r{k}"] = (recall[f"image_to_text_r{k}"] + recall[f"text_to_image_r{k}"]) / 2
+    result["routing_image"] = accuracy(output.router_logits.argmax(dim=-1), labels)
+    if output.report_router_logits is not None:
+        result["routing_report"] = accuracy(output.report_router_logits.argmax(dim=-1), labels)
+
+    zero_shot, hits, nonsense_hits, weights = [], [], [], []
+    for number, modality in enumerate(MODALITIES):
+        rows = [row for row, sample in enumerate(samples) if sample["modality"] == number]
+        prompts = zero_shot_prompts(modality)
+        texts = collator.processor(
+            text=[prompt for group in prompts.values() for prompt in group], return_tensors="pt"
+        )
+        logits = model(pixel_values=pixels[rows], **texts).logits_per_image
+        by_finding = torch.stack([part.mean(dim=1) for part in logits.split([len(p) for p in prompts.values()], 1)], 1)
+        truth = torch.tensor([list(prompts).index(samples[row]["finding"]) for row in rows])
+        zero_shot.append(accuracy(by_finding.argmax(dim=1), truth))
+
+        found = [row for row in rows if samples[row]["finding_word"]]
+        normal = collator.processor(text=prompts["normal"], return_tensors="pt")
+        for words, kept in (
+            ([samples[row]["finding_word"] for row in found], hits),
+            ([NONSENSE] * len(found), nonsense_hits),
+        ):
+            text = collator.processor(text=words, return_tensors="pt")
+            grounding = model.ground(pixels[found], **text, reference=normal, modality=modality)
+            maps = collator.processor.post_process_grounding(grounding, sigma=1.5)
+            kept += [is_hit(by_word[0], samples[row]["box"]) for by_word, row in zip(maps, found, strict=True)]
+        weights.append(model.get_image_features(pixels[rows], modality=modality).scale_weights.mean(dim=(0, 2, 3)))
+    result["zero_shot_by_modality"] = dict(zip(MODALITIES, zero_shot, strict=True))
+    result["zero_shot"] = statistics.mean(zero_shot)
+    result["pointing"] = statistics.mean(hits)
+    result["pointing_nonsense"] = statistics.mean(nonsense_hits)
+    # expert -> mean weight of each scale, finest first
+    result["scale_weights"] = {name: one.tolist() for name, one in zip(MODALITIES, weights, strict=True)}
+    return result
+
+
+def is_hit(heatmap: torch.Tensor, box: list[float]) -> float:
+    """1.0 if the hottest pixel of (H, W) lies in the box, else 0.0."""
+    y, x = divmod(int(heatmap.argmax()), heatmap.shape[1])
+    left, top, right, bottom = box
+    return float(left <= x < right and top <= y < bottom)
+
+
+def chances(settings: Settings) -> dict[str, float]:
+    """What a model that knows nothing would reach."""
+    samples = phantoms(UNSEEN_SEED, settings.unseen)
+    boxes = [sample["box"] for sample in samples if sample["box"]]
+    area = statistics.mean((right - left) * (bottom - top) / SIDE**2 for left, top, right, bottom in boxes)
+    return {
+        "retrieval_r1": 1 / settings.unseen,
+        "retrieval_r5": 5 / settings.unseen,
+        "zero_shot": statistics.mean(1 / len(zero_shot_prompts(modality)) for modality in MODALITIES),
+        "pointing": area,
+        "pointing_nonsense": area,
+        "routing_image": 1 / len(MODALITIES),
+    }
+
+
+# Tables and figures
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half the width of its 95 % interval (Student's t); NaN for the width of a single value."""
+    mean = statistics.mean(values)
+    if len(values) < 2:
+        return mean, float("nan")
+    return mean, stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+
+
+def by_seed(results: dict[str, Any], name: str) -> dict[int, Any]:
+    return {run["seed"]: run for run in results["runs"].values() if run["variant"] == name}
+
+
+def values(results: dict[str, Any], name: str, metric: str) -> dict[int, float]:
+    """What was measured for a row: for each seed, or the time of a step for each round."""
+    if metric == "step_ms":
+        return dict(enumerate(results["step_ms"][name]))
+    return {seed: run[metric] for seed, run in by_seed(results, name).items()}
+
+
+def differences(results: dict[str, Any], name: str, metric: str) -> list[float]:
+    """A row less the one it is compared with, for each seed (or round) that both have."""
+    against = VARIANTS[name].against
+    if against is None or not by_seed(results, against):
+        return []
+    own, other = values(results, name, metric), values(results, against, metric)
+    return [own[key] - other[key] for key in sorted(own.keys() & other.keys())]
+
+
+def shown(metric: str, value: float, sign: bool = False) -> str:
+    return f"{value:{'+' if sign else ''}.{0 if metric == 'step_ms' else 3}f}"
+
+
+def with_half(mean: float, half: float, metric: str = "") -> str:
+    return shown(metric, mean) + ("" if np.isnan(half) else f" ± {shown(metric, half)}")
+
+
+def table(results: dict[str, Any], settings: Settings) -> str:
+    """The results in Markdown."""
+    names = [name for name in VARIANTS if by_seed(results, name)]
+    seeds = {run["seed"] for run in results["runs"].values()}
+    chance = chances(settings)
+    head = " | ".join(METRICS.values())
+    rule = "|---|---|" + "---|" * len(METRICS)
+    lines = [
+        "# Ablation on synthetic phantoms",
+        "",
+        "Drawings, not patients: evidence on a task that was made up, and on nothing else.",
+        "",
+        f"Seeds: {len(seeds)}. Every row: {settings.steps} steps of {settings.batch_size} pairs, measured on "
+        f"{settings.unseen} phantoms of another seed. R@k: mean of both directions. Pointing: how often the hottest "
+        "pixel of the finding's word, held against normal reports, lies in its box; nonsense: of a word that means "
+        "nothing. "
+        "Routing: the image router. ms a step: CPU time of a training step on one thread, rows taking turns in "
+        f"{len(results['step_ms']['plus'])} rounds.",
+        "",
+        "## Means over seeds, ± half of a 95 % interval (Student's t)",
+        "",
+        f"| | parameters | {head} |",
+        rule,
+        "| chance | | " + " | ".join(shown(key, chance[key]) if key in chance else "" for key in METRICS) + " |",
+    ]
+    for name in names:
+        own = by_seed(results, name)
+        cells = [with_half(*interval(list(values(results, name, metric).values())), metric) for metric in METRICS]
+        parameters = next(iter(own.values()))["parameters"]
+        lines.append(f"| `{name}`: {VARIANTS[name].label} | {parameters / 1e6:.2f} M | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "## Differences, paired by seed (time by round): the row less the one it is compared with",
+        "",
+        "In brackets the 95 % interval; bold where it leaves out 0. One in twenty would by chance alone.",
+        "",
+        f"| | against | {head} |",
+        rule,
+    ]
+    for name in names:
+        cells = []
+        for metric in METRICS:
+            changes = differences(results, name, metric)
+            if not changes:
+                continue
+            mean, half = interval(changes)
+            text = shown(metric, mean, sign=True)
+            if len(changes) > 1:
+                text += f" [{shown(metric, mean - half, sign=True)}, {shown(metric, mean + half, sign=True)}]"
+            cells.append(f"**{text}**" if abs(mean) > half else text)
+        if cells:
+            lines.append(f"| `{name}`: {VARIANTS[name].label} | `{VARIANTS[name].against}` | {' | '.join(cells)} |")
+    lines += ["", "## Scale weights of the base: where each expert looks", ""]
+    base = by_seed(results, "plus")
+    if base:
+        scales = len(next(iter(base.values()))["scale_weights"][MODALITIES[0]])
+        titles = [f"{SIDE // (4 * 2**scale)}x{SIDE // (4 * 2**scale)} cells" for scale in range(scales)]
+        lines += [f"| expert | {' | '.join(titles)} |", "|---|" + "---|" * scales]
+        for modality in MODALITIES:
+            columns = zip(*(run["scale_weights"][modality] for run in base.values()), strict=True)
+            cells = [with_half(*interval(list(column))) for column in columns]
+            lines.append(f"| {modality} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw_differences(results: dict[str, Any], path: Path) -> None:
+    """A panel for each of the plotted metrics, a line for each row: seeds, their mean and its interval."""
+    names = [name for name in VARIANTS if differences(results, name, "zero_shot")]
+    figure, axes = plt.subplots(
+        1, len(PLOTTED), figsize=(15, 1.6 + 0.34 * len(names)), sharey=True, layout="constrained"
+    )
+    for axis, metric in zip(axes, PLOTTED, strict=True):
+        axis.axvline(0, color="black", linewidth=0.8)
+        for place, name in enumerate(names):
+            changes = differences(results, name, metric)
+            mean, half = interval(changes)
+            colour = "tab:blue" if VARIANTS[name].undoes or name == "paper" else "tab:orange"
+            axis.plot(changes, [place] * len(changes), "o", color=colour, alpha=0.35, markersize=4)
+            axis.errorbar(
+                mean, place, xerr=None if np.isnan(half) else half, fmt="D", color=colour, capsize=3, markersize=5
+            )
+        axis.set_title(f"{METRICS[metric]}: {'lower' if metric == 'step_ms' else 'higher'} is better", fontsize=10)
+        axis.grid(axis="x", alpha=0.3)
+    labels = [VARIANTS[name].label + ("" if VARIANTS[name].against == "plus" else " *") for name in names]
+    axes[0].set_yticks(range(len(names)), [label.replace("`", "") for label in labels], fontsize=9)
+    axes[0].invert_yaxis()
+    figure.suptitle(
+        "Synthetic phantoms: difference to plus in small, paired by seed, with 95 % intervals "
+        "(* to the row named in the table)\nblue: what plus changes in paper, undone; orange: parts of the design",
+        fontsize=11,
+    )
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_scale_weights(results: dict[str, Any], path: Path) -> None:
+    """Bars of the base's mean scale weights by expert, with each seed as a dot."""
+    base = list(by_seed(results, "plus").values())
+    weights = np.array([[run["scale_weights"][modality] for modality in MODALITIES] for run in base])  # seed, K, S
+    scales = weights.shape[2]
+    figure, axis = plt.subplots(figsize=(9, 3.8), layout="constrained")
+    for scale in range(scales):
+        places = np.arange(len(MODALITIES)) + (scale - (scales - 1) / 2) * 0.8 / scales
+        cells = SIDE // (4 * 2**scale)
+        axis.bar(places, weights[:, :, scale].mean(axis=0), 0.75 / scales, label=f"{cells}x{cells} cells")
+        axis.plot(np.tile(places, len(base)), weights[:, :, scale].ravel(), "k.", markersize=4)
+    axis.axhline(1 / scales, color="black", linestyle=":", linewidth=1)
+    axis.set_xticks(range(len(MODALITIES)), MODALITIES)
+    axis.set_ylabel("mean attention")
+    figure.legend(title="scale", ncols=scales, loc="outside lower center", fontsize=9)
+    axis.set_title("Synthetic phantoms: which scales each expert looks at (dots: seeds)", fontsize=11)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def write(path: Path, text: str) -> None:
+    """A file that is there whole or as it was before."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, default=Path("ablation"), help="folder for all results")
+    parser.add_argument("--steps", type=int, default=300, help="training steps of each run")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each row")
+    parser.add_argument("--unseen", type=int, default=480, help="phantoms to measure on")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, of one thread each")
+    parser.add_argument("--smoke", action="store_true", help="a few rows and steps, to see that it works")
+    arguments = parser.parse_args()
+    names, seeds, rounds = list(VARIANTS), arguments.seeds, 10
+    settings = Settings(arguments.steps, 24, arguments.unseen)
+    if arguments.smoke:
+        names, seeds, rounds = list(SMOKE), 1, 2
+        settings = Settings(4, 24, 60)
+    content: dict[str, Any] = {"synthetic": True, "settings": vars(settings), "runs": {}}
+    path = arguments.output / "ablation.json"
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["settings"] != content["settings"]:
+            parser.error(
+                f"{path} holds runs with {found['settings']}, not {content['settings']}; name another --output"
+            )
+        content = found
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    # Seed by seed: a process draws the phantoms of a seed once.
+    wanted = [(name, seed) for seed in range(seeds) for name in names if f"{name}/{seed}" not in content["runs"]]
+    with ProcessPoolExecutor(max(1, min(arguments.jobs, len(wanted))), mp_context=get_context("spawn")) as pool:
+        tasks = {pool.submit(run, name, seed, settings): (name, seed) for name, seed in wanted}
+        for number, task in enumerate(as_completed(tasks), start=1):
+            name, seed = tasks[task]
+            one = {"variant": name, "seed": seed, **task.result()}
+            content["runs"][f"{name}/{seed}"] = one
+            write(path, json.dumps(content, indent=1) + "\n")
+            measured = ", ".join(f"{title} {one[key]:.3f}" for key, title in METRICS.items() if key in one)
+            print(
+                f"{time.monotonic() - started:5.0f} s  {number}/{len(wanted)}  {name}, {seed}: {measured}", flush=True
+            )
+    # Measured anew each time, when nothing of ours runs beside it.
+    content["step_ms"] = time_steps([name for name in VARIANTS if by_seed(content, name)], settings, rounds)
+    write(path, json.dumps(content, indent=1) + "\n")
+    text = table(content, settings)
+    write(arguments.output / "ablation.md", text)
+    draw_differences(content, arguments.output / "ablation.png")
+    draw_scale_weights(content, arguments.output / "scale_weights.png")
+    print(f"\n{text}\nWritten to {arguments.output}: ablation.json, ablation.md, ablation.png, scale_weights.png")
+
+
+if __name__ == "__main__":
+    main()

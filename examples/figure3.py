@@ -1,0 +1,97 @@
+"""Word-level heat-maps across modalities, like Figure 3 of the paper, of what `examples/quickstart.py` trained.
+
+    python examples/figure3.py quickstart [--output figure3.png]
+
+One row a modality: an unseen phantom with the box of its finding, then the maps of up to four words of its report:
+the one that names the finding, and others that no normal report has. As in the quickstart, each word is read alone and
+held against normal reports of the modality: the map says what speaks for a report with this word and against a normal
+one. So words that only come with findings ("large", "evidence") point at the finding too. The images are drawings.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import matplotlib
+import numpy as np
+import torch
+
+from medmoe_hf.data import MODALITIES
+from medmoe_hf.model import MedMoEModel, MedMoEProcessor
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.patches import Rectangle
+
+WORDS = 4
+
+
+def read_samples(folder: Path) -> list[dict[str, Any]]:
+    """The unseen phantoms of a quickstart folder."""
+    shards = [str(path) for path in sorted((folder / "unseen").glob("*.tar"))]
+    return list(datasets.load_dataset("webdataset", data_files=shards, split="train", streaming=True))
+
+
+def chosen_words(words: list[str], finding: str, normal: set[str]) -> list[str]:
+    """The finding's word and the longest of the others that no normal report has, in the report's order."""
+    others = [word for word in words if word.lower() not in normal | {finding.lower()} and word.isalpha()]
+    kept = {finding, *sorted(others, key=len, reverse=True)[: WORDS - 1]}
+    return [word for word in dict.fromkeys(words) if word in kept]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, help="what examples/quickstart.py wrote")
+    parser.add_argument("--output", type=Path, default=Path("figure3.png"), help="the picture")
+    parser.add_argument("--sample", type=int, default=0, help="which unseen phantom of each modality, from 0")
+    arguments = parser.parse_args()
+    torch.set_flush_denormal(True)
+    model = MedMoEModel.from_pretrained(arguments.folder / "model").eval()
+    processor = MedMoEProcessor.from_pretrained(arguments.folder / "model")
+    prompts = json.loads((arguments.folder / "prompts.json").read_text(encoding="utf-8"))
+    samples = read_samples(arguments.folder)
+    figure, axes = plt.subplots(
+        len(MODALITIES), 1 + WORDS, figsize=(2.4 * (1 + WORDS), 2.75 * len(MODALITIES)), layout="constrained"
+    )
+    for number, (modality, row) in enumerate(zip(MODALITIES, axes, strict=True)):
+        own = [sample for sample in samples if int(sample["cls"]) == number]
+        sample = [one for one in own if one["json"]["finding_word"]][arguments.sample]
+        reports = prompts[modality]["normal"]
+        normal = {word.lower() for report in processor.tokenizer.words(reports) for word in report}
+        words = chosen_words(processor.tokenizer.words(sample["txt"]), sample["json"]["finding_word"], normal)
+        grounding = model.ground(
+            **processor(images=[sample["png"]] * len(words), text=words, return_tensors="pt"),
+            reference=processor(text=reports, return_tensors="pt"),
+            modality=modality,
+        )
+        sizes = [sample["png"].size[::-1]] * len(words)
+        maps = processor.post_process_grounding(grounding, target_sizes=sizes, sigma=1.5)
+        draw_row(row, sample, modality, {word: one[0].numpy() for word, one in zip(words, maps, strict=True)})
+    figure.suptitle(
+        "Synthetic phantoms: what speaks for each word and against normal reports (each map has its own scale)\n"
+        "box: the finding, bold: its word, +: the hottest pixel"
+    )
+    figure.savefig(arguments.output, dpi=110)
+    print(f"Written: {arguments.output}")
+
+
+def draw_row(row: Any, sample: dict[str, Any], modality: str, maps: dict[str, np.ndarray]) -> None:
+    """The image, and beside it the map of each word."""
+    left, top, right, bottom = sample["json"]["box"]
+    for axis in row:
+        axis.set_axis_off()
+    for axis, (title, heatmap) in zip(row, [(modality, None), *maps.items()], strict=False):
+        axis.imshow(sample["png"], cmap="gray")
+        axis.set_title(title, fontsize=11, fontweight="bold" if title == sample["json"]["finding_word"] else "normal")
+        if heatmap is not None:
+            axis.imshow(heatmap, cmap="inferno", alpha=0.55)
+            y, x = np.unravel_index(heatmap.argmax(), heatmap.shape)
+            axis.plot(x, y, "+", color="cyan", markersize=10, markeredgewidth=2)
+        corner = (left - 0.5, top - 0.5)
+        axis.add_patch(Rectangle(corner, right - left, bottom - top, fill=False, edgecolor="lime", linewidth=1.3))
+
+
+if __name__ == "__main__":
+    main()
