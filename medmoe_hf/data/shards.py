@@ -10,6 +10,7 @@ import tarfile
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -118,12 +119,11 @@ def _split_name(name: str) -> tuple[str, str, str]:
 
 
 class ParquetShard:
-    """A parquet file; a row group is kept, since neighbours come from the same one."""
+    """A parquet file, read by row groups, since neighbours come from the same one."""
 
     def __init__(self, path: str) -> None:
         self.name = path
         self._starts: list[int] | None = None
-        self._cached: tuple[int, Any] | None = None
 
     def __len__(self) -> int:
         if self._starts is None:
@@ -147,12 +147,16 @@ class ParquetShard:
 
     def read(self, place: Any) -> dict[str, Any]:
         group, row = place
-        if self._cached is None or self._cached[0] != group:
-            self._cached = (group, pyarrow.parquet.ParquetFile(self.name).read_row_group(group))
-        return {name: column[0].as_py() for name, column in zip(*_row(self._cached[1], row), strict=True)}
+        return {name: column[0].as_py() for name, column in zip(*_row(_row_group(self.name, group), row), strict=True)}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"name": self.name, "_starts": None, "_cached": None}
+        return {"name": self.name, "_starts": None}
+
+
+@lru_cache(maxsize=16)
+def _row_group(path: str, group: int) -> Any:
+    """Kept for a process, not for a shard: one for each of the sources that take turns, however many files they are."""
+    return pyarrow.parquet.ParquetFile(path).read_row_group(group)
 
 
 def _row(table: Any, row: int) -> tuple[list[str], list[Any]]:
