@@ -43,7 +43,7 @@ def evaluate(
         models: as `load_encoder` takes them.
         recipe: a name of `recipe_names()`, or the path of a YAML file.
         data_dir: the folder of the data.
-        protocols: of `PROTOCOLS`; None: the recipe's tasks.
+        protocols: of `PROTOCOLS`; None: the recipe's tasks, as far as the copy allows (a probe needs training images).
         output: folder for `results.json`, `results.md` and the figures; None writes nothing.
         resamples, seed: of the bootstrap.
         batch_size: images in one pass.
@@ -72,7 +72,14 @@ def evaluate(
                 continue
             run = partial(PROTOCOLS[protocol], encoder, resamples=resamples, seed=seed)
             for data in _sets_for(protocol, sets, read.name):
-                result = run(data)
+                try:
+                    result = run(data)
+                except ValueError as error:
+                    # What was asked for by name must be done; of all that a recipe is made for, what the copy allows.
+                    if protocols is not None:
+                        raise
+                    report(f"{protocol} of {encoder.name} on {data.name} is left out: {error}")
+                    continue
                 results.append(result)
                 report(f"{protocol} of {encoder.name} on {data.name}: N = {result.count}")
     if output is not None:
