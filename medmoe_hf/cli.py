@@ -360,6 +360,20 @@ def push_sources(
 
 
 @app.command()
+def demo(
+    checkpoint: Annotated[
+        str | None, typer.Argument(help="Folder or Hub id; by default what MEDMOE_MODEL says.")
+    ] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="On 127.0.0.1.")] = 7860,
+) -> None:
+    """Show a checkpoint in the browser. Its code is run: only those that you trust."""
+    with _errors_of("demo"):
+        from medmoe_hf.hub.space.app import launch
+
+        launch(checkpoint, port)
+
+
+@app.command()
 def encode(
     sources: Annotated[Path, typer.Argument(help="YAML file with a list of sources.")],
     out: Annotated[Path, typer.Argument(help="Folder to make, or to go on with after an interruption.")],

@@ -1,0 +1,502 @@
+"""A MedMoE checkpoint in the browser: routing, zero-shot labels, heat-maps, scales, nearest reports.
+
+    python app.py CHECKPOINT        (a folder or an id on the Hub; or by the variable MEDMOE_MODEL)
+
+This folder is a Space as it stands, and what `medmoe demo` runs. It needs the checkpoint and transformers, and not the
+package medmoe_hf.
+"""
+
+import argparse
+import base64
+import html
+import io
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Read when gradio is imported.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+
+try:
+    import gradio as gr
+except ImportError as error:
+    raise ImportError('the demo needs the package gradio: pip install "medmoe_hf[demo]"') from error
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+AUTOMATIC = "automatic"
+NEAREST = 5
+LONGEST_SIDE = 1024  # of the picture that is shown, in pixels
+HEATMAP_SIGMA = 1.5  # in cells of the map, as the checkpoint's pointing game is measured
+SECONDS_KEPT = 1800  # that a picture nobody touches stays in memory
+
+TEXTS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("reports.json").read_text())
+"""Of each of the six default modalities: `labels` to choose from, `normal` reports, and `reports` to search.
+
+All are sentences of medmoe_hf's phantom grammar; a test holds the file against it.
+"""
+
+DISCLAIMER = (
+    "**Research software, not a medical device.** Nothing here may guide a diagnosis or a treatment. A checkpoint "
+    "that was trained on phantoms knows drawings only: what it says about a real image means nothing."
+)
+PRIVACY = (
+    "Pictures are read and deleted at once; what is shown stays in memory for this page only, for half an hour at "
+    "most. Nothing is logged. Do not upload images of patients to a server that is not yours."
+)
+NO_CHECKPOINT = """# MedMoE
+
+**No checkpoint was given.** Say which one to show, a folder or an id on the Hub:
+
+- `medmoe demo FOLDER`
+- `python app.py FOLDER_OR_ID`
+- in a Space: Settings, Variables and secrets, a variable `MEDMOE_MODEL` with the id; for a private checkpoint also a
+  secret `HF_TOKEN` that may read it.
+
+`python examples/quickstart.py` trains a small one on phantoms in minutes: `medmoe demo quickstart/model`.
+"""
+
+CSS = """
+.gradio-container { margin: 0 auto !important; max-width: 1200px !important; }
+.gradio-container h1 code { overflow-wrap: anywhere !important; white-space: normal !important; }
+/* A link to a file that is deleted once it is read. */
+#file .download { display: none; }
+.medmoe-stack { position: relative; line-height: 0; }
+.medmoe-stack img { width: 100%; height: auto; }
+.medmoe-stack .medmoe-heat { position: absolute; inset: 0; height: 100%; opacity: var(--medmoe-opacity, 0.6); }
+.medmoe-picture { margin: 0 auto; max-width: 480px; }
+.medmoe-picture.medmoe-small { max-width: 300px; }
+.medmoe-picture figcaption { line-height: 1.4; margin-top: 8px; }
+.medmoe-empty { border: 1px dashed var(--border-color-primary); border-radius: 8px; padding: 48px 16px;
+  text-align: center; }
+.medmoe-alert { border-left: 4px solid #c62828; padding: 8px 12px; overflow-wrap: anywhere; }
+.medmoe-legend { list-style: none; margin: 8px 0 0; padding: 0; }
+.medmoe-legend span { border: 1px solid #888; display: inline-block; height: 0.9em; margin-right: 8px; width: 0.9em; }
+.medmoe-reports { list-style: decimal; margin: 0; padding-left: 1.5em; }
+.medmoe-reports li { margin-bottom: 10px; }
+.medmoe-reports small { font-size: 0.9em; }
+button:focus-visible, input:focus-visible, textarea:focus-visible { outline: 3px solid #1565c0 !important;
+  outline-offset: 2px; }
+"""
+# Fonts of the machine, so that none is fetched from elsewhere; colours that can be read (WCAG's 4.5 to 1).
+THEME = gr.themes.Default(
+    primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+).set(
+    block_info_text_color="*neutral_600",
+    block_info_text_color_dark="*neutral_300",
+    button_primary_background_fill="*primary_700",
+    button_primary_background_fill_dark="*primary_700",
+    button_primary_background_fill_hover="*primary_800",
+    button_primary_background_fill_hover_dark="*primary_800",
+)
+# The slider's number is all that the browser needs: no picture travels when it moves.
+SET_OPACITY = "(opacity) => { document.documentElement.style.setProperty('--medmoe-opacity', opacity); }"
+
+
+@dataclass(eq=False)
+class Picture:
+    """A file that was read.
+
+    Args:
+        shown: (H, W, 3) uint8, upright, no side longer than `LONGEST_SIDE`.
+        pixel_values: (1, 3, h, w), what the model sees of it.
+        told: the modality that a DICOM header tells; None where there is none.
+        probabilities: the image router's, of each modality.
+    """
+
+    shown: np.ndarray
+    pixel_values: torch.Tensor
+    told: str | None
+    probabilities: dict[str, float]
+
+
+class Checkpoint:
+    """A MedMoE checkpoint, and what the page asks of it.
+
+    In all methods `wish` is a modality, whose expert is to be asked, or `AUTOMATIC`: the image router's choice.
+
+    Args:
+        name: a folder or an id on the Hub. Its code is run, so it must be one that you trust.
+
+    Raises:
+        OSError: there is no such checkpoint, or it cannot be reached.
+        ValueError: it is not a dual encoder of MedMoE.
+    """
+
+    def __init__(self, name: str) -> None:
+        if not Path(name).is_dir() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
+            raise FileNotFoundError(f"{name}: there is no such folder, and an id on the Hub has the form user/name")
+        # Of a folder its last two parts: the whole path is nobody's business.
+        self.name = "/".join(Path(name).resolve().parts[-2:]) if Path(name).is_dir() else name
+        self.model = AutoModel.from_pretrained(name, trust_remote_code=True).eval()
+        if self.model.config.model_type != "medmoe":
+            raise ValueError(
+                f"{name} holds a model of type {self.model.config.model_type!r}; the demo shows dual encoders, of "
+                "type 'medmoe'."
+            )
+        self.processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
+        self.modalities: list[str] = list(self.model.config.modalities.values())
+        self.reports = [(modality, text) for modality, texts in TEXTS.items() for text in texts["reports"]]
+        with torch.inference_mode():
+            embeds = self.model.get_text_features(**self._tokens([text for _, text in self.reports])).pooler_output
+        self.report_embeds = torch.nn.functional.normalize(embeds, dim=-1)
+
+    def _tokens(self, texts: Sequence[str]) -> Any:
+        return self.processor(text=list(texts), return_tensors="pt")
+
+    @torch.inference_mode()
+    def read(self, path: str) -> Picture:
+        """A picture, and where the image router sends it.
+
+        Raises:
+            OSError, ValueError, ImportError: the file gives no picture; the message says why.
+        """
+        plain = self.processor.image_processor(
+            path, do_resize=False, do_normalize=False, pad_to_square=False, return_modality=True, return_tensors="pt"
+        )
+        shown = Image.fromarray((plain["pixel_values"][0].movedim(0, -1) * 255).round().to(torch.uint8).numpy())
+        shown.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+        pixel_values = self.processor(images=path, return_tensors="pt")["pixel_values"]
+        probabilities = self.model.route(pixel_values=pixel_values).probabilities[0].tolist()
+        return Picture(
+            shown=np.asarray(shown),
+            pixel_values=pixel_values,
+            told=plain.get("modality", [None])[0],
+            probabilities=dict(zip(self.modalities, probabilities, strict=True)),
+        )
+
+    def expert(self, picture: Picture, wish: str) -> str:
+        """The modality whose expert is asked."""
+        return max(picture.probabilities, key=picture.probabilities.__getitem__) if wish == AUTOMATIC else wish
+
+    def _modality(self, picture: Picture, wish: str) -> str | None:
+        """What the model is told. Mostly the expert's name: a report would choose another one for itself."""
+        mixes = wish == AUTOMATIC and self.model.config.vision_config.mixture == "soft"
+        return None if mixes else self.expert(picture, wish)
+
+    @torch.inference_mode()
+    def compare(self, picture: Picture, wish: str, labels: Sequence[str]) -> dict[str, float]:
+        """The probability of each label among all of them."""
+        outputs = self.model(
+            **self._tokens(labels), pixel_values=picture.pixel_values, modality=self._modality(picture, wish)
+        )
+        return dict(zip(labels, outputs.logits_per_image[0].float().softmax(dim=0).tolist(), strict=True))
+
+    @torch.inference_mode()
+    def ground(self, picture: Picture, wish: str, phrase: str) -> np.ndarray:
+        """(H, W) float32 over `picture.shown`: how much more a place is about the phrase than about normal reports.
+
+        For a modality of which we have no normal reports, the words are held against each other.
+        """
+        texts = TEXTS.get(self.expert(picture, wish))
+        grounding = self.model.ground(
+            **self._tokens([phrase]),
+            pixel_values=picture.pixel_values,
+            modality=self._modality(picture, wish),
+            reference=None if texts is None else self._tokens(texts["normal"]),
+        )
+        return self._over(picture, grounding, sigma=HEATMAP_SIGMA).mean(axis=0)
+
+    @torch.inference_mode()
+    def scales_and_nearest(
+        self, picture: Picture, wish: str
+    ) -> tuple[dict[str, float], np.ndarray, list[tuple[float, str, str]]]:
+        """What the expert makes of the picture.
+
+        Returns:
+            the mean weight of each scale; (H, W) over `picture.shown`, the index of the scale that dominates, 0 for
+            the finest; and the `NEAREST` reports, each its cosine with the picture, its modality and its text.
+        """
+        features = self.model.get_image_features(picture.pixel_values, modality=self._modality(picture, wish))
+        means = features.scale_weights[0].mean(dim=(1, 2)).tolist()
+        count = len(means)
+        ends = {0: ", finest", count - 1: ", coarsest"}
+        names = [f"scale {index + 1}{ends.get(index, '')}" for index in range(count)]
+        dominating = self._over(picture, features.scale_weights).argmax(axis=0)
+        cosines = self.report_embeds @ torch.nn.functional.normalize(features.pooler_output[0], dim=0)
+        best = cosines.topk(min(NEAREST, len(cosines)))
+        nearest = [
+            (value, *self.reports[row]) for value, row in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
+        return dict(zip(names, means, strict=True)), dominating, nearest
+
+    def _over(self, picture: Picture, maps: Any, sigma: float = 0.0) -> np.ndarray:
+        """Maps of one image (1, W, h, w), or an output with `heatmaps`, as (W, H, W) on the pixels that are shown."""
+        size = picture.shown.shape[:2]
+        return self.processor.post_process_grounding(maps, target_sizes=[size], sigma=sigma)[0].numpy()
+
+
+def _data_uri(pixels: np.ndarray) -> str:
+    """A PNG inside the page: gradio's own image component would leave a file on the server."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def heat_colours(heatmap: np.ndarray) -> np.ndarray:
+    """(H, W) to (H, W, 4) uint8: from the coolest place, black and clear, to the warmest, bright and opaque."""
+    low, high = float(heatmap.min()), float(heatmap.max())
+    share = (heatmap - low) / (high - low) if high > low else np.zeros_like(heatmap)
+    colours = matplotlib.colormaps["inferno"](share)
+    colours[..., 3] = share
+    return (colours * 255).round().astype(np.uint8)
+
+
+def picture_html(picture: Picture, phrase: str = "", heatmap: np.ndarray | None = None, against: str = "") -> str:
+    """The picture, with a phrase's heat-map on top and what it means below: what it was held `against`."""
+    overlay = caption = ""
+    if heatmap is not None:
+        row, column = np.unravel_index(heatmap.argmax(), heatmap.shape)
+        down, across = (round(100 * (at + 0.5) / side) for at, side in zip((row, column), heatmap.shape, strict=True))
+        said = html.escape(phrase)
+        place = f"{across} % from the left and {down} % from the top"
+        overlay = (
+            f'<img class="medmoe-heat" src="{_data_uri(heat_colours(heatmap))}" '
+            f'alt="Heat-map of “{said}”, warmest {place}">'
+        )
+        caption = (
+            f"<figcaption>“{said}” is warmest {place}. The colours run from {heatmap.min():+.2f} (clear) to "
+            f"{heatmap.max():+.2f} (bright): how much more a place speaks for the phrase than for {against}. "
+            "There is always a warmest place, also where there is nothing to find.</figcaption>"
+        )
+    return (
+        '<figure class="medmoe-picture"><div class="medmoe-stack">'
+        f'<img src="{_data_uri(picture.shown)}" alt="Your picture">{overlay}</div>{caption}</figure>'
+    )
+
+
+def scales_html(dominating: np.ndarray, names: Sequence[str]) -> str:
+    """Which scale dominates where: (H, W) indices of `names`, as a small picture with a legend."""
+    levels = np.linspace(0, 1, len(names))
+    colours = (matplotlib.colormaps["viridis"](levels)[:, :3] * 255).round().astype(np.uint8)
+    legend = "".join(
+        f'<li><span style="background: rgb{tuple(colour.tolist())}"></span>{html.escape(name)}: dominates on '
+        f"{(dominating == index).mean():.0%}</li>"
+        for index, (name, colour) in enumerate(zip(names, colours, strict=True))
+    )
+    return (
+        '<figure class="medmoe-picture medmoe-small"><div class="medmoe-stack">'
+        f'<img src="{_data_uri(colours[dominating])}" alt="Map of the dominating scale"></div>'
+        f'<figcaption><ul class="medmoe-legend">{legend}</ul></figcaption></figure>'
+    )
+
+
+def nearest_html(nearest: Sequence[tuple[float, str, str]]) -> str:
+    """The nearest reports as a list."""
+    items = "".join(
+        f"<li>{html.escape(text)}<br><small>{html.escape(modality)}, cosine {cosine:.2f}</small></li>"
+        for cosine, modality, text in nearest
+    )
+    return f'<ol class="medmoe-reports">{items}</ol>'
+
+
+def _status(text: str) -> str:
+    return f'<p role="status">{html.escape(text)}</p>'
+
+
+def _alert(text: str) -> str:
+    return f'<p role="alert" class="medmoe-alert">{html.escape(text)}</p>'
+
+
+def _empty(text: str) -> str:
+    return f'<p class="medmoe-empty">{html.escape(text)}</p>'
+
+
+def routed(checkpoint: Checkpoint, picture: Picture, wish: str) -> str:
+    """Which expert was chosen, by whom, and what the file itself says, in a sentence or two."""
+    automatic = checkpoint.expert(picture, AUTOMATIC)
+    text = f"The router chose the {automatic} expert ({picture.probabilities[automatic]:.0%})."
+    if wish == automatic:
+        text += " You chose the same."
+    elif wish != AUTOMATIC:
+        text += f" You overruled it: the {wish} expert was asked."
+    if picture.told is not None:
+        text += f" The file's header says {picture.told}."
+    return text
+
+
+def default_labels(modality: str) -> str:
+    """The labels that the page begins with, one a line; none for a modality that we know nothing of."""
+    return "\n".join(TEXTS.get(modality, {"labels": []})["labels"])
+
+
+class Page:
+    """The page's events: each turns what stands in the controls into what the outputs show."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+
+    def load(self, path: str | None, wish: str, labels: str, phrase: str) -> tuple[Any, ...]:
+        """A new file: the picture, then what `describe` gives. The file is deleted."""
+        if path is None:
+            return self.clear(labels)
+        try:
+            picture = self.checkpoint.read(path)
+        except FileNotFoundError:
+            return self.clear(labels, _alert("The file is no longer here. Remove it and choose it again."))
+        except (OSError, ValueError, ImportError) as error:
+            # The message names the file by its place on the server, which is nobody's business.
+            reason = str(error).replace(str(path), Path(path).name).removeprefix("image 0 of the batch: ")
+            return self.clear(labels, _alert(f"This file gives no picture: {reason}. Try a PNG, JPEG or DICOM file."))
+        finally:
+            Path(path).unlink(missing_ok=True)
+        return picture, *self.describe(picture, wish, labels, phrase)
+
+    def clear(self, labels: str, status: str = "") -> tuple[Any, ...]:
+        """What `load` gives where there is no picture."""
+        return None, status, _empty("Your picture will be here."), None, labels, None, None, "", ""
+
+    def describe(self, picture: Picture | None, wish: str, labels: str, phrase: str) -> tuple[Any, ...]:
+        """Status, picture, router, labels and their probabilities, scales and where they dominate, nearest reports.
+
+        Labels that nobody edited follow the expert.
+        """
+        if picture is None:
+            return self.clear(labels, self._nothing())[1:]
+        untouched = not labels.strip() or labels in [default_labels(modality) for modality in TEXTS]
+        labels = default_labels(self.checkpoint.expert(picture, wish)) if untouched else labels
+        means, dominating, nearest = self.checkpoint.scales_and_nearest(picture, wish)
+        return (
+            _status(routed(self.checkpoint, picture, wish)),
+            self._picture(picture, wish, phrase),
+            picture.probabilities,
+            labels,
+            self._compare(picture, wish, labels),
+            means,
+            scales_html(dominating, list(means)),
+            nearest_html(nearest),
+        )
+
+    def compare(self, picture: Picture | None, wish: str, labels: str) -> tuple[Any, ...]:
+        """Status and the labels' probabilities."""
+        if picture is None:
+            return self._nothing(), None
+        probabilities = self._compare(picture, wish, labels)
+        status = _alert("Write a label a line, two or more.") if probabilities is None else None
+        return status or _status(routed(self.checkpoint, picture, wish)), probabilities
+
+    def ground(self, picture: Picture | None, wish: str, phrase: str) -> tuple[str, str]:
+        """Status, and the picture with the phrase's heat-map."""
+        if picture is None:
+            return self._nothing(), _empty("Your picture will be here.")
+        status = _status(routed(self.checkpoint, picture, wish)) if phrase.strip() else _alert("Write a phrase first.")
+        return status, self._picture(picture, wish, phrase)
+
+    def _nothing(self) -> str:
+        return _alert("There is no picture (or it was here for half an hour): choose a file.")
+
+    def _compare(self, picture: Picture, wish: str, labels: str) -> dict[str, float] | None:
+        listed = list(dict.fromkeys(line.strip() for line in labels.splitlines() if line.strip()))
+        return self.checkpoint.compare(picture, wish, listed) if len(listed) > 1 else None
+
+    def _picture(self, picture: Picture, wish: str, phrase: str) -> str:
+        phrase = phrase.strip()
+        if not phrase:
+            return picture_html(picture)
+        known = self.checkpoint.expert(picture, wish) in TEXTS
+        against = "normal reports of the modality" if known else "the other words"
+        return picture_html(picture, phrase, self.checkpoint.ground(picture, wish, phrase), against)
+
+
+def build(checkpoint: Checkpoint) -> gr.Blocks:
+    """The page of a checkpoint."""
+    page = Page(checkpoint)
+    # Beside each other only where both are readable: a telephone gets one column.
+    column = {"min_width": 345}
+    with gr.Blocks(title="MedMoE", analytics_enabled=False, delete_cache=(60, 60)) as blocks:
+        gr.Markdown(f"# MedMoE: `{checkpoint.name}`\n\n{DISCLAIMER}")
+        picture = gr.State(None, time_to_live=SECONDS_KEPT)
+        # Any ending: DICOM files often have none.
+        file = gr.File(label="Picture: PNG, JPEG or DICOM", height=140, elem_id="file")
+        status = gr.HTML(elem_id="status")
+        with gr.Row():
+            with gr.Column(**column):
+                shown = gr.HTML(_empty("Your picture will be here."), elem_id="picture")
+                phrase = gr.Textbox(
+                    label="Phrase", info="Where is it? One word is often best: effusion", max_lines=1, elem_id="phrase"
+                )
+                find = gr.Button("Show heat-map", variant="primary", elem_id="find")
+                opacity = gr.Slider(0, 1, value=0.6, step=0.05, label="Opacity of the heat-map", elem_id="opacity")
+            with gr.Column(**column):
+                wish = gr.Dropdown(
+                    [AUTOMATIC, *checkpoint.modalities],
+                    value=AUTOMATIC,
+                    label="Expert",
+                    info="The router's choice, or overrule it.",
+                    filterable=False,
+                    elem_id="expert",
+                )
+                router = gr.Label(label="Router: probability of each expert", show_heading=False, elem_id="router")
+                labels = gr.Textbox(
+                    label="Zero-shot labels", info="Sentences like a report's, one a line.", lines=4, elem_id="labels"
+                )
+                ask = gr.Button("Compare labels", variant="primary", elem_id="ask")
+                zero_shot = gr.Label(label="Probability among these labels", show_heading=False, elem_id="zero-shot")
+        with gr.Row():
+            with gr.Column(**column):
+                gr.Markdown("## Scales of the expert")
+                means = gr.Label(label="Mean weight of each scale", show_heading=False, elem_id="scales")
+                dominating = gr.HTML(elem_id="dominating")
+            with gr.Column(**column):
+                gr.Markdown(f"## Nearest phantom reports\n\nOf {len(checkpoint.reports)} synthetic ones.")
+                nearest = gr.HTML(elem_id="nearest")
+        gr.Markdown(PRIVACY)
+
+        described = [status, shown, router, labels, zero_shot, means, dominating, nearest]
+        controls = [wish, labels, phrase]
+        file.upload(page.load, [file, *controls], [picture, *described])
+        file.clear(page.clear, [labels], [picture, *described])
+        wish.change(page.describe, [picture, *controls], described)
+        gr.on([ask.click, labels.submit], page.compare, [picture, wish, labels], [status, zero_shot])
+        gr.on([find.click, phrase.submit], page.ground, [picture, wish, phrase], [status, shown])
+        opacity.change(None, [opacity], None, js=SET_OPACITY)
+    return blocks
+
+
+def launch(name: str | None = None, port: int | None = None) -> None:
+    """Shows a checkpoint until it is interrupted, on 127.0.0.1 unless GRADIO_SERVER_NAME says otherwise.
+
+    Args:
+        name: a folder or an id on the Hub; None: what the variable MEDMOE_MODEL says. Without either the page says
+            what to give.
+        port: None means the first free one from 7860.
+
+    Raises:
+        OSError, ValueError: as `Checkpoint`; OSError also for a port in use.
+    """
+    name = name or os.environ.get("MEDMOE_MODEL")
+    if name:
+        blocks = build(Checkpoint(name))
+    else:
+        with gr.Blocks(title="MedMoE", analytics_enabled=False) as blocks:
+            gr.Markdown(NO_CHECKPOINT)
+    blocks.launch(
+        server_port=port,
+        share=False,
+        ssr_mode=False,
+        footer_links=[],
+        max_file_size="200mb",
+        theme=THEME,
+        css=CSS,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="A MedMoE checkpoint in the browser.")
+    parser.add_argument("checkpoint", nargs="?", help="folder or Hub id; by default what MEDMOE_MODEL says")
+    parser.add_argument("--port", type=int, help="by default the first free one from 7860")
+    arguments = parser.parse_args()
+    try:
+        launch(arguments.checkpoint, arguments.port)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"app.py: {error}") from error
+
+
+if __name__ == "__main__":
+    main()
