@@ -162,6 +162,10 @@ VARIANTS: dict[str, Variant] = {
     "plus": Variant("`plus` in small (the base)", BASE, against=None),
     "paper": Variant("`paper` in small (all of these undone)", merged(*(row.changes for row in _UNDONE.values()))),
     **_UNDONE,
+    "kept": Variant(
+        "all undone but projections and v_g from both",
+        merged(*(row.changes for name, row in _UNDONE.items() if name not in ("global-backbone", "no-projection"))),
+    ),
     "global-expert": Variant("v_g: the expert map's mean", {"vision_config": {"global_features": "expert"}}),
     "shared-expert": Variant("one shared expert of the same size", alter=share_expert),
     # C = 132 in one expert are as many parameters as C = 48 in six.

@@ -373,6 +373,21 @@ def demo(
         launch(checkpoint, port)
 
 
+@app.command("export")
+def export_towers(
+    folder: Annotated[str, typer.Argument(help="Folder or Hub id of a dual encoder.")],
+    out: _Out,
+    format: Annotated[Literal["onnx", "torch-export"], typer.Option(help="Of the files.")] = "onnx",
+    force: _Force = False,
+) -> None:
+    """Both towers as files that need no Python of ours, routing inside; checked against the model."""
+    from medmoe_hf.hub.export import export
+
+    with _errors_of("export"):
+        report = export(folder, out, format, force)
+    typer.echo(f"{report}\nWrote {out}.")
+
+
 @app.command()
 def encode(
     sources: Annotated[Path, typer.Argument(help="YAML file with a list of sources.")],

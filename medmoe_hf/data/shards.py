@@ -155,7 +155,7 @@ class ParquetShard:
 
 @lru_cache(maxsize=16)
 def _row_group(path: str, group: int) -> Any:
-    """Kept for a process, not for a shard: one for each of the sources that take turns, however many files they are."""
+    """Kept by process, not by shard: one for each of the sources that take turns, however many files they have."""
     return pyarrow.parquet.ParquetFile(path).read_row_group(group)
 
 

@@ -543,7 +543,7 @@ class MedMoEConv2d(nn.Conv2d):
             return self._conv_forward(hidden_states, weight, bias)
         size = hidden_states.shape[-2:]
         if self.kernel_size[0] > 1:
-            columns = nn.functional.unfold(hidden_states, self.kernel_size, padding=self.padding)
+            columns = nn.functional.unfold(hidden_states, self.kernel_size, padding=self.kernel_size[0] // 2)
         else:
             columns = hidden_states.flatten(2)
         result = weight.flatten(2) @ columns

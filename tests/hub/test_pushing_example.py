@@ -1,4 +1,4 @@
-"""The example that ends with `--push`, against a Hub on this machine; then Hub datasets as training data."""
+"""The example that ends with `--push`, against a Hub on this machine."""
 
 import subprocess
 import sys
@@ -28,8 +28,10 @@ def test_fine_tune_and_push(tmp_path, monkeypatch):
     script = ROOT / "examples" / "train_on_your_data.py"
     with LoopbackHub() as hub:
         found = subprocess.run(
-            [sys.executable, str(script), "--model", str(tmp_path / "start"), "--output", str(tmp_path / "mine")]
-            + ["--steps", "2", "--push", "user/mine"],
+            [
+                *(sys.executable, str(script), "--model", str(tmp_path / "start"), "--output", str(tmp_path / "mine")),
+                *("--steps", "2", "--push", "user/mine"),
+            ],
             env=hub.environment(tmp_path / "home", "hf_write"),
             cwd=tmp_path,
             capture_output=True,

@@ -1,0 +1,390 @@
+"""What README.md and docs/pages/ tell people to type: it parses, exists, validates, imports; and much of it is run."""
+
+import argparse
+import ast
+import importlib
+import json
+import re
+import runpy
+import shlex
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+from markdown_it import MarkdownIt
+from typer.testing import CliRunner
+
+from medmoe_hf.cli import app
+from medmoe_hf.data import phantom_sample, write_webdataset, zero_shot_prompts
+from medmoe_hf.data.phantom import FINDINGS
+from medmoe_hf.data.sources import load_sources
+from medmoe_hf.evaluation.recipes import load_recipe
+from medmoe_hf.training import TrainConfig
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+PAGES = {path.name: path for path in (ROOT / "README.md", *sorted((ROOT / "docs" / "pages").glob("*.md")))}
+LAUNCHERS = ("torchrun", "accelerate")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A fenced block or a span of code, and where it stands."""
+
+    page: str
+    line: int
+    kind: str  # "bash", "python", "yaml"; "span" for code inside a sentence
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+def pieces(page: str) -> list[Piece]:
+    found = []
+    for token in MarkdownIt().enable("table").parse(PAGES[page].read_text(encoding="utf-8")):
+        line = (token.map or [0])[0] + 1
+        if token.type == "fence":
+            found.append(Piece(page, line, token.info.strip(), token.content))
+        for child in token.children or ():
+            if child.type == "code_inline":
+                found.append(Piece(page, line, "span", child.content))
+    return found
+
+
+EVERYTHING = [piece for page in PAGES for piece in pieces(page)]
+
+
+def of_kind(kind: str) -> list[Piece]:
+    return [piece for piece in EVERYTHING if piece.kind == kind]
+
+
+def commands_in(text: str) -> list[list[str]]:
+    """The words of each command of a shell block, comments left out."""
+    found: list[list[str]] = []
+    for line in text.replace("\\\n", " ").splitlines():
+        current: list[str] = []
+        for word in [*shlex.split(line, comments=True), "&&"]:
+            if word != "&&":
+                current.append(word)
+            elif current:
+                found.append(current)
+                current = []
+    return found
+
+
+def is_command(span: str) -> bool:
+    words = span.split()
+    if len(words) < 2:
+        return False
+    scripts = words[0] == "python" and words[1].endswith(".py")
+    return scripts or words[0] in ("medmoe", "pip", "mkdocs") or (words[0] in LAUNCHERS and "-m" in words)
+
+
+COMMANDS = [
+    pytest.param(command, piece.kind == "span", id=f"{piece}-{shlex.join(command)[:60]}")
+    for piece in EVERYTHING
+    if piece.kind == "bash" or (piece.kind == "span" and is_command(piece.text))
+    for command in commands_in(piece.text)
+]
+
+
+def medmoe(words: list[str], mentioned: bool = False) -> tuple[str, ...]:
+    """Parses the arguments of `medmoe` as the program does, and gives the names of the command.
+
+    `mentioned`: a sentence may name a command without its arguments.
+    """
+    command, context, names = typer.main.get_command(app), None, []
+    rest = list(words)
+    while hasattr(command, "commands"):
+        context = command.context_class(command, info_name="medmoe", parent=context)
+        assert rest, f"medmoe {' '.join(names)} needs a command"
+        name = rest.pop(0)
+        command = command.get_command(context, name)
+        assert command is not None, f"medmoe has no command {' '.join([*names, name])}"
+        names.append(name)
+    if rest or not mentioned:
+        try:
+            command.make_context(names[-1], rest, parent=context)
+        except Exception as error:  # click's own, or typer's copy of it
+            said = error.format_message() if hasattr(error, "format_message") else error
+            pytest.fail(f"medmoe {shlex.join(words)}: {said}")
+    return tuple(names)
+
+
+class Parsed(Exception):
+    """Raised in the place of what a script does after its arguments are read."""
+
+
+def example(script: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs a script as far as its own argparse."""
+    parse = argparse.ArgumentParser.parse_args
+
+    def stop(parser, *given):
+        raise Parsed(parse(parser, *given))
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+    monkeypatch.syspath_prepend(str(script.parent))
+    with pytest.raises(Parsed):
+        runpy.run_path(str(script), run_name="__main__")
+
+
+def extras() -> set[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return set(project["optional-dependencies"])
+
+
+def check(command: list[str], mentioned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, *rest = command
+    if program in LAUNCHERS:
+        if "--config_file" in rest:
+            assert (ROOT / rest[rest.index("--config_file") + 1]).is_file()
+        assert rest[rest.index("-m") + 1] == "medmoe_hf.cli"
+        program, rest = "medmoe", rest[rest.index("-m") + 2 :]
+    if program == "medmoe":
+        medmoe(rest, mentioned)
+    elif program == "python":
+        script = (ROOT / rest[0]).resolve()
+        assert script.is_file(), f"there is no {rest[0]}"
+        if "gradio" in script.read_text():
+            pytest.importorskip("gradio")
+        example(script, rest[1:], monkeypatch)
+    elif program == "pip":
+        assert rest[0] == "install"
+        for named in re.findall(r"\[([\w,]+)\]", " ".join(rest)):
+            assert set(named.split(",")) <= extras(), f"pyproject.toml has no extra {named}"
+        if "-r" in rest:
+            assert (ROOT / rest[rest.index("-r") + 1]).is_file()
+    elif program == "mkdocs":
+        assert (ROOT / rest[rest.index("-f") + 1]).is_file()
+    else:
+        assert command in (["pytest"], ["hf", "auth", "login"]), f"nothing checks `{shlex.join(command)}`"
+
+
+@pytest.mark.parametrize(("command", "mentioned"), COMMANDS)
+def test_a_command_parses(command, mentioned, monkeypatch):
+    check(command, mentioned, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("medmoe trian run.yaml", "no command trian"),
+        ("medmoe train run.yaml --dry", "No such option"),
+        ("medmoe train", "Missing argument 'config'"),
+        ("medmoe encode s.yaml out --model m --dtype float8", "float8"),
+        ("python examples/nothing.py", "no examples/nothing.py"),
+        ("python examples/search.py --sample 3 --modle x", None),
+        ('pip install -e ".[dicom,nothing]"', "no extra"),
+        ("rm -r /", "nothing checks"),
+    ],
+)
+def test_a_wrong_command_is_noticed(command, message, monkeypatch):
+    with pytest.raises((pytest.fail.Exception, AssertionError, SystemExit), match=message):
+        check(shlex.split(command), False, monkeypatch)
+
+
+# Files that a page's YAML blocks are, by the name in their first comment.
+
+
+def yaml_files(page: str) -> dict[str, str]:
+    found = {}
+    for piece in of_kind("yaml"):
+        name = re.match(r"# (\S+\.yaml)\n", piece.text)
+        # The page's own wins over another page's file of the same name.
+        if name and (piece.page == page or name[1] not in found):
+            found[name[1]] = piece.text
+    return found
+
+
+@pytest.mark.parametrize("piece", of_kind("yaml"), ids=str)
+def test_yaml_is_what_the_package_reads(piece, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, text in yaml_files(piece.page).items():
+        Path(name).write_text(text)
+    part = re.match(r"# in (\S+\.yaml)\n", piece.text)
+    content = yaml.safe_load(piece.text)
+    if isinstance(content, list):
+        Path("these.yaml").write_text(piece.text)
+        assert len(load_sources("these.yaml")) == len(content)
+    elif "layout" in content:
+        Path("this.yaml").write_text(piece.text)
+        assert load_recipe("this.yaml").name == content["name"]
+    elif part:
+        TrainConfig.from_dict({**yaml.safe_load(Path(part[1]).read_text()), **content})
+    else:
+        TrainConfig.from_dict(content)
+
+
+@pytest.mark.parametrize("piece", of_kind("python"), ids=str)
+def test_python_compiles_and_its_imports_resolve(piece):
+    for node in ast.walk(ast.parse(piece.text)):
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                importlib.import_module(name.name)
+        elif isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(str(node.module))
+            for name in node.names:
+                assert hasattr(module, name.name), f"{node.module} has no {name.name}"
+
+
+def test_blocks_say_what_they_are():
+    assert {piece.kind for piece in EVERYTHING} <= {"bash", "python", "yaml", "span"}
+    assert len(COMMANDS) > 30
+
+
+def test_the_readme_links_to_what_is_there():
+    tokens = MarkdownIt().enable("table").parse(PAGES["README.md"].read_text(encoding="utf-8"))
+    children = [child for token in tokens for child in token.children or ()]
+    places = [str(child.attrs.get("href") or child.attrs.get("src")) for child in children if child.attrs]
+    for place in places:
+        if not place.startswith("http"):
+            assert (ROOT / place.split("#")[0]).exists(), f"README.md links to {place}, which is not there"
+
+
+# The documented commands one after another, in small: what is documented, and what is added to it here.
+CHAIN = (
+    ("medmoe phantom data/phantoms --shards 4", "--samples 12 --image-size 64"),
+    ("medmoe data inspect sources.yaml", ""),
+    ("medmoe data overlap train.yaml test.yaml", ""),
+    ("medmoe train run.yaml --dry-run", ""),
+    ("medmoe train run.yaml", ""),
+    ("medmoe train run.yaml --resume auto", ""),
+    ("medmoe evaluate recipes", ""),
+    ("medmoe evaluate check phantoms --data quickstart", ""),
+    (
+        "medmoe evaluate zero-shot quickstart/model --recipe phantoms --data quickstart --output zero-shot",
+        "--resamples 9",
+    ),
+    ("medmoe evaluate all quickstart/model --recipe phantoms --data quickstart --output evaluation", "--resamples 9"),
+    (
+        "medmoe card quickstart/model --repo you/medmoe --license apache-2.0 --results evaluation/results.json",
+        "",
+    ),
+    ("medmoe encode sources.yaml embeds --model quickstart/model", ""),
+    ('medmoe search embeds --text "a large pleural effusion" -k 5', ""),
+    ("medmoe search embeds --image scan.png --modality ct --among reports", ""),
+    ("medmoe push quickstart/model you/medmoe --private --dry-run", ""),
+    ("medmoe push quickstart/model you/medmoe --private --tag v1", ""),
+    ("medmoe verify you/medmoe --revision v1", ""),
+    ("medmoe verify quickstart/model", ""),
+    ("medmoe data push sources.yaml you/pairs --private --license cc-by-4.0", ""),
+)
+# Where the other commands are run.
+ELSEWHERE = {
+    ("convert", "official"): ("tests/test_cli.py", '"convert", "official"'),
+    ("convert", "medclip"): ("tests/hub/test_convert.py", "convert_medclip("),
+    ("init",): ("tests/test_cli.py", '"init"'),
+    ("demo",): ("tests/hub/test_space.py", "app.launch("),
+    ("merge",): ("tests/training/test_adapters.py", "merge_adapter("),
+    **{
+        # `evaluate all` of the phantoms is these
+        ("evaluate", protocol): (".ci/run", "medmoe evaluate all")
+        for protocol in ("linear-probe", "retrieval", "grounding", "routing")
+    },
+}
+
+
+def documented() -> dict[tuple[str, ...], list[list[str]]]:
+    """Names of a command of `medmoe` -> the ways in which blocks write it."""
+    found: dict[tuple[str, ...], list[list[str]]] = {}
+    for piece in of_kind("bash"):
+        for command in commands_in(piece.text):
+            if command[0] == "medmoe":
+                found.setdefault(medmoe(command[1:]), []).append(command)
+    return found
+
+
+def test_every_documented_command_is_run_somewhere():
+    known = documented()
+    written = [command for ways in known.values() for command in ways]
+    for command, _ in CHAIN:
+        assert shlex.split(command) in written, f"no page says `{command}`"
+    run = {medmoe(shlex.split(command)[1:]) for command, _ in CHAIN}
+    for file, text in ELSEWHERE.values():
+        assert text in (ROOT / file).read_text()
+    mentioned = {medmoe(p.text.split()[1:], True) for p in of_kind("span") if re.match(r"medmoe \w", p.text)}
+    assert not (known.keys() | mentioned) - run - ELSEWHERE.keys()
+    scripts = {word for p in EVERYTHING for word in re.findall(r"examples/[\w/]+\.py", p.text)}
+    with_tests = (ROOT / ".ci" / "run").read_text()
+    # Benchmarks take their time, and are run by hand.
+    assert {one for one in scripts if "/benchmarks/" not in one and one not in with_tests} == set()
+
+
+def write_small_data() -> None:
+    """What the chain reads beside what its own commands write."""
+    run = yaml.safe_load(yaml_files("training.md")["run.yaml"])
+    run |= {"max_steps": 3, "batch_size": 8, "evaluate_every": 3, "evaluation_samples": 8, "warmup_steps": 1}
+    run["checkpoints"] = {"every_steps": 2}
+    run["data"]["num_workers"] = 0
+    Path("run.yaml").write_text(yaml.safe_dump(run))
+    tars = [{"kind": "webdataset", "files": ["data/phantoms/*.tar"]}]
+    Path("sources.yaml").write_text(yaml.safe_dump(tars))
+    Path("train.yaml").write_text(yaml.safe_dump(tars))
+    others = [{"kind": "phantom", "seed": 5, "image_size": 64, "length": 12}]
+    Path("test.yaml").write_text(yaml.safe_dump(others))
+    write_webdataset("quickstart/unseen", shards=1, samples_per_shard=48, seed=2, image_size=64)
+    prompts = {modality: zero_shot_prompts(modality) for modality in FINDINGS}
+    Path("quickstart/prompts.json").write_text(json.dumps(prompts))
+    phantom_sample(3, 0, image_size=64)["image"].save("scan.png")
+
+
+@pytest.mark.slow
+def test_the_documented_commands_in_a_row(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "hub"))
+    from loopback_hub import Account, LoopbackHub
+
+    monkeypatch.chdir(tmp_path)
+    write_small_data()
+    output = {}
+    with LoopbackHub() as hub:
+        hub.accounts["hf_write"] = Account("you")
+        hub.use(monkeypatch, tmp_path / "home", token="hf_write")
+        for command, added in CHAIN:
+            if "--resume" in command:
+                # As if the run had ended before it could write its model.
+                before = Path("runs/first/model.safetensors").read_bytes()
+                shutil.rmtree("runs/first")
+            result = CliRunner().invoke(app, shlex.split(f"{command} {added}")[1:])
+            assert result.exit_code == 0, f"{command}\n{result.output}\n{result.exception!r}"
+            output[command] = result.stdout
+            if "--resume" in command:
+                assert Path("runs/first/model.safetensors").read_bytes() == before
+                shutil.copytree("runs/first", "quickstart/model")
+            if "--dry-run" in command:
+                assert not Path("runs").exists() or "push" in command
+                assert not hub.repos, "a dry run has sent something"
+        for piece in of_kind("python"):
+            # A block without imports only illustrates; export takes a minute, and has tests of its own.
+            if "import" in piece.text and "hub.export" not in piece.text:
+                exec(compile(piece.text, str(piece), "exec"), {})
+        repos = dict(hub.repos)
+
+    results = json.loads(Path("evaluation/results.json").read_text())
+    assert {result["protocol"] for result in results} == {
+        "zero-shot", "linear-probe", "retrieval", "grounding", "routing"
+    }  # fmt: skip
+    card = Path("quickstart/model/README.md").read_text()
+    assert "license: apache-2.0" in card
+    assert "you/medmoe" in card
+    hits = output['medmoe search embeds --text "a large pleural effusion" -k 5'].splitlines()
+    scores = [float(hit.split()[0]) for hit in hits]
+    assert len(scores) == 5
+    assert scores == sorted(scores, reverse=True)
+    model, pairs = repos["model", "you/medmoe"], repos["dataset", "you/pairs"]
+    assert model.private
+    assert pairs.private
+    held = model.commits[model.tags["v1"]].files
+    local = {path.name for path in Path("quickstart/model").iterdir()}
+    assert local <= set(held) <= local | {".gitattributes"}
+    assert any(path.endswith(".parquet") for path in pairs.commits[pairs.branches["main"]].files)
+    assert "gives what it was published with" in output["medmoe verify you/medmoe --revision v1"]
