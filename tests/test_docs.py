@@ -285,6 +285,7 @@ ELSEWHERE = {
     ("convert", "medclip"): ("tests/hub/test_convert.py", "convert_medclip("),
     ("init",): ("tests/test_cli.py", '"init"'),
     ("demo",): ("tests/hub/test_space.py", "app.launch("),
+    ("export",): ("tests/hub/test_export.py", "export("),
     ("merge",): ("tests/training/test_adapters.py", "merge_adapter("),
     **{
         # `evaluate all` of the phantoms is these

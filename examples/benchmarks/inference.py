@@ -5,12 +5,13 @@
 `presets`: `paper`, `plus` and `official` with the selected expert, with all six, and without local maps; a plain
 formulation of what the authors' code computes, to which `official` is equal; bare Swin-T of transformers and timm, and
 CLIP's ViT-B/16 and RN50. `precision`: `paper` in other memory formats, in bfloat16, in int8, compiled, and exported.
-`scaling`: more experts, and larger images. Weights are random, images take turns among the modalities.
+`scaling`: more experts, and larger images. Weights are random; images take turns among the
+modalities, except in `precision`, where the router sends them.
 
 Variants take turns, so that a busy machine hurts all. Times are CPU milliseconds of all threads for an image, median
 and range of the rounds; ratios, and shares of the rate at which the machine multiplies large matrices of the same
-type, are medians of each round's own; memory is what the process grew by at its peak. Precision needs `pip install "medmoe_hf[export]"` for ONNX Runtime,
-and torchao for int8 without it.
+type, are medians of each round's own; memory is what the process grew by at its peak. `precision` needs the packages
+of `pip install "medmoe_hf[export]"`, and torchao for int8 outside ONNX Runtime.
 """
 
 import argparse

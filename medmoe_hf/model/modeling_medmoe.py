@@ -225,7 +225,8 @@ def official_word_mask(input_ids: Tensor, word_ids: Tensor, bracket_token_ids: S
     words, but a literal "[" in a text, or an unknown word ([UNK]), moves the cut.
     """
     brackets = torch.tensor(list(bracket_token_ids), dtype=input_ids.dtype, device=input_ids.device)
-    counted = word_starts(word_ids) & ~torch.isin(input_ids, brackets)
+    # Compared one by one: ONNX has no `isin`.
+    counted = word_starts(word_ids) & (input_ids.unsqueeze(-1) != brackets).all(dim=-1)
     lengths = 1 + counted.sum(dim=1, keepdim=True)
     return torch.arange(input_ids.shape[1], device=input_ids.device) < lengths
 
@@ -286,7 +287,8 @@ class MedMoESwinModel(SwinModel):
                 hidden_states, size, always_partition=True, output_hidden_states_before_downsampling=True
             )
             if not merged:
-                feature_maps.append(feature_map)
+                # Interpolation runs channels-last inside: other maps it would turn there and back.
+                feature_maps.append(feature_map.contiguous(memory_format=torch.channels_last))
             all_states.append(hidden_states)
             attentions.append(attention)
             size = tuple(-(-side // 2) for side in size)
