@@ -159,13 +159,13 @@ class MedMoETokenizer(TokenizersBackend):
     def from_words(cls, words: Sequence[str], max_length: int = 512) -> "MedMoETokenizer":
         """A lower-casing BERT WordPiece tokenizer whose whole-word entries are the given words.
 
-        The vocabulary is `[PAD]`, `[UNK]`, `[CLS]`, `[SEP]`, `[MASK]`, then a-z, 0-9 and ASCII punctuation, the same again with
-        `##`, then the words in their order, split as BERT splits text and without repeats. So ASCII words that are
-        not in the list fall into single characters and never become [UNK] (up to 1000 characters per word).
+        The vocabulary is `[PAD]`, `[UNK]`, `[CLS]`, `[SEP]`, `[MASK]`, then a-z, 0-9 and ASCII punctuation, the same
+        again with `##`, then the words in their order, split as BERT splits text and without repeats. So ASCII words
+        that are not in the list fall into single characters and never become `[UNK]` (up to 1000 characters per word).
 
         Args:
             words: words or whole texts; case is ignored.
-            max_length: `model_max_length`, in pieces including [CLS] and [SEP]; at least 3.
+            max_length: `model_max_length`, in pieces including `[CLS]` and `[SEP]`; at least 3.
 
         Raises:
             ValueError: `max_length` is below 3.
