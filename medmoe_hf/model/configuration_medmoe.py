@@ -458,13 +458,14 @@ PRESETS: dict[str, dict[str, Any]] = {
             "global_features": "expert",
         },
     },
+    # What examples/ablation.py has left of it: v_g from both and projections won by themselves, the rest together; a
+    # learned scale of the global loss lost.
     "plus": {
         "text_config": {"model_type": "bert", "vocab_size": 28996},
         "word_pooling": "mean",
         "router": "both",
         "projection_dim": 512,
         "temp1_regions": 361,
-        "learned_scale": True,
         "contrast": "mean",
         "aux_label_smoothing": 0.1,
         "aux_loss_weight": 0.5,
