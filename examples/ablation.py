@@ -3,8 +3,8 @@
     python examples/ablation.py [--output ablation]     (half an hour on two quiet cores; --smoke: half a minute)
 
 The base is `plus` in the size of `tiny`, with a third stage, and with the learned scale that the preset lost by this.
-Each row undoes one thing in which it differs from `paper`, or takes one part of the design away. All runs of a seed see
-the same pairs in the same order, for equally many steps, and are measured on the same phantoms of another seed.
+Each row undoes one thing in which it differs from `paper`, or takes one part of the design away. All runs of a seed
+see the same pairs in the same order, for equally many steps, and are measured on the same phantoms of another seed.
 
 `ablation.json` has every run and is written after each, so that an interrupted ablation goes on where it was.
 `ablation.md` has means over seeds with 95 % intervals (Student's t) and differences paired by seed; `ablation.png`

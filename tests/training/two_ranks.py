@@ -20,7 +20,7 @@ from medmoe_hf.training.negatives import gather_rows
 CASES = {
     "gloria": ("tiny", {"local_loss": "gloria"}),
     "token": ("tiny", {"local_loss": "token"}),
-    "plus": ("plus", {}),
+    "plus": ("plus", {"learned_scale": True}),
     "linear experts": ("official", {}),
     "paper": ("paper", {}),
 }
