@@ -849,9 +849,10 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
         """What each image's own expert makes of it, in the order of the batch.
 
         Images are grouped by expert. Inside a graph, which may not depend on where images go, each image brings its
-        expert's parameters instead: the arithmetic is the same, in the same modules.
+        expert's parameters instead: the arithmetic is the same, in the same modules. Not where gradients are wanted:
+        experts without images would get zeros for none.
         """
-        if not self.training and torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and not self.training and not torch.is_grad_enabled():
             every = [_floating_tensors(expert) for expert in self.experts]
             own = {name: torch.stack([tensors[name] for tensors in every])[expert_ids] for name in every[0]}
             return torch.func.functional_call(self.experts[0], own, (feature_maps, size, mean_only))
