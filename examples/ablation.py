@@ -39,6 +39,7 @@ from scipy import stats
 from transformers import BertTokenizer, get_scheduler
 
 from medmoe_hf.data import MODALITIES, phantom_sample, phantom_vocabulary, zero_shot_prompts
+from medmoe_hf.data.atomic import whole_file
 from medmoe_hf.data.collate import ContrastiveCollator
 from medmoe_hf.evaluation import accuracy, recall_at_k
 from medmoe_hf.model import (
@@ -528,9 +529,8 @@ def draw_scale_weights(results: dict[str, Any], path: Path) -> None:
 
 def write(path: Path, text: str) -> None:
     """A file that is there whole or as it was before."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def main() -> None:

@@ -8,7 +8,6 @@ convolutions and matrix products. Norms, activations, softmax and interpolation 
 
 import argparse
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from medmoe_hf.data.atomic import whole_file
 from medmoe_hf.model import MedMoEConfig, MedMoEVisionModel
 
 SIDE = 224
@@ -82,9 +82,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("table3.json"), help="the same numbers as JSON")
     arguments = parser.parse_args()
     table = rows()
-    partial = arguments.output.with_name(f".{arguments.output.name}.{os.getpid()}")
-    partial.write_text(json.dumps({"image_size": SIDE, "towers": table}, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, arguments.output)
+    with whole_file(arguments.output) as partial:
+        partial.write_text(json.dumps({"image_size": SIDE, "towers": table}, indent=1) + "\n", encoding="utf-8")
     print("| image tower | parameters | GMACs |\n|---|---|---|")
     for row in table:
         print(f"| {row['tower']} | {row['parameters'] / 1e6:.1f} M | {row['multiply_adds'] / 1e9:.2f} |")

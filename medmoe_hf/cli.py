@@ -37,21 +37,18 @@ def train(
     from medmoe_hf.training import Interrupted, TrainConfig, TrainingError, plan
     from medmoe_hf.training import train as run
 
-    main_process = os.environ.get("RANK", "0") == "0"  # launchers number the processes that they start
-    try:
-        with _errors_of("train"):
-            read = TrainConfig.from_yaml(config)
-            if dry_run:
-                typer.echo(str(plan(read)))
-                return
+    with _errors_of("train", TrainingError, StreamError, ShardError):
+        read = TrainConfig.from_yaml(config)
+        if dry_run:
+            typer.echo(str(plan(read)))
+            return
+        try:
             record = run(read, resume)
-    except Interrupted as interruption:
-        if main_process:
-            typer.echo(f"medmoe train: {interruption}", err=True)
-        raise typer.Exit(128 + interruption.signal) from interruption
-    except (TrainingError, StreamError, ShardError) as error:
-        raise SystemExit(f"medmoe train: {error}") from error
-    if main_process:
+        except Interrupted as interruption:
+            if _main_process():
+                typer.echo(f"medmoe train: {interruption}", err=True)
+            raise typer.Exit(128 + interruption.signal) from interruption
+    if _main_process():
         typer.echo(f"Trained {record.steps} steps on {record.samples} pairs in {record.seconds:.0f} s.")
 
 
@@ -144,12 +141,18 @@ _CLINICAL_BERT = "emilyalsentzer/Bio_ClinicalBERT"
 _Tokenizer = Annotated[str, typer.Option(help="Folder, Hub id or vocab.txt.")]
 
 
+def _main_process() -> bool:
+    """Launchers number the processes that they start."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
-def _errors_of(command: str) -> Iterator[None]:
-    """What a user can mend, in a line and without a traceback."""
+def _errors_of(command: str, *others: type[Exception]) -> Iterator[None]:
+    """What a user can mend, in a line and without a traceback; `others` are a command's own."""
+    mendable: tuple[type[Exception], ...] = (ValueError, ImportError, OSError, *others)
     try:
         yield
-    except (ValueError, ImportError, OSError) as error:
+    except mendable as error:
         raise SystemExit(f"medmoe {command}: {error}") from error
 
 
@@ -341,21 +344,18 @@ def push_sources(
     from medmoe_hf.data.stream import StreamError
     from medmoe_hf.hub.publish_data import push_data
 
-    try:
-        with _errors_of("data push"):
-            address = push_data(
-                load_sources(sources),
-                repo,
-                format,
-                shard_size,
-                i_have_removed_identifiers,
-                license=license,
-                private=private,
-                revision=revision,
-                create_pr=create_pr,
-            )
-    except StreamError as error:
-        raise SystemExit(f"medmoe data push: {error}") from error
+    with _errors_of("data push", StreamError):
+        address = push_data(
+            load_sources(sources),
+            repo,
+            format,
+            shard_size,
+            i_have_removed_identifiers,
+            license=license,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+        )
     typer.echo(f"Published: {address}")
 
 
@@ -408,22 +408,19 @@ def encode(
     from medmoe_hf.data.stream import StreamError
     from medmoe_hf.search import encode_sources
 
-    try:
-        with _errors_of("encode"):
-            record = encode_sources(
-                load_sources(sources),
-                out,
-                model,
-                batch_size=batch_size,
-                samples_per_shard=samples_per_shard,
-                dtype=dtype,
-                keep_captions=keep_captions,
-                num_workers=num_workers,
-                max_bad_fraction=max_bad_fraction,
-            )
-    except (StreamError, ShardError) as error:
-        raise SystemExit(f"medmoe encode: {error}") from error
-    if os.environ.get("RANK", "0") == "0":
+    with _errors_of("encode", StreamError, ShardError):
+        record = encode_sources(
+            load_sources(sources),
+            out,
+            model,
+            batch_size=batch_size,
+            samples_per_shard=samples_per_shard,
+            dtype=dtype,
+            keep_captions=keep_captions,
+            num_workers=num_workers,
+            max_bad_fraction=max_bad_fraction,
+        )
+    if _main_process():
         typer.echo(str(record))
 
 

@@ -1,4 +1,4 @@
-"""Folders that appear whole, by rename, or not at all."""
+"""Files and folders that appear whole, by rename, or not at all."""
 
 import os
 import shutil
@@ -6,6 +6,23 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+@contextmanager
+def whole_file(target: str | Path) -> Iterator[Path]:
+    """Gives a path beside `target` to write to, which takes its name when the block ends well.
+
+    What is there already stays until then, and is replaced. An interruption leaves at most `.NAME.partial`.
+    """
+    target = Path(target)
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager

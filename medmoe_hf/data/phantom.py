@@ -20,7 +20,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +32,8 @@ import datasets
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+
+from medmoe_hf.data.atomic import whole_file
 
 Field = NDArray[np.floating[Any]]  # float32 all along, but numpy's stubs widen sums with a Python float
 Mask = NDArray[np.bool_]
@@ -1231,15 +1232,10 @@ def write_webdataset(
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"phantom-{shard:06d}.tar" for shard in range(shards)]
     for shard, path in enumerate(paths):
-        draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with tarfile.open(draft, "w", format=tarfile.USTAR_FORMAT) as archive:
-                for index in range(shard * samples_per_shard, (shard + 1) * samples_per_shard):
-                    sample = phantom_sample(seed, index, image_size=image_size, modalities=chosen)
-                    _add_to_archive(archive, f"{index:09d}", sample)
-            os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
+        with whole_file(path) as draft, tarfile.open(draft, "w", format=tarfile.USTAR_FORMAT) as archive:
+            for index in range(shard * samples_per_shard, (shard + 1) * samples_per_shard):
+                sample = phantom_sample(seed, index, image_size=image_size, modalities=chosen)
+                _add_to_archive(archive, f"{index:09d}", sample)
     return paths
 
 

@@ -21,6 +21,7 @@ from medmoe_hf.model.configuration_medmoe import UNKNOWN_MODALITY
 from medmoe_hf.model.image_processing_medmoe import MedMoEImageProcessorPil, to_rgb
 from medmoe_hf.model.losses_medmoe import local_logits
 from medmoe_hf.model.medical_images_medmoe import is_medical_image, read_medical_image
+from medmoe_hf.search.encode import encode_texts
 
 try:
     import open_clip
@@ -155,7 +156,7 @@ class MedMoEEncoder:
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """(N, D)."""
-        return torch.cat([_unit(self._text_features(part).pooler_output).cpu() for part in _parts(texts)])
+        return encode_texts(self.model, self.processor, texts)
 
     def features(self, images: Sequence[Any]) -> dict[str, Tensor]:
         """`backbone` and `expert` (the mean of its local map), before any projection, and `both` side by side."""
@@ -163,8 +164,10 @@ class MedMoEEncoder:
         def read(pixels: Tensor) -> Tensor:
             vision = self.model.vision_model
             output = vision.encode(pixels)
-            local = self._fuse(output, vision.router(output.pooler_output))
-            return torch.cat([output.pooler_output, local.mean(dim=(2, 3))], dim=1)
+            routed = vision.router(output.pooler_output)
+            expert_ids, mixture = vision.select_experts(routed), vision.mixture_weights(routed)
+            mean = vision.mean_embeds(output.feature_maps, expert_ids, mixture)
+            return torch.cat([output.pooler_output, mean], dim=1)
 
         both = self._by_batch(images, read).float()
         width = both.shape[1] - self.model.config.vision_config.local_size
@@ -193,7 +196,8 @@ class MedMoEEncoder:
             routed = vision.router(output.pooler_output)
             for expert in experts.unique().tolist():
                 modality = None if expert < 0 else [expert] * len(pixels)
-                local = self._fuse(output, routed, modality)
+                expert_ids, mixture = vision.select_experts(routed, modality), vision.mixture_weights(routed, modality)
+                local, _ = vision.fuse(output.feature_maps, expert_ids, mixture)
                 if model.local_projection is not None:
                     local = model.local_projection(local.movedim(1, -1)).movedim(-1, 1)
                 for start, (words, mask) in zip(range(0, len(texts), _TEXTS_AT_ONCE), kept, strict=True):
@@ -266,12 +270,6 @@ class MedMoEEncoder:
     @torch.no_grad()
     def _text_features(self, texts: Sequence[str]) -> Any:
         return self.model.get_text_features(**self.processor(text=list(texts), return_tensors="pt").to(self.device))
-
-    def _fuse(self, output: Any, routed: Tensor, modality: list[int] | None = None) -> Tensor:
-        vision = self.model.vision_model
-        expert_ids = vision.select_experts(routed, modality)
-        local, _ = vision.fuse(output.feature_maps, expert_ids, vision.mixture_weights(routed, modality))
-        return local
 
     def _by_batch(self, images: Sequence[Any], read: Callable[[Tensor], Tensor]) -> Tensor:
         def encode(batch: list[Any]) -> Tensor:

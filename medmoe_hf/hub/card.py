@@ -6,7 +6,6 @@ Paths never reach a card, only the last part of a name; what nobody gave reads "
 import importlib.metadata
 import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PureWindowsPath
@@ -17,6 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import nn
 
+from medmoe_hf.data.atomic import whole_file
 from medmoe_hf.model import MedMoEConfig, MedMoEForImageClassification, MedMoEModel
 from medmoe_hf.model.configuration_medmoe import MODALITY_ALIASES, PRESETS
 
@@ -145,12 +145,8 @@ def write_card(folder: str | Path, card: ModelCard, force: bool = False) -> Path
                 f"{path} was not written by `medmoe card`. Replace it with `--force`; or put the line\n"
                 f"{HAND_WRITTEN}\nabove what should stay, and only what is above it will be replaced."
             )
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with whole_file(path) as partial:
         partial.write_text(str(card).rstrip() + (kept.rstrip() or "") + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

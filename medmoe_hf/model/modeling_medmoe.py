@@ -872,13 +872,17 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
         back = order.argsort()
         return tuple(torch.cat(values)[back] for values in zip(*parts, strict=True))
 
-    def global_embeds(self, backbone_output: MedMoEBackboneOutput, mean_embeds: Tensor | None) -> Tensor:
-        """v_g: the backbone's mean (B, C), the mean of the expert's map (B, D), or the two side by side."""
+    def global_embeds(self, backbone_output: MedMoEBackboneOutput, expert_output: Tensor | None) -> Tensor:
+        """v_g: the backbone's mean (B, C), the mean of the expert's map (B, D), or the two side by side.
+
+        Args:
+            expert_output: the map (B, D, H_1, W_1), or its mean (B, D); None where v_g needs neither.
+        """
         kind = self.config.global_features
         parts = [] if kind == "expert" else [backbone_output.pooler_output]
         if kind != "backbone":
-            assert mean_embeds is not None
-            parts.append(mean_embeds)
+            assert expert_output is not None
+            parts.append(expert_output.mean(dim=(2, 3)) if expert_output.dim() == 4 else expert_output)
         return torch.cat(parts, dim=-1)
 
     @can_return_tuple
@@ -895,16 +899,16 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
         backbone_output = self.encode(pixel_values, **kwargs)
         router_logits = self.router(backbone_output.pooler_output)
         expert_ids = self.select_experts(router_logits, modality)
-        local_embeds = scale_weights = mean_embeds = None
+        local_embeds = scale_weights = expert_output = None
         routed = backbone_output.feature_maps, expert_ids, self.mixture_weights(router_logits, modality)
         if local:
             local_embeds, scale_weights = self.fuse(*routed)
-            mean_embeds = local_embeds.mean(dim=(2, 3))
+            expert_output = local_embeds
         elif self.config.global_features != "backbone":
-            mean_embeds = self.mean_embeds(*routed)
+            expert_output = self.mean_embeds(*routed)
         return MedMoEVisionOutput(
             last_hidden_state=backbone_output.last_hidden_state,
-            pooler_output=self.global_embeds(backbone_output, mean_embeds),
+            pooler_output=self.global_embeds(backbone_output, expert_output),
             local_embeds=local_embeds,
             scale_weights=scale_weights,
             router_logits=router_logits,
@@ -1247,9 +1251,7 @@ class MedMoEModel(MedMoEPreTrainedModel):
             if not len(columns):
                 continue
             some = MedMoEBackboneOutput(pooler_output=backbone_output.pooler_output[rows])
-            image_embeds, local = self._project_image(
-                self.vision_model.global_embeds(some, local.mean(dim=(2, 3))), local
-            )
+            image_embeds, local = self._project_image(self.vision_model.global_embeds(some, local), local)
             selected = MedMoETextOutput(
                 pooler_output=text.pooler_output[columns],
                 word_embeds=text.word_embeds[columns],
@@ -1326,7 +1328,7 @@ class MedMoEModel(MedMoEPreTrainedModel):
             local, scale_weights = vision.fuse(
                 backbone_output.feature_maps, expert_ids, vision.mixture_weights(router_logits, modality)
             )
-        image_embeds, local = self._project_image(vision.global_embeds(backbone_output, local.mean(dim=(2, 3))), local)
+        image_embeds, local = self._project_image(vision.global_embeds(backbone_output, local), local)
         if logits_per_image is None:
             logits_per_image = self._similarity(image_embeds, local, text)
 

@@ -12,7 +12,6 @@ shards could disagree with them: whatever interrupts a run, the next one goes on
 
 import hashlib
 import json
-import os
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -31,6 +30,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from medmoe_hf.data.atomic import whole_file
 from medmoe_hf.data.collate import ContrastiveCollator
 from medmoe_hf.data.stream import Place, Sample, SampleStream
 from medmoe_hf.model import MedMoEModel, MedMoEProcessor
@@ -343,19 +343,12 @@ class _Writer:
         return shard_state(found[-1]) if found else None
 
     def write(self, table: pyarrow.Table, state: dict[str, Any]) -> None:
-        path = self.place(self.number)
-        partial = path.with_name(f".{path.name}.partial")
         table = table.replace_schema_metadata({_STATE: json.dumps(state).encode()})
-        try:
+        with whole_file(self.place(self.number)) as partial:
             # Numbers like these do not compress.
             pyarrow.parquet.write_table(
                 table, partial, compression="none", use_dictionary=["source", "shard", "modality"]
             )
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
         self.number += 1
 
 
@@ -400,9 +393,8 @@ def _claim(out: Path, manifest: dict[str, Any]) -> None:
     if out.exists() and (not out.is_dir() or any(path.name != f".{MANIFEST}.partial" for path in out.iterdir())):
         raise EncodeError(f"{out} is there, and no folder of embeddings (no {MANIFEST} in it); choose another.")
     out.mkdir(parents=True, exist_ok=True)
-    partial = out / f".{MANIFEST}.partial"
-    partial.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, out / MANIFEST)
+    with whole_file(out / MANIFEST) as partial:
+        partial.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
 def _check_manifest(out: Path, manifest: dict[str, Any]) -> None:

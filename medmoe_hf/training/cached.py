@@ -164,7 +164,7 @@ def _experts(model: MedMoEModel, part: _Part, every: dict[str, Tensor]) -> tuple
         mixture = vision.mixture_weights(vision.router(part.pooled), part.modality)
     local, _ = vision.fuse(part.maps, part.expert_ids, mixture)
     backbone = MedMoEBackboneOutput(pooler_output=part.pooled)
-    image, local = model._project_image(vision.global_embeds(backbone, local.mean(dim=(2, 3))), local)
+    image, local = model._project_image(vision.global_embeds(backbone, local), local)
     if model.config.local_loss == "token":
         return image, local_terms(model.config, local, part.outputs["words"], part.word_mask)
     return image, local_terms(model.config, local, every["words"], every["mask"])

@@ -14,17 +14,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from loopback_hub import Account, LoopbackHub, blob_id
+from loopback_hub import Account, blob_id
 
 REPO = "user/medmoe"
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    with LoopbackHub() as server:
-        server.use(monkeypatch, tmp_path / "home", token="hf_write")
-        yield server
-    assert server.unknown == []
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
-from loopback_hub import Account, LoopbackHub
+from loopback_hub import Account
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -72,14 +72,6 @@ def folder(saved, tmp_path):
 @pytest.fixture
 def sharded(saved, tmp_path):
     return shutil.copytree(saved / "sharded", tmp_path / "sharded")
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    with LoopbackHub() as server:
-        server.use(monkeypatch, tmp_path / "home", token="hf_write")
-        yield server
-    assert server.unknown == []
 
 
 @pytest.fixture

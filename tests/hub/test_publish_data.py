@@ -367,15 +367,6 @@ def test_many_files_are_counted_and_twenty_named(tmp_path):
 # Pushed
 
 
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    loopback = pytest.importorskip("loopback_hub")
-    with loopback.LoopbackHub() as server:
-        server.use(monkeypatch, tmp_path / "home", token="hf_write")
-        yield server
-    assert server.unknown == []
-
-
 def test_a_push_is_one_commit_that_leaves_only_the_new_shards(hub):
     push_data([phantoms(9)], "user/scans", shard_size=3, private=True)
     repo = hub.repo("user/scans", "dataset")

@@ -1,19 +1,10 @@
 """`push_to_hub` of the classes themselves."""
 
 import pytest
-from loopback_hub import LoopbackHub
 
 from medmoe_hf.model import MedMoEImageProcessor, MedMoEModel, MedMoEProcessor, MedMoETokenizer
 
 REPO = "user/medmoe"
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    with LoopbackHub() as server:
-        server.use(monkeypatch, tmp_path / "home", token="hf_write")
-        yield server
-    assert server.unknown == []
 
 
 def weights(hub, revision="main"):

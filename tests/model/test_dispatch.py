@@ -18,18 +18,8 @@ KINDS = {
 SIX_AND_TWO_ALIKE = [3, 0, 5, 3, 1, 2, 4]
 
 
-def lived_in(model):
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if "running_var" in name:
-                tensor.uniform_(0.5, 2.0)
-            elif tensor.is_floating_point() and tensor.dim() == 1:
-                tensor.add_(0.3 * torch.randn_like(tensor))
-    return model.eval()
-
-
 @pytest.fixture(params=list(KINDS))
-def tower(request, small_config):
+def tower(request, small_config, lived_in):
     config = small_config(router="image", vision_config=KINDS[request.param]).vision_config
     return lived_in(MedMoEVisionModel(config))
 
@@ -101,7 +91,7 @@ def test_the_mean_needs_no_map(tower):
 
 
 @pytest.mark.parametrize("kind", ["expert", "both"])
-def test_the_tower_without_local_maps_gives_the_same_embedding(small_config, kind):
+def test_the_tower_without_local_maps_gives_the_same_embedding(small_config, lived_in, kind):
     fields = {"vision_config": {"global_features": kind}, "projection_dim": 16}
     tower = lived_in(MedMoEVisionModel(small_config(**fields).vision_config))
     pixels = torch.randn(2, 3, 64, 64)
@@ -129,7 +119,7 @@ def test_each_image_with_its_expert_s_parameters_is_what_groups_give(tower, mean
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_the_tower_is_one_graph(small_config):
+def test_the_tower_is_one_graph(small_config, lived_in):
     """Without a break, for routings that differ within the batch and for another batch size."""
     torch._dynamo.reset()
     tower = lived_in(MedMoEVisionModel(small_config().vision_config))
