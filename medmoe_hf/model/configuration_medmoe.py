@@ -10,6 +10,14 @@ from dataclasses import fields
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal
 
+from transformers.utils.versions import require_version
+
+REQUIRED_TRANSFORMERS = "transformers>=5.23"
+"""The oldest release that this file and its siblings were run with."""
+
+# Before anything that older releases lack, for what they say of that helps nobody.
+require_version(REQUIRED_TRANSFORMERS, f'MedMoE is not written for older ones: pip install "{REQUIRED_TRANSFORMERS}"')
+
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, SwinConfig
 from transformers.configuration_utils import SubConfigSpec

@@ -1,5 +1,9 @@
 """Image processors of MedMoE: any picture in, `pixel_values` (B, 3, H, W) out; torchvision and PIL backends."""
 
+# First, for with older releases of transformers it stops, and says so.
+from .configuration_medmoe import REQUIRED_TRANSFORMERS as REQUIRED_TRANSFORMERS
+
+# isort: split
 import base64
 import io
 import math

@@ -1,5 +1,9 @@
 """Tokenizer of MedMoE: any fast tokenizer, plus the word that every piece belongs to."""
 
+# First, for with older releases of transformers it stops, and says so.
+from .configuration_medmoe import REQUIRED_TRANSFORMERS as REQUIRED_TRANSFORMERS
+
+# isort: split
 import copy
 import string
 from collections.abc import Sequence

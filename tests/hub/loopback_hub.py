@@ -26,6 +26,8 @@ import yaml
 
 _DATE = "2026-01-01T00:00:00.000Z"
 _LFS = (".safetensors", ".parquet", ".tar", ".bin", ".png")
+# What the settings of the clients in the environment begin with.
+_CLIENTS = ("HF_", "HUGGING", "TRANSFORMERS_")
 _API = re.compile(r"/api/(model|dataset|space)s/(?P<id>[^/]+(?:/[^/]+)?)(?:/(?P<rest>.*))?")
 _ACTIONS = r"(?:revision|tree|paths-info|preupload|commit|commits|refs|branch|tag|discussions|settings)"
 _RESOLVE = re.compile(r"/(?:(dataset|space)s/)?(?P<id>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
@@ -189,7 +191,7 @@ class LoopbackHub:
             home: its `HF_HOME`, with all caches.
             token: as if it were logged in.
         """
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(_CLIENTS)}
         return kept | {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(home),

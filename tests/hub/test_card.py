@@ -18,6 +18,7 @@ from PIL import Image
 from medmoe_hf.hub.card import HAND_WRITTEN, CardError, build_card, write_card
 from medmoe_hf.hub.folder_checks import check_folder
 from medmoe_hf.model import MedMoEConfig, MedMoEForImageClassification, MedMoEModel
+from medmoe_hf.model.configuration_medmoe import REQUIRED_TRANSFORMERS
 from medmoe_hf.training.build import build_model
 from medmoe_hf.training.config import ModelSection
 
@@ -325,6 +326,7 @@ def test_requirements_are_those_of_the_package(folder):
     (line,) = [content for info, content in rendered(build_card(folder))[2] if info == "bash"]
     named = set(re.findall(r'"([^"]+)"', line))
     assert named == {one for one in wanted if re.split("[>=]", one)[0] in ("torch", "torchvision", "transformers")}
+    assert REQUIRED_TRANSFORMERS in named
 
 
 # The file

@@ -1,6 +1,10 @@
-"""Pushes to a Hub on this machine: what a repo holds afterwards, what is left when a push breaks off, what is said."""
+"""Pushes to a Hub on this machine: what a repo holds afterwards, what is left when a push breaks off, what is said.
+
+MEDMOE_PYTHONS names, as PATH does, Pythons of other environments in which a pushed checkpoint is to load too.
+"""
 
 import importlib
+import os
 import shutil
 import socket
 import subprocess
@@ -450,13 +454,13 @@ def test_a_clean_process_sees_what_is_wrong(saved, folder, sharded):
 EVERYTHING = """
 import sys
 sys.modules["medmoe_hf"] = None
-import torch
+import torch, transformers
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 from transformers import AutoModelForZeroShotImageClassification, AutoProcessor, AutoTokenizer, pipeline
 remote = {"trust_remote_code": True}
 pictures = [Image.open(f"{i}.png") for i in range(3)]
-found = {}
+found = {"transformers": transformers.__version__}
 
 def logits(kind, repo=REPO, name="logits_per_image", **options):
     model = kind.from_pretrained(repo, **remote, **options)
@@ -500,8 +504,12 @@ torch.save(found, "found.pt")
 """
 
 
+PYTHONS = [sys.executable, *filter(None, os.environ.get("MEDMOE_PYTHONS", "").split(os.pathsep))]
+
+
 @pytest.mark.slow
-def test_everything_loads_from_the_hub_anywhere(hub, folder, sharded, saved, processor, tmp_path):
+@pytest.mark.parametrize("python", PYTHONS)
+def test_everything_loads_from_the_hub_anywhere(hub, folder, sharded, saved, processor, tmp_path, python):
     """The real thing, clean processes included: two pushes, and whatever one may load by."""
     models = {"v1": MedMoEModel.from_pretrained(folder), "new": MedMoEModel.from_pretrained(sharded)}
     classifier = MedMoEForImageClassification.from_pretrained(saved / "classifier")
@@ -522,7 +530,7 @@ def test_everything_loads_from_the_hub_anywhere(hub, folder, sharded, saved, pro
     prompts = dict(processor(images=pictures, text=LABELS, return_tensors="pt"))
     named = (REPO, TEXTS, LABELS, first.commit, second.commit)
     run = subprocess.run(
-        [sys.executable, "-I", "-c", f"REPO, TEXTS, LABELS, FIRST, SECOND = {named}\n{EVERYTHING}"],
+        [python, "-I", "-c", f"REPO, TEXTS, LABELS, FIRST, SECOND = {named}\n{EVERYTHING}"],
         cwd=tmp_path,
         env=hub.environment(tmp_path / "another home", "hf_read"),
         capture_output=True,
@@ -531,6 +539,7 @@ def test_everything_loads_from_the_hub_anywhere(hub, folder, sharded, saved, pro
     )
     assert run.returncode == 0, run.stderr[-5000:]
     found = torch.load(tmp_path / "found.pt")
+    print(f"transformers {found['transformers']} of {python}")
 
     with torch.no_grad():
         expected = {name: model.eval()(**inputs).logits_per_image for name, model in models.items()}

@@ -1,6 +1,9 @@
 """The configurations: presets and overrides, what is refused and how, JSON, names of modalities."""
 
+import importlib
+import importlib.metadata
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -293,3 +296,12 @@ def test_own_names_come_before_the_aliases():
     assert config.modality_ids(["mr", "DERMOSCOPY", "cxr"], 3) == [0, 1, 2]
     with pytest.raises(ValueError, match="Unknown modality 'ct'"):
         config.modality_ids("ct", 3)
+
+
+@pytest.mark.parametrize("part", ["configuration", "image_processing", "tokenization"])
+def test_an_older_transformers_is_told_what_is_needed(monkeypatch, part):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "5.22.2")
+    for name in {"configuration", part}:
+        monkeypatch.delitem(sys.modules, f"medmoe_hf.model.{name}_medmoe")
+    with pytest.raises(ImportError, match=r'pip install "transformers>=5\.23"'):
+        importlib.import_module(f"medmoe_hf.model.{part}_medmoe")
