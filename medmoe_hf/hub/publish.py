@@ -8,24 +8,15 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
+from medmoe_hf.hub.access import explained, writable
 from medmoe_hf.hub.folder_checks import PublishError, check_folder, published_files
 from medmoe_hf.hub.golden import RELATIVE_TOLERANCE, compare_with_golden, write_golden
 
@@ -202,7 +193,7 @@ def verify(source: str | Path, revision: str | None = None, token: str | None = 
         return VerifyReport(str(source), None, compare_with_golden(source))
     repo = str(source)
     api = HfApi(token=token)
-    with _explained(repo, revision):
+    with explained(repo, revision):
         # Asked for by itself: where there is no access, a download is content with what an older one has left.
         commit = api.model_info(repo, revision=revision).sha
         place = api.snapshot_download(repo, revision=commit)
@@ -236,21 +227,9 @@ class _Remote:
         Raises:
             PublishError: without a token (for a dry run one is not needed), or with one that only reads.
         """
-        api, known = HfApi(token=token), token or get_token()
-        if known is None and not dry_run:
-            raise PublishError(
-                "There is no token to publish with. Log in by `hf auth login`, or set HF_TOKEN; tokens that may write "
-                f"are made at {constants.ENDPOINT}/settings/tokens."
-            )
-        with _explained(repo):
-            account = api.whoami() if known is not None else {}
-            access = (account.get("auth") or {}).get("accessToken") or {}
-            if access.get("role") == "read" and not dry_run:
-                raise PublishError(f"The token of {account['name']} only reads; publishing needs one that may write.")
-            if "/" not in repo:
-                if not account:
-                    raise PublishError(f"Whose {repo}? Name it as user/{repo}, or log in.")
-                repo = f"{account['name']}/{repo}"
+        api = HfApi(token=token)
+        repo = writable(repo, token, dry_run)
+        with explained(repo):
             found = cls(api, repo, branch or _MAIN, exists=True)
             try:
                 refs = api.list_repo_refs(repo)
@@ -285,7 +264,7 @@ class _Remote:
                 f"the Hub first, or leave out {'--private' if private else '--public'}."
             )
         if "config.json" in self.files:
-            with _explained(self.repo):
+            with explained(self.repo):
                 place = self.api.hf_hub_download(self.repo, "config.json", revision=self.parent)
             try:
                 kind = str(json.loads(Path(place).read_text(encoding="utf-8")).get("model_type"))
@@ -327,7 +306,7 @@ class _Remote:
         create_pr: bool,
     ) -> None:
         """Makes the repo and the branch where they are missing, the commit, and the tag; fills in the report."""
-        with _explained(self.repo):
+        with explained(self.repo):
             if not self.exists:
                 self.api.create_repo(self.repo, private=private)
                 # The Hub has put a .gitattributes into it.
@@ -356,43 +335,6 @@ class _Remote:
             if tag is not None and tag not in self.tags:
                 self.api.create_tag(self.repo, tag=tag, revision=report.commit)
             report.tag = tag
-
-
-@contextmanager
-def _explained(repo: str, revision: str | None = None) -> Iterator[None]:
-    """Turns what the Hub and the network answer into a PublishError that says what to do."""
-    again = "Nothing is half done: the repo is as it was, or whole and new. Do the same again."
-    try:
-        yield
-    except HFValidationError as error:
-        raise PublishError(f'"{repo}" is neither a folder nor a name on the Hub (user/name): {error}') from error
-    except OfflineModeIsEnabled as error:
-        raise PublishError("The libraries are in offline mode; unset HF_HUB_OFFLINE.") from error
-    except GatedRepoError as error:
-        raise PublishError(
-            f"{repo} is gated, and this token was not let in: ask at {constants.ENDPOINT}/{repo}."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise PublishError(
-            f"There is no repo {repo} at {constants.ENDPOINT} that this token may see. If it is private, log in by "
-            "`hf auth login`, or give a token of someone who may."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise PublishError(f"{repo} has no revision {revision}.") from error
-    except HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", None)
-        reason = (getattr(error.response, "headers", None) or {}).get("X-Error-Message") or str(error).split("\n")[0]
-        what = {
-            401: "the token is not valid (any more). Log in again by `hf auth login`, or give another",
-            403: f"this token has no right to that ({reason}). Take a token that may write to {repo.split('/')[0]}",
-            409: f"the name is taken ({reason})",
-            412: f"somebody else has pushed in the meantime. Look at {constants.ENDPOINT}/{repo}, then push again",
-        }.get(status or 0, f"the Hub answered {status}: {reason}. {again}")
-        raise PublishError(f"{repo}: {what}.") from error
-    except (HTTPError, LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:
-        raise PublishError(
-            f"{repo}: the connection to {constants.ENDPOINT} failed or broke off ({type(error).__name__}). {again}"
-        ) from error
 
 
 def _same(path: Path, remote: RepoFile) -> bool:

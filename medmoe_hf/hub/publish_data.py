@@ -26,6 +26,7 @@ from medmoe_hf.data.phantom import MODALITIES
 from medmoe_hf.data.shards import ShardError
 from medmoe_hf.data.sources import IMAGE_FIELDS, field_of
 from medmoe_hf.data.stream import SampleStream
+from medmoe_hf.hub.access import explained, writable
 from medmoe_hf.hub.card import markdown_table, source_name
 from medmoe_hf.model.configuration_medmoe import UNKNOWN_MODALITY
 from medmoe_hf.model.medical_images_medmoe import is_medical_image
@@ -196,9 +197,9 @@ def push_data(
     The repository is made if it is not there. A push that is cut off leaves the old revision, and can be repeated.
 
     Args:
-        repo: Hub id of the dataset.
+        repo: Hub id of the dataset, or the name alone for the account that the token belongs to.
         private: whether a repository that is made for this is private.
-        revision: branch to commit to.
+        revision: branch to commit to, made from main if it is not there.
         create_pr: whether to open a pull request instead.
 
     Returns:
@@ -206,8 +207,10 @@ def push_data(
 
     Raises:
         IdentifierError and others: as `export_data`, before anything is sent.
-        huggingface_hub.errors.HfHubHTTPError: without token or rights.
+        PublishError: without a token, rights or a network.
     """
+    # Access first: the export may take hours.
+    repo = writable(repo)
     with tempfile.TemporaryDirectory(prefix="medmoe-data-") as temporary:
         folder = export_data(
             sources,
@@ -218,29 +221,32 @@ def push_data(
             repo=repo,
             license=license,
         )
-        api = HfApi()
-        api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
         # `upload_folder` may make several commits of one upload (where hf_xet is installed).
         paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-        parent = api.dataset_info(repo, revision=revision)
-        stale = [
-            entry.rfilename
-            for entry in parent.siblings or ()
-            if entry.rfilename.startswith("data/") and entry.rfilename not in paths
-        ]
-        commit = api.create_commit(
-            repo,
-            [
-                *(CommitOperationDelete(path) for path in stale),
-                *(CommitOperationAdd(path, str(place)) for path, place in sorted(paths.items())),
-            ],
-            commit_message=commit_message,
-            repo_type="dataset",
-            revision=revision,
-            # Whoever pushed in the meantime is noticed, and not undone.
-            parent_commit=parent.sha,
-            create_pr=create_pr,
-        )
+        api = HfApi()
+        with explained(repo, revision):
+            api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
+            if revision is not None:
+                api.create_branch(repo, repo_type="dataset", branch=revision, exist_ok=True)
+            parent = api.dataset_info(repo, revision=revision)
+            stale = [
+                entry.rfilename
+                for entry in parent.siblings or ()
+                if entry.rfilename.startswith("data/") and entry.rfilename not in paths
+            ]
+            commit = api.create_commit(
+                repo,
+                [
+                    *(CommitOperationDelete(path) for path in stale),
+                    *(CommitOperationAdd(path, str(place)) for path, place in sorted(paths.items())),
+                ],
+                commit_message=commit_message,
+                repo_type="dataset",
+                revision=revision,
+                # Whoever pushed in the meantime is noticed, and not undone.
+                parent_commit=parent.sha,
+                create_pr=create_pr,
+            )
     return str(commit.pr_url if create_pr else commit.commit_url)
 
 

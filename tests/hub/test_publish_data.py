@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 from medmoe_hf.data.phantom import phantom_sample
 from medmoe_hf.data.sources import Source
 from medmoe_hf.data.stream import SampleStream
-from medmoe_hf.hub import publish_data
+from medmoe_hf.hub import PublishError, publish_data
 from medmoe_hf.hub.publish_data import IdentifierError, export_data, push_data
 
 KIND = {"parquet": "parquet", "webdataset": "tar"}
@@ -442,9 +442,37 @@ def test_a_push_that_is_cut_off_leaves_the_old_one_and_can_be_repeated(hub):
     repo = hub.repo("user/scans", "dataset")
     before, files = repo.find("main"), repo.files()
     hub.cut_commit()
-    with pytest.raises(Exception, match=r"reset|disconnected|broken"):
+    with pytest.raises(PublishError, match=r"failed or broke off .* Do the same again"):
         push_data([phantoms(5)], "user/scans", "webdataset")
     assert (repo.find("main"), repo.files()) == (before, files)
     push_data([phantoms(5)], "user/scans", "webdataset")
     assert repo.commits[repo.find("main")].parent == before
     assert {path for path in repo.files() if path.startswith("data/")} == {"data/train-00000.tar"}
+
+
+def test_a_branch_is_made_and_main_left(hub):
+    push_data([phantoms(3)], "scans")
+    before = hub.repo("user/scans", "dataset").files()
+    push_data([phantoms(3)], "user/scans", "webdataset", revision="tars")
+    repo = hub.repo("user/scans", "dataset")
+    assert repo.files() == before
+    assert {path for path in repo.files("tars") if path.startswith("data/")} == {"data/train-00000.tar"}
+
+
+@pytest.mark.parametrize(
+    ("token", "repo", "message"),
+    [
+        (None, "user/scans", r"no token .* `hf auth login`"),
+        ("hf_nobody", "user/scans", "token is not valid"),
+        ("hf_read", "user/scans", "The token of user only reads"),
+        ("hf_write", "clinic/scans", "no right to that"),
+    ],
+)
+def test_what_the_hub_refuses(hub, monkeypatch, token, repo, message):
+    if token is None:
+        monkeypatch.delenv("HF_TOKEN")
+    else:
+        monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(PublishError, match=message):
+        push_data([phantoms(1)], repo)
+    assert hub.repos == {}

@@ -119,6 +119,7 @@ def test_round_trip(images, tmp_path):
     for key, value in loaded(images=images, text=TEXTS, return_tensors="pt").items():
         assert torch.equal(value, expected[key]), key
     assert {file.name for file in tmp_path.iterdir()} == {
+        "configuration_medmoe.py",
         "image_processing_medmoe.py",
         "medical_images_medmoe.py",
         "processing_medmoe.py",
