@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,34 @@ ANSWER = 30_000  # milliseconds for an answer of the page
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@contextmanager
+def running(command, port, log, **options):
+    """A process that serves on a port, once it does so; in the end nothing in its log is a traceback."""
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, **options)
+    try:
+        begun = time.monotonic()
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=5).close()
+                break
+            except OSError:
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() - begun < SECONDS, log.read_text()
+                time.sleep(0.5)
+        yield
+        assert "Traceback" not in log.read_text()
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """The address of a running demo, and the folder in which it may leave files."""
@@ -51,36 +80,15 @@ def server(tmp_path_factory):
     if not model:
         model = here / "a_checkpoint_with_a_rather_long_name"
         init_model(model, "tiny")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     environment = os.environ | {
         "MEDMOE_MODEL": str(Path(model).resolve()),
         "GRADIO_TEMP_DIR": str(here / "temporary"),
         "OMP_NUM_THREADS": "1",
     }
-    log = here / "log"
     command = [sys.executable, "-c", WITHOUT_THE_PACKAGE, str(port)]
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command, cwd=here / "space", env=environment, stdout=output, stderr=subprocess.STDOUT
-        )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        begun = time.monotonic()
-        while True:
-            try:
-                urllib.request.urlopen(address, timeout=5).close()
-                break
-            except OSError:
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() - begun < SECONDS, log.read_text()
-                time.sleep(0.5)
-        yield address, here / "temporary"
-        assert "Traceback" not in log.read_text()
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
+    with running(command, port, here / "log", cwd=here / "space", env=environment):
+        yield f"http://127.0.0.1:{port}", here / "temporary"
 
 
 @pytest.fixture(scope="module")
@@ -333,3 +341,15 @@ def test_it_can_be_read_at_any_width(open_page, drawing, width, columns):
     beside = page.locator("#router").bounding_box()["x"] > page.locator("#picture").bounding_box()["x"] + 100
     assert beside == (columns == 2)
     assert page.evaluate(SMALL_TEXT) == []
+
+
+def test_the_command_serves_the_same_page(chromium, tmp_path):
+    init_model(tmp_path / "model", "tiny")
+    port = free_port()
+    command = [sys.executable, "-m", "medmoe_hf.cli", "demo", str(tmp_path / "model"), "--port", str(port)]
+    with running(command, port, tmp_path / "log"):
+        page = chromium.new_page(viewport=DESKTOP)
+        page.goto(f"http://127.0.0.1:{port}")
+        page.wait_for_selector("#file button")
+        assert "model" in page.inner_text("h1")
+        page.close()

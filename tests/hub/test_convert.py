@@ -28,7 +28,9 @@ from transformers import (
     SwinModel,
     ViTImageProcessor,
 )
+from typer.testing import CliRunner
 
+from medmoe_hf.cli import app
 from medmoe_hf.hub import ConvertError, convert_medclip, convert_official, init_model, read_state_dict
 from medmoe_hf.model import MedMoEModel, MedMoEProcessor, MedMoETextModel, MedMoEVisionModel
 from medmoe_hf.model.configuration_medmoe import PRESETS
@@ -418,6 +420,15 @@ def test_medclip_s_towers(medclip, tmp_path, size, monkeypatch):
     assert "no room" in report.dropped["logit_scale"]
     assert any(name.startswith("vision_model.experts.") for name in report.initialised)
     assert not report.missing
+
+
+def test_medclip_by_the_command(medclip, tmp_path):
+    options = ["--tokenizer", OPTIONS["tokenizer"], "--image-size", "64", "--preset", "plus"]
+    result = CliRunner().invoke(app, ["convert", "medclip", str(medclip.path), str(tmp_path / "out"), *options])
+    assert result.exit_code == 0, result.output
+    words = MedMoEModel.from_pretrained(tmp_path / "out").text_model.get_input_embeddings().weight
+    assert torch.equal(words, medclip.bert.get_input_embeddings().weight)
+    assert "logit_scale" in result.output
 
 
 # New models on published towers

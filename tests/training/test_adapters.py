@@ -6,8 +6,10 @@ import torch
 from safetensors.torch import load_file
 from small_models import SMALL
 from test_loop import config
+from typer.testing import CliRunner
 
 from medmoe_hf import MedMoEConfig, MedMoEModel, MedMoEProcessor
+from medmoe_hf.cli import app
 from medmoe_hf.data import phantom_sample
 from medmoe_hf.data.collate import ContrastiveCollator
 from medmoe_hf.training import train
@@ -37,7 +39,8 @@ def test_the_folder_loads_on_the_base_and_merged_weights_say_the_same(trained, t
     before = outputs(base, batch)
     adapted = outputs(peft.PeftModel.from_pretrained(base, str(folder / "adapter")), batch)
     assert (adapted["image_embeds"] - before["image_embeds"]).abs().max() > 1e-4
-    merge_adapter(folder / "adapter", tmp_path / "merged")
+    result = CliRunner().invoke(app, ["merge", str(folder / "adapter"), str(tmp_path / "merged")])
+    assert result.exit_code == 0, result.output
     merged = outputs(MedMoEModel.from_pretrained(tmp_path / "merged"), batch)
     for name, value in adapted.items():
         torch.testing.assert_close(merged[name], value, rtol=1e-5, atol=1e-5, msg=name)
