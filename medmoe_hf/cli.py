@@ -378,13 +378,14 @@ def export_towers(
     folder: Annotated[str, typer.Argument(help="Folder or Hub id of a dual encoder.")],
     out: _Out,
     format: Annotated[Literal["onnx", "torch-export"], typer.Option(help="Of the files.")] = "onnx",
+    int8: Annotated[bool, typer.Option("--int8", help="Matrix products in 8 bits; for onnx.")] = False,
     force: _Force = False,
 ) -> None:
     """Both towers as files that need no Python of ours, routing inside; checked against the model."""
     from medmoe_hf.hub.export import export
 
     with _errors_of("export"):
-        report = export(folder, out, format, force)
+        report = export(folder, out, format, force, int8)
     typer.echo(f"{report}\nWrote {out}.")
 
 

@@ -1,8 +1,9 @@
-"""One small interface by which every model is scored: MedMoE, transformers' dual encoders, open_clip's.
+"""One small interface by which every model is scored: MedMoE, its exports, transformers' dual encoders, open_clip's.
 
 Shapes: N images or texts, M texts, D the width of a model's shared space, K experts.
 """
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -13,15 +14,21 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoModel, AutoProcessor, PretrainedConfig
 
 from medmoe_hf.data.phantom import MODALITIES
 from medmoe_hf.model.configuration_medmoe import UNKNOWN_MODALITY
-from medmoe_hf.model.image_processing_medmoe import MedMoEImageProcessorPil, to_rgb
+from medmoe_hf.model.image_processing_medmoe import MedMoEImageProcessor, MedMoEImageProcessorPil, to_rgb
 from medmoe_hf.model.losses_medmoe import local_logits
 from medmoe_hf.model.medical_images_medmoe import is_medical_image, read_medical_image
 from medmoe_hf.search.encode import encode_texts
+
+try:
+    import onnxruntime
+except ImportError:  # only models named "onnx:..." need it
+    onnxruntime = None
 
 try:
     import open_clip
@@ -30,7 +37,7 @@ except ImportError:  # only models named "open_clip:..." need it
 
 BATCH_SIZE = 32
 _TEXTS_AT_ONCE = 256
-OPEN_CLIP = "open_clip:"
+OPEN_CLIP, ONNX = "open_clip:", "onnx:"
 _OPEN_CLIP_PLACES = ("local-dir:", "hf-hub:")
 
 SCORES = ("global", "local", "mean")
@@ -73,7 +80,8 @@ def load_encoder(name: str | Path, batch_size: int = BATCH_SIZE, device: str | N
     Args:
         name: folder or Hub id of a MedMoE (whose code is then run, as with `trust_remote_code=True`) or of any
             transformers model with `get_image_features` and `get_text_features` (CLIP, SigLIP; no code from its folder
-            is run); or `open_clip:ARCH[:CHECKPOINT]`, see `OpenClipEncoder`.
+            is run); `open_clip:ARCH[:CHECKPOINT]`, see `OpenClipEncoder`; or `onnx:FOLDER`, a MedMoE that
+            `medmoe export` has written.
         batch_size: images in one pass.
         device: where it runs; None: a GPU, if there is one.
 
@@ -82,12 +90,14 @@ def load_encoder(name: str | Path, batch_size: int = BATCH_SIZE, device: str | N
     """
     if str(name).startswith(OPEN_CLIP):
         return OpenClipEncoder(str(name), batch_size, device)
+    if str(name).startswith(ONNX):
+        return ExportedEncoder(str(name).removeprefix(ONNX), batch_size)
     try:
         config, _ = PretrainedConfig.get_config_dict(name)
     except (OSError, ValueError) as error:
         raise EncoderError(
             f"{name} is neither the folder of a transformers model nor a Hub id that can be reached from here; name "
-            "one of these, or open_clip:ARCH[:CHECKPOINT]."
+            "one of these, open_clip:ARCH[:CHECKPOINT], or onnx:FOLDER for what `medmoe export` wrote."
         ) from error
     kind = MedMoEEncoder if config.get("model_type") == "medmoe" else TransformersEncoder
     return kind(name, batch_size, device)
@@ -400,6 +410,80 @@ class OpenClipEncoder:
     def features(self, images: Sequence[Any]) -> dict[str, Tensor]:
         """`embedding`: that of the shared space."""
         return {"embedding": self.encode_images(images)}
+
+
+class ExportedEncoder:
+    """A MedMoE that `medmoe export` has written as ONNX, with the expert of the image router for each image.
+
+    Args:
+        folder: with `export.json`. Images are read and resized by MedMoE's own processor, set as this file says.
+        batch_size: images in one pass.
+
+    Raises:
+        ImportError: without the onnxruntime package.
+        EncoderError: for another folder, or one in another format.
+    """
+
+    def __init__(self, folder: str | Path, batch_size: int = BATCH_SIZE) -> None:
+        if onnxruntime is None:
+            raise ImportError('Models named onnx:... need onnxruntime: pip install "medmoe_hf[export]".')
+        self.name, self.batch_size = ONNX + _short_name(folder), batch_size
+        try:
+            self.facts = json.loads((Path(folder) / "export.json").read_text(encoding="utf-8"))
+            files = {tower: Path(folder) / self.facts[tower]["file"] for tower in ("image_tower", "text_tower")}
+            images, self.modalities = self.facts["images"], list(self.facts["modalities"])
+            self.logit_scale = float(self.facts["similarity"]["scale"])
+            self.tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise EncoderError(f"{folder} is no folder that `medmoe export` has written: {error}") from error
+        if any(file.suffix != ".onnx" for file in files.values()):
+            raise EncoderError(f"{folder} is no ONNX; export the model with --format onnx.")
+        self.towers = {
+            tower: onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+            for tower, file in files.items()
+        }
+        self.processor = MedMoEImageProcessor(
+            size={"height": images["height"], "width": images["width"]},
+            resample=Image.Resampling[images["resample"].upper()],
+            pad_to_square=images["pad_to_square"],
+            rescale_factor=images["rescale_factor"],
+            image_mean=images["mean"],
+            image_std=images["std"],
+        )
+        self.preprocessing = f"{images} {fingerprint(self.tokenizer.to_str())}"
+        self.weights = "exported"
+
+    def encode_images(self, images: Sequence[Any]) -> Tensor:
+        """(N, D); where the global embedding needs an expert, that of the image router."""
+
+        def encode(batch: list[Any]) -> Tensor:
+            pixels = self.processor(images=batch, return_tensors="pt")["pixel_values"]
+            return self._run("image_tower", "image_embeds", pixel_values=pixels.numpy())
+
+        return _encode_by_batch(images, self.batch_size, encode)
+
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """(N, D)."""
+
+        def encode(batch: list[str]) -> Tensor:
+            encodings = self.tokenizer.encode_batch(batch)
+            given = {
+                "input_ids": [encoding.ids for encoding in encodings],
+                "attention_mask": [encoding.attention_mask for encoding in encodings],
+                "word_ids": [[-1 if word is None else word for word in encoding.word_ids] for encoding in encodings],
+            }
+            arrays = {name: np.array(rows, dtype=np.int64) for name, rows in given.items()}
+            return self._run("text_tower", "text_embeds", **arrays)
+
+        return _encode_by_batch(texts, _TEXTS_AT_ONCE, encode)
+
+    def features(self, images: Sequence[Any]) -> dict[str, Tensor]:
+        """`embedding`: that of the shared space."""
+        return {"embedding": self.encode_images(images)}
+
+    def _run(self, tower: str, output: str, **inputs: np.ndarray) -> Tensor:
+        (found,) = self.towers[tower].run([output], inputs)
+        return torch.from_numpy(found)
 
 
 def fingerprint(text: str) -> str:

@@ -1,6 +1,7 @@
 """Zero-shot classification: a class is a set of sentences, and an image belongs to the one it is most like."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,13 +13,49 @@ from medmoe_hf.evaluation.recipes import EvaluationSet
 from medmoe_hf.evaluation.results import Result, common_facts, count_by_class, tested
 
 
+class ZeroShotClassifier:
+    """An encoder and classes of sentences. The sentences are encoded once, whatever number of images follows.
+
+    A class's sentences are encoded, brought to length 1, averaged, and brought to length 1 again.
+
+    Args:
+        encoder: see `load_encoder`.
+        prompts: class -> its sentences, one or more.
+
+    Attributes:
+        classes: C names, in the order of the columns.
+        class_embeds: (D, C), columns of length 1.
+
+    Raises:
+        ValueError: without classes, or for one without a sentence.
+    """
+
+    def __init__(self, encoder: Encoder, prompts: Mapping[str, Sequence[str]]) -> None:
+        empty = [name for name, sentences in prompts.items() if isinstance(sentences, str) or not sentences]
+        if empty or not prompts:
+            raise ValueError(f"Each class needs a list of sentences; {empty[0] if empty else 'no class'} has none.")
+        self.encoder, self.classes = encoder, list(prompts)
+        sentences = [sentence for name in prompts for sentence in prompts[name]]
+        class_ids = torch.tensor([label for label, name in enumerate(prompts) for _ in prompts[name]])
+        by_class = _by_class(encoder.encode_texts(sentences).t(), class_ids)
+        self.class_embeds = nn.functional.normalize(by_class, dim=0)
+
+    def logits(self, images: Sequence[Any]) -> Tensor:
+        """(N, C): cosines times the encoder's scale; of paths (DICOM and NIfTI too), PIL images or arrays."""
+        return self.encoder.logit_scale * self.encoder.encode_images(images) @ self.class_embeds
+
+    def __call__(self, images: Sequence[Any]) -> Tensor:
+        """(N, C) probabilities: a softmax over the classes."""
+        return self.logits(images).softmax(dim=1)
+
+
 def zero_shot(
     encoder: Encoder, data: EvaluationSet, scores: Sequence[str] = SCORES, resamples: int = 1000, seed: int = 0
 ) -> Result:
     """Classifies the test part of a set by its prompts.
 
-    Globally a class's prompts are encoded, brought to length 1, averaged, and brought to length 1 again; locally their
-    similarities to the image are averaged. Probabilities are a softmax over the classes.
+    Globally as `ZeroShotClassifier` does; locally the similarities of a class's prompts to the image are averaged.
+    Probabilities are a softmax over the classes.
 
     Args:
         scores: which of `SCORES`; encoders without a local similarity have the global one alone.
@@ -48,8 +85,7 @@ def zero_shot(
     kinds = scores_of(encoder, scores)
     logits: dict[str, Tensor] = {}
     if "global" in kinds or "mean" in kinds:
-        classes = nn.functional.normalize(_by_class(encoder.encode_texts(sentences).t(), class_ids), dim=0)
-        logits["global"] = encoder.logit_scale * encoder.encode_images(data.images) @ classes
+        logits["global"] = ZeroShotClassifier(encoder, data.prompts).logits(data.images)
     if isinstance(encoder, MedMoEEncoder) and ("local" in kinds or "mean" in kinds):
         logits["local"] = _by_class(encoder.local_scores(data.images, sentences), class_ids)
     if "mean" in kinds:

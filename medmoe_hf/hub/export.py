@@ -5,17 +5,18 @@ Routing is part of the image tower's graph: each image is computed by its own ex
 
 import copy
 import json
+import logging
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import cosine_similarity, normalize
 from transformers.tokenization_utils_base import LARGE_INTEGER
 
 from medmoe_hf.data.atomic import whole_folder
@@ -23,6 +24,7 @@ from medmoe_hf.model import MedMoEConfig, MedMoEModel, MedMoEProcessor, MedMoETo
 
 try:
     import onnxruntime
+    import onnxruntime.quantization
     import onnxscript  # noqa: F401  torch.onnx needs it
 except ImportError:  # only ONNX needs them
     onnxruntime = None
@@ -32,6 +34,9 @@ FORMATS = {"onnx": ".onnx", "torch-export": ".pt2"}
 
 TOLERANCE = 1e-4
 """By how much an exported output may differ from the model's; relative to its largest value where that is over 1."""
+
+INT8_COSINE = 0.98
+"""How near an image's or a report's embedding must stay to the model's with `int8`: the cosine between the two."""
 
 _SEED = 0
 _ASCENT_STEPS, _ASCENT_STEP, _MARGIN = 60, 0.1, 0.01
@@ -50,9 +55,12 @@ class ExportReport:
     Attributes:
         format: one of `FORMATS`.
         sizes: file -> bytes.
-        differences: `tower.output` -> the largest difference from the model, relative as in `TOLERANCE`.
+        differences: `tower.output` -> the largest difference from the model, relative as in `TOLERANCE`; with `int8`
+            before that.
         batch_sizes: the batches that were compared; the graphs were made with another one.
         experts: the modalities whose experts the compared images were sent to.
+        int8: `tower.output` -> the smallest cosine of the written, quantised tower's embeddings to the model's; empty
+            without `int8`.
     """
 
     format: str
@@ -60,6 +68,7 @@ class ExportReport:
     differences: dict[str, float]
     batch_sizes: list[int]
     experts: list[str]
+    int8: dict[str, float] = field(default_factory=dict)
 
     @property
     def largest_difference(self) -> float:
@@ -70,6 +79,7 @@ class ExportReport:
         return (
             f"{files}: at most {self.largest_difference:.1e} away from the model, in batches of "
             f"{' and '.join(map(str, self.batch_sizes))}, images of {', '.join(self.experts)}"
+            + "".join(f"; in int8 {name} keeps a cosine of {value:.4f}" for name, value in self.int8.items())
         )
 
 
@@ -108,6 +118,7 @@ def export(
     out: str | Path,
     format: Literal["onnx", "torch-export"] = "onnx",
     force: bool = False,
+    int8: bool = False,
 ) -> ExportReport:
     """Exports a dual encoder as a folder that needs neither this package nor transformers.
 
@@ -130,13 +141,15 @@ def export(
         out: the folder to make.
         format: `"onnx"` (for ONNX Runtime) or `"torch-export"` (for `torch.export.load`).
         force: replace `out`.
+        int8: matrix products of the ONNX files in 8 bits: their weights by column, what they are multiplied with as it
+            comes (dynamic quantisation). Convolutions stay as they are; ONNX Runtime is slower with theirs.
 
     Returns:
         how far the files, read back, are from the model, on images that are sent to different experts.
 
     Raises:
-        ExportError: if they are further apart than `TOLERANCE`, or anything is routed or masked otherwise; or for a
-            folder of another model.
+        ExportError: if they are further apart than `TOLERANCE`, or anything is routed or masked otherwise; if int8
+            leaves less than `INT8_COSINE` of an embedding; or for a folder of another model.
         FileExistsError: if `out` exists and `force` is False.
         ImportError: without the packages of `pip install "medmoe_hf[export]"` (ONNX only).
     """
@@ -144,6 +157,8 @@ def export(
         raise ExportError(f'format must be one of {", ".join(FORMATS)}, got "{format}".')
     if format == "onnx" and onnxruntime is None:
         raise ImportError('ONNX needs the onnxscript and onnxruntime packages: pip install "medmoe_hf[export]".')
+    if int8 and format != "onnx":
+        raise ExportError("int8 is made by ONNX Runtime's quantisation: leave the format at onnx.")
     # Before minutes of work, and not only when the folder is written.
     if Path(out).exists() and not force:
         raise FileExistsError(f"{out} exists already; choose another folder, or replace it by --force.")
@@ -170,6 +185,7 @@ def export(
                 {"pixel_values": pixel_values[:2]},
                 [{"pixel_values": pixel_values}, {"pixel_values": pixel_values[-1:]}],
                 report,
+                int8,
             ),
             "text_tower": _export_tower(
                 partial / f"text_tower{FORMATS[format]}",
@@ -178,11 +194,18 @@ def export(
                 _texts(model, 2, 6),
                 [_texts(model, len(pixel_values), 9), _texts(model, 1, 4)],
                 report,
+                int8,
             ),
         }
         off = [f"{name} ({value:.1e})" for name, value in report.differences.items() if value > TOLERANCE]
         if off:
             raise ExportError(f"{folder} as {format} is over {TOLERANCE} away from the model in {', '.join(off)}.")
+        far = [f"{name} ({value:.3f})" for name, value in report.int8.items() if value < INT8_COSINE]
+        if far:
+            raise ExportError(
+                f"{folder} does not bear int8: under a cosine of {INT8_COSINE} to the model's in {', '.join(far)}. "
+                "Export it without."
+            )
         _whole_tokenizer(processor.tokenizer).save(str(partial / "tokenizer.json"))
         facts = {
             **signatures,
@@ -259,6 +282,7 @@ def _export_tower(
     example: Mapping[str, Tensor],
     compared: Sequence[Mapping[str, Tensor]],
     report: ExportReport,
+    int8: bool,
 ) -> dict[str, Any]:
     """Writes one tower, reads it back and compares; completes the report and gives the entry of `export.json`."""
     program = torch.export.export(
@@ -268,11 +292,17 @@ def _export_tower(
         run = _through_onnx(program, file, list(example), tower.outputs, ("batch", "length")[: len(dimensions)])
     else:
         run = _through_file(program, file)
-    report.sizes[file.name] = file.stat().st_size
     for inputs in compared:
         for output, found, right in zip(tower.outputs, run(inputs), tower(**inputs), strict=True):
             name = f"{file.stem}.{output}"
             report.differences[name] = max(report.differences.get(name, 0.0), _difference(found, right))
+    if int8:
+        _quantise(file)
+        run = _onnx_run(file, tower.outputs)
+        # The first output of each tower is its embedding.
+        cosines = [cosine_similarity(run(inputs)[0], tower(**inputs)[0]).min().item() for inputs in compared]
+        report.int8[f"{file.stem}.{tower.outputs[0]}"] = min(cosines)
+    report.sizes[file.name] = file.stat().st_size
     return {"file": file.name, "inputs": list(example), "outputs": list(tower.outputs)}
 
 
@@ -290,6 +320,10 @@ def _through_onnx(
             dynamic_shapes={name: dict(enumerate(dimensions)) for name in inputs},
         )
     exported.save(str(file))
+    return _onnx_run(file, outputs)
+
+
+def _onnx_run(file: Path, outputs: Sequence[str]) -> _Run:
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
 
     def run(tensors: Mapping[str, Tensor]) -> list[Tensor]:
@@ -297,6 +331,24 @@ def _through_onnx(
         return [torch.from_numpy(array) for array in found]
 
     return run
+
+
+def _quantise(file: Path) -> None:
+    """Puts a file with int8 matrix products in the place of an ONNX file."""
+    quantised = file.with_suffix(".int8")
+    # It advises a preparation, without anything changing.
+    logging.disable(logging.WARNING)
+    try:
+        onnxruntime.quantization.quantize_dynamic(
+            file,
+            quantised,
+            op_types_to_quantize=["MatMul", "Gemm"],
+            per_channel=True,
+            weight_type=onnxruntime.quantization.QuantType.QInt8,
+        )
+    finally:
+        logging.disable(logging.NOTSET)
+    quantised.replace(file)
 
 
 def _through_file(program: Any, file: Path) -> _Run:

@@ -16,6 +16,7 @@ from transformers import AutoModel, AutoProcessor, CLIPModel, CLIPProcessor, Sig
 from medmoe_hf.data import phantom_sample
 from medmoe_hf.evaluation.encoders import (
     EncoderError,
+    ExportedEncoder,
     MedMoEEncoder,
     OpenClipEncoder,
     TransformersEncoder,
@@ -196,6 +197,36 @@ def test_a_model_of_one_tower_is_refused(tmp_path):
     vision.save_pretrained(tmp_path / "tower")
     with pytest.raises(EncoderError, match="no get_"):
         load_encoder(tmp_path / "tower")
+
+
+@pytest.mark.slow
+def test_an_export_is_scored_as_its_model(folder, images, tmp_path):
+    pytest.importorskip("onnxscript")
+    from medmoe_hf.hub.export import export
+
+    export(folder, tmp_path / "exported")
+    encoder, model = load_encoder(f"onnx:{tmp_path / 'exported'}", batch_size=3), load_encoder(folder)
+    assert isinstance(encoder, ExportedEncoder)
+    assert encoder.name == f"onnx:{tmp_path.name}/exported"
+    assert encoder.logit_scale == pytest.approx(model.logit_scale)
+    assert encoder.modalities == model.modalities
+    for found, right in (
+        (encoder.encode_images(images), model.encode_images(images)),
+        (encoder.features(images)["embedding"], model.encode_images(images)),
+        (encoder.encode_texts(TEXTS), model.encode_texts(TEXTS)),
+    ):
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
+    facts = json.loads((tmp_path / "exported" / "export.json").read_text())
+    facts["image_tower"]["file"] = "image_tower.pt2"
+    (tmp_path / "exported" / "export.json").write_text(json.dumps(facts))
+    with pytest.raises(EncoderError, match="--format onnx"):
+        load_encoder(f"onnx:{tmp_path / 'exported'}")
+
+
+def test_a_folder_without_an_export_is_no_encoder(folder):
+    pytest.importorskip("onnxruntime")
+    with pytest.raises(EncoderError, match="no folder that `medmoe export` has written"):
+        load_encoder(f"onnx:{folder}")
 
 
 def test_open_clip_as_by_hand_and_with_a_file(tmp_path, images):

@@ -20,7 +20,7 @@ from medmoe_hf.evaluation.recipes import EvaluationSet, joined, load_recipe, ope
 from medmoe_hf.evaluation.retrieval import retrieval
 from medmoe_hf.evaluation.routing import routing
 from medmoe_hf.evaluation.suite import evaluate
-from medmoe_hf.evaluation.zero_shot import zero_shot
+from medmoe_hf.evaluation.zero_shot import ZeroShotClassifier, zero_shot
 
 
 class FakeEncoder:
@@ -58,6 +58,27 @@ def medmoe(tmp_path_factory):
 
 
 # --- zero-shot
+
+
+def test_a_classifier_encodes_its_prompts_once():
+    rng = np.random.default_rng(0)
+    prompts = {"a": ["a 0", "a 1"], "b": ["b 0", "b 1", "b 2"]}
+    encoder = FakeEncoder({text: rng.normal(size=4) for texts in prompts.values() for text in texts})
+    classify = ZeroShotClassifier(encoder, prompts)
+    encoder.encode_texts = None
+    images = rng.normal(size=(7, 4))
+    centres = []
+    for texts in prompts.values():
+        mean = np.mean([encoder.texts[text] / np.linalg.norm(encoder.texts[text]) for text in texts], axis=0)
+        centres.append(mean / np.linalg.norm(mean))
+    units = images / np.linalg.norm(images, axis=1, keepdims=True)
+    powers = np.exp(3.0 * units @ np.array(centres).T)
+    expected = powers / powers.sum(axis=1, keepdims=True)
+    for rows in (slice(0, 4), slice(4, 7)):
+        np.testing.assert_allclose(classify(images[rows]).numpy(), expected[rows], rtol=1e-5)
+    for wrong in ({}, {"a": []}, {"a": "a sentence"}):
+        with pytest.raises(ValueError, match="needs a list of sentences"):
+            ZeroShotClassifier(encoder, wrong)
 
 
 def test_zero_shot_is_the_nearest_mean_of_its_prompts():

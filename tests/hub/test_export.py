@@ -198,6 +198,31 @@ def test_the_example_gives_pytorch_s_labels_without_torch(exported, tmp_path):
         assert found == pytest.approx(dict(zip(labels, row.tolist(), strict=True)), abs=2e-3)
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_int8_stays_near_the_model(small_config, lived_in, tmp_path):
+    import onnx
+
+    folder = save_model(small_config, lived_in, tmp_path / "model", "official")
+    report = export(folder, tmp_path / "int8", int8=True)
+    assert set(report.int8) == {"image_tower.image_embeds", "text_tower.text_embeds"}
+    facts = json.loads((tmp_path / "int8" / "export.json").read_text())
+    whole = SimpleNamespace(out=tmp_path / "int8", facts=facts, format="onnx")
+    for tower in ("image_tower", "text_tower"):
+        kinds = [node.op_type for node in onnx.load(tmp_path / "int8" / f"{tower}.onnx").graph.node]
+        assert kinds.count("MatMulInteger") > 5
+        assert report.sizes[f"{tower}.onnx"] == (tmp_path / "int8" / f"{tower}.onnx").stat().st_size
+    model = MedMoEModel.from_pretrained(folder).eval()
+    pixel_values = 2 * torch.randn(24, 3, 64, 64) + torch.randn(24, 3, 1, 1)
+    found, right = run(whole, "image_tower", {"pixel_values": pixel_values}), model.get_image_features(pixel_values)
+    alike = found["expert_ids"] == right.expert_ids
+    assert alike.float().mean() >= 0.8
+    assert len(set(right.expert_ids[alike].tolist())) > 1
+    cosines = torch.cosine_similarity(found["image_embeds"], right.pooler_output)[alike]
+    assert 0.98 <= cosines.min() < 1
+    assert report.int8["image_tower.image_embeds"] >= 0.98
+
+
 # Errors
 
 
@@ -231,6 +256,24 @@ def test_an_export_that_differs_is_an_error_and_leaves_nothing(
     with pytest.raises(ExportError, match=rf"over 0.0001 away from the model in image_tower.{named}"):
         export(folder, tmp_path / "out", "torch-export")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "right"]
+
+
+def test_int8_that_is_too_far_is_an_error(small_config, lived_in, tmp_path, monkeypatch):
+    folder = save_model(small_config, lived_in, tmp_path / "model", "report router")
+    with pytest.raises(ExportError, match="leave the format at onnx"):
+        export(folder, tmp_path / "out", "torch-export", int8=True)
+    monkeypatch.setattr(torch.export, "export", lambda tower, **_: tower)
+
+    def through_onnx(tower, file, *_):
+        file.touch()
+        return lambda inputs: tower(**inputs)
+
+    monkeypatch.setattr(export_module, "_through_onnx", through_onnx)
+    monkeypatch.setattr(export_module, "_quantise", lambda file: None)
+    monkeypatch.setattr(export_module, "_onnx_run", lambda *_: lambda inputs: [torch.ones(1, 24)])
+    with pytest.raises(ExportError, match=r"does not bear int8: under a cosine of 0.98 .* image_tower.image_embeds"):
+        export(folder, tmp_path / "out", int8=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_not_a_number_is_a_difference():
