@@ -1,4 +1,4 @@
-"""Zero-shot labels for images with any MedMoE checkpoint, by the stock pipeline and by hand.
+"""Zero-shot labels for images with any MedMoE checkpoint, by the stock pipeline and by classes of several sentences.
 
 python examples/zero_shot.py                           # on the quickstart's model and a few unseen phantoms
 python examples/zero_shot.py --model you/medmoe --image scan.png --labels "a chest x-ray with effusion" "a normal ..."
@@ -6,11 +6,11 @@ python examples/zero_shot.py --model you/medmoe --image scan.png --labels "a che
 
 import argparse
 
-import torch
 from PIL import Image
-from transformers import AutoModel, AutoProcessor, pipeline
+from transformers import pipeline
 
 from medmoe_hf.data import FINDINGS, MODALITIES, phantom_sample, zero_shot_prompts
+from medmoe_hf.evaluation import ZeroShotClassifier, load_encoder
 
 
 def with_pipeline(model: str, image: Image.Image, labels: list[str]) -> None:
@@ -18,22 +18,6 @@ def with_pipeline(model: str, image: Image.Image, labels: list[str]) -> None:
     classifier = pipeline("zero-shot-image-classification", model=model, trust_remote_code=True)
     for answer in classifier(image, candidate_labels=labels, hypothesis_template="{}")[:3]:
         print(f"  {answer['score']:.3f}  {answer['label']}")
-
-
-@torch.no_grad()
-def by_hand(model: str, images: list[Image.Image], prompts: dict[str, list[str]]) -> list[str]:
-    """Several prompts a class, averaged: more robust than one label a class. Gives each image's class."""
-    medmoe = AutoModel.from_pretrained(model, trust_remote_code=True).eval()
-    processor = AutoProcessor.from_pretrained(model, trust_remote_code=True)
-    pixels = processor(images=images, return_tensors="pt")
-    # Only the global embedding is needed here, not the local maps.
-    embeds = torch.nn.functional.normalize(medmoe.get_image_features(**pixels, local=False).pooler_output, dim=-1)
-    classes = []
-    for sentences in prompts.values():
-        features = medmoe.get_text_features(**processor(text=sentences, return_tensors="pt")).pooler_output
-        classes.append(torch.nn.functional.normalize(features, dim=-1).mean(dim=0))
-    scores = embeds @ torch.nn.functional.normalize(torch.stack(classes), dim=-1).T
-    return [list(prompts)[index] for index in scores.argmax(dim=1)]
 
 
 def main() -> None:
@@ -53,11 +37,13 @@ def main() -> None:
     print(f"One phantom, by pipeline. Its report: {sample['caption']}")
     with_pipeline(arguments.model, sample["image"], [sentences[0] for sentences in prompts.values()])
 
-    print("\nForty phantoms of each modality, by hand, several prompts a class:")
+    print("\nForty phantoms of each modality, several prompts a class, which are encoded once:")
+    encoder = load_encoder(arguments.model)
     for number, modality in enumerate(MODALITIES):
         samples = [phantom_sample(7, index, modalities=[modality]) for index in range(40)]
-        predicted = by_hand(arguments.model, [item["image"] for item in samples], zero_shot_prompts(modality))
-        right = sum(name == item["finding"] for name, item in zip(predicted, samples, strict=True))
+        classify = ZeroShotClassifier(encoder, zero_shot_prompts(modality))
+        best = classify([sample["image"] for sample in samples]).argmax(dim=1).tolist()
+        right = sum(classify.classes[label] == sample["finding"] for label, sample in zip(best, samples, strict=True))
         print(f"  {MODALITIES[number]:<16}{right}/40 right of {', '.join(FINDINGS[modality])}")
 
 
