@@ -49,6 +49,10 @@ INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 MINIMUM_IMAGE_SIDE = 64
 """Below this a stride-32 pyramid ends in a single cell, and BatchNorm has no statistics for a single image."""
 
+CPU_PIXELS = 4 * 224 * 224
+"""How many pixels go through a backbone at a time on a CPU, without gradients: the largest blocks of memory are then
+below 32 MiB, above which the C library asks the system for new ones each time, and that takes a fifth of all time."""
+
 _PROCESSING_AUTO_MAP = {
     "AutoImageProcessor": {
         "torchvision": "image_processing_medmoe.MedMoEImageProcessor",
@@ -287,8 +291,7 @@ class MedMoESwinModel(SwinModel):
                 hidden_states, size, always_partition=True, output_hidden_states_before_downsampling=True
             )
             if not merged:
-                # Interpolation runs channels-last inside: other maps it would turn there and back.
-                feature_maps.append(feature_map.contiguous(memory_format=torch.channels_last))
+                feature_maps.append(feature_map)
             all_states.append(hidden_states)
             attentions.append(attention)
             size = tuple(-(-side // 2) for side in size)
@@ -448,6 +451,16 @@ class MedMoETimmBackbone(MedMoEPreTrainedModel):
         )
 
 
+def _joined(parts: Sequence[MedMoEBackboneOutput]) -> MedMoEBackboneOutput:
+    """What a backbone gives for pieces of a batch, as for the whole."""
+    joined: dict[str, Any] = {}
+    for name, value in parts[0].items():
+        values = [part[name] for part in parts]
+        several = isinstance(value, tuple)
+        joined[name] = tuple(map(torch.cat, zip(*values, strict=True))) if several else torch.cat(values)
+    return MedMoEBackboneOutput(**joined)
+
+
 def in_process_group() -> bool:
     """Whether this process trains together with others, or could: DDP asks the same of a group of one."""
     return distributed.is_available() and distributed.is_initialized()
@@ -566,7 +579,7 @@ class MedMoEConvLayer(nn.Module):
         norm = self.batch_norm
         # A convolution that an adapter wraps is more than its weight.
         if norm.training or not isinstance(self.convolution, MedMoEConv2d):
-            return nn.functional.relu(norm(self.convolution(hidden_states)))
+            return norm(self.convolution(hidden_states)).relu_()
         # Outside training the norm is a scale and a shift: on the kernel they cost a thousandth of what they cost on
         # the map.
         assert norm.running_mean is not None
@@ -576,9 +589,7 @@ class MedMoEConvLayer(nn.Module):
         kernel = self.convolution.weight
         weight = kernel * scale[..., None, None, None]
         # Norms stay float32 in a model of another type.
-        return nn.functional.relu(
-            self.convolution.convolve(hidden_states, weight.to(kernel.dtype), shift.to(kernel.dtype))
-        )
+        return self.convolution.convolve(hidden_states, weight.to(kernel.dtype), shift.to(kernel.dtype)).relu_()
 
 
 class MedMoEScaleScorer(nn.Module):
@@ -599,7 +610,7 @@ class MedMoEScaleScorer(nn.Module):
         hidden_states = self.fc1(hidden_states)
         if align is not None:
             hidden_states = align(hidden_states)
-        return self.fc2(nn.functional.relu(hidden_states))
+        return self.fc2(hidden_states.relu_())
 
 
 class MedMoEExpert(nn.Module):
@@ -607,6 +618,9 @@ class MedMoEExpert(nn.Module):
 
     V = Σ_s β(s) F(s) at each position, β a softmax over the scales.
     """
+
+    # Interpolation in two dimensions runs channels-last inside: other maps it would turn there and back.
+    memory_format = torch.channels_last
 
     def __init__(self, config: MedMoEVisionConfig, channels: Sequence[int]) -> None:
         super().__init__()
@@ -639,15 +653,21 @@ class MedMoEExpert(nn.Module):
         return rows @ weights @ columns.t()
 
     def forward(
-        self, feature_maps: Sequence[Tensor], size: Sequence[int] | None = None, mean_only: bool = False
+        self,
+        feature_maps: Sequence[Tensor],
+        size: Sequence[int] | None = None,
+        mean_only: bool = False,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """S maps (B, C_s, H_s, W_s) to the local map (B, D, *size) and the scale weights (B, S, *size).
 
         Without a size, that of the first map. With `mean_only` to the local map's mean (B, D), which needs no map.
+        `out` is where the local map is to lie, without gradients.
         """
         size = feature_maps[0].shape[-2:] if size is None else size
         projected = [
-            project(feature_map) for project, feature_map in zip(self.scale_projections, feature_maps, strict=True)
+            project(feature_map.contiguous(memory_format=self.memory_format))
+            for project, feature_map in zip(self.scale_projections, feature_maps, strict=True)
         ]
         if self.score_native:
             scores = [align_map(self.scale_attention(scale), size) for scale in projected]
@@ -661,18 +681,20 @@ class MedMoEExpert(nn.Module):
                 for scale, weight in zip(projected, weights.unbind(dim=1), strict=True)
             ]
             return (torch.cat(sums, dim=2).sum(dim=2) / (size[0] * size[1]),)
-        local = self.align(projected[0], size) * weights[:, :1]
+        local = torch.mul(self.align(projected[0], size), weights[:, :1], out=out)
         for index, scale in enumerate(projected[1:], start=1):
-            local = local.addcmul(self.align(scale, size), weights[:, index : index + 1])
+            local.addcmul_(self.align(scale, size), weights[:, index : index + 1])
         return local, weights
 
 
 class MedMoETokenExpert(MedMoEExpert):
     """The official code's expert: a linear layer and ReLU a scale, no norm, and tokens aligned as one row."""
 
+    memory_format = torch.contiguous_format
+
     @staticmethod
     def projection(config: MedMoEVisionConfig, width: int) -> nn.Module:
-        return nn.Sequential(MedMoEConv2d(width, config.local_size, 1), nn.ReLU())
+        return nn.Sequential(MedMoEConv2d(width, config.local_size, 1), nn.ReLU(inplace=True))
 
     @staticmethod
     def align(feature_map: Tensor, size: Sequence[int]) -> Tensor:
@@ -774,13 +796,27 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
                 f"`pixel_values` must be (batch, channels, height, width) with sides of {MINIMUM_IMAGE_SIDE} pixels "
                 f"and more, got {tuple(pixel_values.shape)}."
             )
-        output = self.backbone(pixel_values.to(self.backbone.dtype), **kwargs)
+        pixel_values = pixel_values.to(self.backbone.dtype)
+        piece = max(1, CPU_PIXELS // pixel_values[0, 0].numel())
+        if self._on_cpu_for_inference(pixel_values) and len(pixel_values) > piece:
+            output = _joined([self.backbone(part, **kwargs) for part in pixel_values.split(piece)])
+        else:
+            output = self.backbone(pixel_values, **kwargs)
         if len(self.level_norms):
             output.feature_maps = tuple(
                 norm(feature_map.movedim(1, -1)).movedim(-1, 1)
                 for norm, feature_map in zip(self.level_norms, output.feature_maps, strict=True)
             )
         return output
+
+    def _on_cpu_for_inference(self, values: Tensor) -> bool:
+        """Whether a batch may be cut into pieces that suit a CPU: nothing depends on the batch, no graph is made."""
+        return (
+            values.device.type == "cpu"
+            and not self.training
+            and not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+        )
 
     def select_experts(self, router_logits: Tensor, modality: Any = None) -> Tensor:
         """(B, ..., K) logits to expert ids (B, ...): the largest, except where the caller's `modality` names one."""
@@ -864,6 +900,8 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
             for expert, rows in zip(self.experts, order.split(counts), strict=True)
             if len(rows) or together
         ]
+        if self._on_cpu_for_inference(expert_ids):
+            return self._send_one_by_one(feature_maps, expert_ids, size, mean_only)
         if len(groups) == 1:
             return groups[0][0](feature_maps, size, mean_only)
         parts = [
@@ -871,6 +909,26 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
         ]
         back = order.argsort()
         return tuple(torch.cat(values)[back] for values in zip(*parts, strict=True))
+
+    def _send_one_by_one(
+        self, feature_maps: Sequence[Tensor], expert_ids: Tensor, size: Sequence[int], mean_only: bool
+    ) -> tuple[Tensor, ...]:
+        """As `_send`, image by image, into one result: what lies between then stays in a processor's cache, and in
+        memory that the system has already given."""
+        results: tuple[Tensor, ...] = ()
+        for row, expert in enumerate(expert_ids.tolist()):
+            into = results[0][row : row + 1] if results and not mean_only else None
+            values = self.experts[expert]([maps[row : row + 1] for maps in feature_maps], size, mean_only, into)
+            if len(expert_ids) == 1:
+                return values
+            # Expanded, not by shape alone: maps keep their memory format.
+            results = results or tuple(
+                torch.empty_like(value.expand(len(expert_ids), *value.shape[1:])) for value in values
+            )
+            for result, value in zip(results, values, strict=True):
+                if value is not into:
+                    result[row] = value[0]
+        return results
 
     def global_embeds(self, backbone_output: MedMoEBackboneOutput, expert_output: Tensor | None) -> Tensor:
         """v_g: the backbone's mean (B, C), the mean of the expert's map (B, D), or the two side by side.

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.functional import interpolate
 
-from medmoe_hf.model import MedMoEVisionModel
+from medmoe_hf.model import MedMoEVisionModel, modeling_medmoe
 from medmoe_hf.model.modeling_medmoe import MedMoEConvLayer, MedMoEScaleScorer
 
 KINDS = {
@@ -115,6 +115,46 @@ def test_each_image_with_its_expert_s_parameters_is_what_groups_give(tower, mean
     for found, right in zip(tower._send(*arguments), grouped, strict=True):
         torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
     assert not calls
+
+
+@pytest.mark.parametrize("mean_only", [True, False])
+def test_one_by_one_without_gradients_is_what_groups_give_with_them(tower, mean_only):
+    whole = tower.encode(torch.randn(len(SIX_AND_TWO_ALIKE), 3, 64, 96)).feature_maps
+    maps = [feature_map.detach() for feature_map in whole]
+    arguments = maps, torch.tensor(SIX_AND_TWO_ALIKE), tower.map_size(maps), mean_only
+    sizes = []
+    for expert in tower.experts:
+        expert.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0][0])))
+    grouped = tower._send(*arguments)
+    assert max(sizes) > 1
+    sizes.clear()
+    with torch.no_grad():
+        alone = tower._send(*arguments)
+    assert sizes == [1] * len(SIX_AND_TWO_ALIKE)
+    for found, right in zip(alone, grouped, strict=True):
+        torch.testing.assert_close(found, right.detach(), rtol=1e-5, atol=1e-5)
+        assert found.stride() == right.stride()
+
+
+@pytest.mark.parametrize("asked", [{}, {"output_hidden_states": True, "output_attentions": True}])
+def test_a_backbone_in_pieces_is_what_it_is_in_one(tower, asked, monkeypatch):
+    pixels = torch.randn(5, 3, 64, 96)
+    seen = []
+    tower.backbone.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    if asked:
+        tower.set_attn_implementation("eager")
+    whole = tower.encode(pixels, **asked)
+    monkeypatch.setattr(modeling_medmoe, "CPU_PIXELS", 2 * 64 * 96)
+    with torch.no_grad():
+        parts = tower.encode(pixels, **asked)
+    assert seen == [5, 2, 2, 1]
+    assert parts.keys() == whole.keys()
+    for name, value in parts.items():
+        for found, right in zip(
+            *([one] if torch.is_tensor(one) else one for one in (value, whole[name])), strict=True
+        ):
+            torch.testing.assert_close(found, right.detach(), rtol=1e-5, atol=1e-5, msg=name)
+    assert ("attentions" in parts) == bool(asked)
 
 
 @pytest.mark.slow
