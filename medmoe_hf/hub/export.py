@@ -59,8 +59,10 @@ class ExportReport:
             before that.
         batch_sizes: the batches that were compared; the graphs were made with another one.
         experts: the modalities whose experts the compared images were sent to.
-        int8: `tower.output` -> the smallest cosine of the written, quantised tower's embeddings to the model's; empty
-            without `int8`.
+        int8: `tower.output` -> the smallest cosine of the written, quantised tower's embeddings to the model's, of
+            images that still go to the same expert; empty without `int8`.
+        int8_routed: the share of the compared images that do. They were made so that their experts are hardly sure:
+            of real images more do.
     """
 
     format: str
@@ -69,6 +71,7 @@ class ExportReport:
     batch_sizes: list[int]
     experts: list[str]
     int8: dict[str, float] = field(default_factory=dict)
+    int8_routed: float = 1.0
 
     @property
     def largest_difference(self) -> float:
@@ -80,6 +83,7 @@ class ExportReport:
             f"{files}: at most {self.largest_difference:.1e} away from the model, in batches of "
             f"{' and '.join(map(str, self.batch_sizes))}, images of {', '.join(self.experts)}"
             + "".join(f"; in int8 {name} keeps a cosine of {value:.4f}" for name, value in self.int8.items())
+            + (f", and {self.int8_routed:.0%} of the images their expert" if self.int8 else "")
         )
 
 
@@ -299,9 +303,15 @@ def _export_tower(
     if int8:
         _quantise(file)
         run = _onnx_run(file, tower.outputs)
+        eight, whole = run(compared[0]), tower(**compared[0])
         # The first output of each tower is its embedding.
-        cosines = [cosine_similarity(run(inputs)[0], tower(**inputs)[0]).min().item() for inputs in compared]
-        report.int8[f"{file.stem}.{tower.outputs[0]}"] = min(cosines)
+        cosines = cosine_similarity(eight[0], whole[0])
+        if "expert_ids" in tower.outputs:
+            ids = tower.outputs.index("expert_ids")
+            alike = eight[ids] == whole[ids]
+            report.int8_routed, cosines = alike.float().mean().item(), cosines[alike]
+        # Without any left to compare, nothing speaks for it.
+        report.int8[f"{file.stem}.{tower.outputs[0]}"] = cosines.min().item() if len(cosines) else 0.0
     report.sizes[file.name] = file.stat().st_size
     return {"file": file.name, "inputs": list(example), "outputs": list(tower.outputs)}
 

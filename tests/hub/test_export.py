@@ -40,6 +40,7 @@ KINDS = {
             "swin_config": {"pyramid": "merged"},
         },
     },
+    "timm": {"vision_config": {"backbone": "timm/resnet18"}},
 }
 SHALLOW = {"depths": (1, 1), "num_heads": (1, 1), "embed_dim": 8}
 
@@ -56,15 +57,21 @@ def save_model(small_config, lived_in, folder, kind):
     model = lived_in(MedMoEModel(config))
     with torch.no_grad():
         # As after training, where images go to different experts.
-        model.vision_model.router.fc1.weight.mul_(60)
-        model.vision_model.router.fc2.weight.mul_(20)
+        router = model.vision_model.router
+        router.fc1.weight.mul_(60)
+        router.fc2.weight.mul_(20)
+        pixel_values = 2 * torch.randn(40, 3, 64, 64) + torch.randn(40, 3, 1, 1)
+        router.fc2.bias.sub_(router(model.vision_model.encode(pixel_values).pooler_output).mean(dim=0))
     model.save_pretrained(folder)
     images = MedMoEImageProcessor(size={"height": 64, "width": 64}, pad_to_square=True)
     MedMoEProcessor(images, tokenizer).save_pretrained(folder)
     return folder
 
 
-@pytest.fixture(scope="module", params=[("onnx", "report router"), ("onnx", "official"), ("torch-export", "official")])
+@pytest.fixture(
+    scope="module",
+    params=[("onnx", "report router"), ("onnx", "official"), ("torch-export", "official"), ("onnx", "timm")],
+)
 def exported(request, small_config, lived_in, tmp_path_factory):
     format, kind = request.param
     torch.manual_seed(0)
@@ -124,8 +131,8 @@ def test_both_towers_give_what_the_model_gives(exported):
         close(found["text_embeds"], normalize(right.pooler_output, dim=-1))
         close(found["word_embeds"], right.word_embeds)
         assert torch.equal(found["word_mask"], right.word_mask)
-        assert ("report_router_logits" in found) == (exported.kind == "report router")
-        if exported.kind == "report router":
+        assert ("report_router_logits" in found) == (exported.kind != "official")
+        if exported.kind != "official":
             right = model.route(**given).probabilities
             close(found["report_router_logits"].softmax(dim=-1), right)
 
@@ -221,6 +228,8 @@ def test_int8_stays_near_the_model(small_config, lived_in, tmp_path):
     cosines = torch.cosine_similarity(found["image_embeds"], right.pooler_output)[alike]
     assert 0.98 <= cosines.min() < 1
     assert report.int8["image_tower.image_embeds"] >= 0.98
+    assert 0 < report.int8_routed <= 1
+    assert f"{report.int8_routed:.0%} of the images their expert" in str(report)
 
 
 # Errors
@@ -270,7 +279,11 @@ def test_int8_that_is_too_far_is_an_error(small_config, lived_in, tmp_path, monk
 
     monkeypatch.setattr(export_module, "_through_onnx", through_onnx)
     monkeypatch.setattr(export_module, "_quantise", lambda file: None)
-    monkeypatch.setattr(export_module, "_onnx_run", lambda *_: lambda inputs: [torch.ones(1, 24)])
+
+    def far(file, outputs):
+        return lambda inputs: [torch.ones(7, 24), *[torch.zeros(7)] * len(outputs)]
+
+    monkeypatch.setattr(export_module, "_onnx_run", far)
     with pytest.raises(ExportError, match=r"does not bear int8: under a cosine of 0.98 .* image_tower.image_embeds"):
         export(folder, tmp_path / "out", int8=True)
     assert not (tmp_path / "out").exists()

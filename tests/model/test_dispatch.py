@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import nn
 from torch.nn.functional import interpolate
 
@@ -159,15 +160,22 @@ def test_a_backbone_in_pieces_is_what_it_is_in_one(tower, asked, monkeypatch):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_the_tower_is_one_graph(small_config, lived_in):
-    """Without a break, for routings that differ within the batch and for another batch size."""
+@pytest.mark.parametrize("backbone", ["swin", "timm/resnet18", "timm/convnext_atto"])
+def test_the_tower_is_one_graph(small_config, lived_in, backbone):
+    """Without a break, for routings that differ within the batch, and the same graph for another batch size."""
     torch._dynamo.reset()
-    tower = lived_in(MedMoEVisionModel(small_config().vision_config))
-    graph = torch.compile(tower, backend="eager", fullgraph=True, dynamic=True)
-    for count in (5, 2):
-        pixels = torch.randn(count, 3, 64, 64)
+    config = small_config(router="image", vision_config={"backbone": backbone}).vision_config
+    tower = lived_in(MedMoEVisionModel(config))
+    # As after training, where images go to different experts.
+    tower.router.fc1.weight.mul_(60)
+    graphs = torch._dynamo.testing.CompileCounter()
+    graph = torch.compile(tower, backend=graphs, fullgraph=True)
+    for count in (9, 2):
+        pixels = 2 * torch.randn(count, 3, 64, 64) + torch.randn(count, 3, 1, 1)
+        torch._dynamo.mark_dynamic(pixels, 0)
         right, found = tower(pixels), graph(pixels)
-        if count == 5:
+        if count == 9:
             assert len(set(right.expert_ids.tolist())) > 1
         for name in ("pooler_output", "local_embeds", "scale_weights", "router_logits"):
             torch.testing.assert_close(found[name], right[name], rtol=1e-5, atol=1e-5)
+    assert graphs.frame_count == 1
