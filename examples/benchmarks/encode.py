@@ -29,6 +29,7 @@ from medmoe_hf.training import build_model
 from medmoe_hf.training.config import ModelSection
 
 TAR = 1000  # samples in each
+SHARDS = 20  # of embeddings, at least
 PLANTED_IMAGE, PLANTED_REPORT = 123, 456
 
 
@@ -54,30 +55,32 @@ def write_data(folder: Path, samples: int, image_size: int) -> Path:
     return folder / "sources.yaml"
 
 
-def watched(command: list[str], kill_after: float | None, log: list[tuple[float, float]]) -> bool:
-    """Runs a command, killed after so many seconds of encoding; whether it came to its end.
+def watched(command: list[str], kill_after: int | None, log: list[tuple[float, float]]) -> bool:
+    """Runs a command, killed at a random moment of the second after so many shards; whether it came to its end.
 
     Args:
         log: gets (seconds since the start, MB resident in the largest process) twice a second.
     """
     process = subprocess.Popen(command, start_new_session=True)
-    started, begun = time.monotonic(), None
+    started, noted = time.monotonic(), 0.0
     out = Path(command[command.index("encode") + 2])
     before = len(list(out.glob("embeds-*")))
     while process.poll() is None:
-        time.sleep(0.5)
+        time.sleep(0.02)
+        if kill_after is not None and len(list(out.glob("embeds-*"))) >= before + kill_after:
+            time.sleep(random.random())
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return False
+        if time.monotonic() - noted < 0.5:
+            continue
+        noted = time.monotonic()
         try:
             family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
             resident = max(member.memory_info().rss for member in family) / 2**20
         except psutil.NoSuchProcess:
             continue
-        log.append((time.monotonic() - started, resident))
-        if begun is None and len(list(out.glob("embeds-*"))) > before:
-            begun = time.monotonic()
-        if kill_after is not None and begun is not None and time.monotonic() - begun > kill_after:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            return False
+        log.append((noted - started, resident))
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}.")
     return True
@@ -106,7 +109,8 @@ def main() -> None:
         command += ["torch.distributed.run", "--nproc_per_node", str(arguments.processes), "-m"]
     command += ["medmoe_hf.cli", "encode", str(sources), str(output / "embeds"), "--model", str(output / "model")]
     os.environ["ACCELERATE_USE_CPU"] = "true"
-    for kill_after in (random.uniform(2, 20), random.uniform(2, 20), None):
+    command += ["--samples-per-shard", str(max(1, arguments.samples // SHARDS))]
+    for kill_after in (random.randint(1, SHARDS // 3), random.randint(1, SHARDS // 3), None):
         log: list[tuple[float, float]] = []
         ended = watched(command, kill_after, log)
         shards = len(list((output / "embeds").glob("embeds-*")))
