@@ -810,12 +810,14 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
         return output
 
     def _on_cpu_for_inference(self, values: Tensor) -> bool:
-        """Whether a batch may be cut into pieces that suit a CPU: nothing depends on the batch, no graph is made."""
+        """Whether a batch may be cut into pieces that suit a CPU: nothing depends on the batch, no graph is made, and
+        no other process waits for as many calls of a module as it has made itself."""
         return (
             values.device.type == "cpu"
             and not self.training
             and not torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
+            and not in_process_group()
         )
 
     def select_experts(self, router_logits: Tensor, modality: Any = None) -> Tensor:

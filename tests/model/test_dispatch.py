@@ -158,6 +158,18 @@ def test_a_backbone_in_pieces_is_what_it_is_in_one(tower, asked, monkeypatch):
     assert ("attentions" in parts) == bool(asked)
 
 
+@torch.no_grad()
+def test_processes_that_work_together_call_every_module_once(tower, monkeypatch):
+    """Sharded weights are gathered by all of them at a time, whatever their batches and routes."""
+    monkeypatch.setattr(modeling_medmoe, "in_process_group", lambda: True)
+    monkeypatch.setattr(modeling_medmoe, "CPU_PIXELS", 1)
+    calls = []
+    for module in (tower.backbone, *tower.experts):
+        module.register_forward_pre_hook(lambda module, _: calls.append(module))
+    tower(torch.randn(3, 3, 64, 64), modality=[0, 0, 2])
+    assert calls == [tower.backbone, *tower.experts]
+
+
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("backbone", ["swin", "timm/resnet18", "timm/convnext_atto"])

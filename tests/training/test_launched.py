@@ -19,6 +19,8 @@ def run_of(folder, kind, preset, world, **changes):
         model={"preset": preset, "overrides": EXACT},
         batch_size=6 // world // changes.get("gradient_accumulation_steps", 1),
         max_steps=3,
+        evaluate_every=2,
+        evaluation_samples=11,
         checkpoints={"every_steps": 2},
         **changes,
     )
