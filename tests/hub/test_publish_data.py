@@ -385,8 +385,9 @@ def test_a_push_is_one_commit_that_leaves_only_the_new_shards(hub):
     }
 
 
+# Without the interpreter's end, in which pyarrow's threads abort now and then (apache/arrow#45214).
 READ = """
-import json, sys
+import json, os, sys
 import datasets
 from medmoe_hf.data.sources import load_sources
 from medmoe_hf.data.stream import SampleStream
@@ -400,7 +401,8 @@ print(json.dumps([
         "streamed": {key: value for key, value in line.items() if isinstance(value, (str, int))},
     }
     for sample, line in zip(samples, streamed, strict=True)
-]))
+]), flush=True)
+os._exit(0)
 """
 
 
