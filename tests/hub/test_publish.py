@@ -1,6 +1,6 @@
 """Pushes to a Hub on this machine: what a repo holds afterwards, what is left when a push breaks off, what is said.
 
-MEDMOE_PYTHONS names, as PATH does, Pythons of other environments in which a pushed checkpoint is to load too.
+MEDMOE_PYTHONS names, as PATH does, Pythons of the environments in which a pushed checkpoint is to load; by default this.
 """
 
 import importlib
@@ -504,7 +504,7 @@ torch.save(found, "found.pt")
 """
 
 
-PYTHONS = [sys.executable, *filter(None, os.environ.get("MEDMOE_PYTHONS", "").split(os.pathsep))]
+PYTHONS = list(filter(None, os.environ.get("MEDMOE_PYTHONS", "").split(os.pathsep))) or [sys.executable]
 
 
 @pytest.mark.slow
