@@ -1,6 +1,6 @@
 """Pushes to a Hub on this machine: what a repo holds afterwards, what is left when a push breaks off, what is said.
 
-MEDMOE_PYTHONS names, as PATH does, Pythons of the environments in which a pushed checkpoint is to load; by default this.
+MEDMOE_PYTHONS names, as PATH does, the Pythons with which a pushed checkpoint is to load; by default it is this one.
 """
 
 import importlib
