@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medmoe_hf.evaluation import ZeroShotClassifier, load_encoder, recall_at_k
-from medmoe_hf.evaluation.encoders import Encoder, MedMoEEncoder
+from medmoe_hf.evaluation import recall_at_k
+from medmoe_hf.evaluation.encoders import Encoder, MedMoEEncoder, load_encoder
 from medmoe_hf.evaluation.recipes import load_recipe, open_recipe
+from medmoe_hf.evaluation.zero_shot import ZeroShotClassifier
 from medmoe_hf.hub.export import export
 
 

@@ -35,8 +35,7 @@ class ZeroShotClassifier:
         if empty or not prompts:
             raise ValueError(f"Each class needs a list of sentences; {empty[0] if empty else 'no class'} has none.")
         self.encoder, self.classes = encoder, list(prompts)
-        sentences = [sentence for name in prompts for sentence in prompts[name]]
-        class_ids = torch.tensor([label for label, name in enumerate(prompts) for _ in prompts[name]])
+        sentences, class_ids = _in_a_row(prompts)
         by_class = _by_class(encoder.encode_texts(sentences).t(), class_ids)
         self.class_embeds = nn.functional.normalize(by_class, dim=0)
 
@@ -68,8 +67,7 @@ def zero_shot(
     data = tested(data)
     if data.labels is None or not data.classes or list(data.prompts) != list(data.classes):
         raise ValueError(f"{data.name}: zero-shot needs labels, and prompts for each of its classes.")
-    sentences = [sentence for name in data.classes for sentence in data.prompts[name]]
-    class_ids = torch.tensor([label for label, name in enumerate(data.classes) for _ in data.prompts[name]])
+    sentences, class_ids = _in_a_row(data.prompts)
     result = Result(
         protocol="zero-shot",
         model=encoder.name,
@@ -96,6 +94,12 @@ def zero_shot(
     if isinstance(encoder, MedMoEEncoder) and data.modalities is not None:
         _add_routing(result, encoder, data, data.modalities)
     return result
+
+
+def _in_a_row(prompts: Mapping[str, Sequence[str]]) -> tuple[list[str], Tensor]:
+    """The M sentences of all classes, and the class of each, (M,)."""
+    sentences = [sentence for name in prompts for sentence in prompts[name]]
+    return sentences, torch.tensor([label for label, name in enumerate(prompts) for _ in prompts[name]])
 
 
 def _by_class(by_sentence: Tensor, class_ids: Tensor) -> Tensor:

@@ -453,6 +453,8 @@ class MedMoETimmBackbone(MedMoEPreTrainedModel):
 
 def _joined(parts: Sequence[MedMoEBackboneOutput]) -> MedMoEBackboneOutput:
     """What a backbone gives for pieces of a batch, as for the whole."""
+    if len(parts) == 1:
+        return parts[0]
     joined: dict[str, Any] = {}
     for name, value in parts[0].items():
         values = [part[name] for part in parts]
@@ -797,9 +799,9 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
                 f"and more, got {tuple(pixel_values.shape)}."
             )
         pixel_values = pixel_values.to(self.backbone.dtype)
-        piece = max(1, CPU_PIXELS // pixel_values[0, 0].numel())
-        if self._on_cpu_for_inference(pixel_values) and len(pixel_values) > piece:
-            output = _joined([self.backbone(part, **kwargs) for part in pixel_values.split(piece)])
+        if self._on_cpu_for_inference(pixel_values):
+            pieces = pixel_values.split(max(1, CPU_PIXELS // math.prod(pixel_values.shape[-2:])))
+            output = _joined([self.backbone(piece, **kwargs) for piece in pieces])
         else:
             output = self.backbone(pixel_values, **kwargs)
         if len(self.level_norms):
@@ -886,14 +888,16 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
     ) -> tuple[Tensor, ...]:
         """What each image's own expert makes of it, in the order of the batch.
 
-        Images are grouped by expert. Inside a graph, which may not depend on where images go, each image brings its
-        expert's parameters instead: the arithmetic is the same, in the same modules. Not where gradients are wanted:
-        experts without images would get zeros for none.
+        Images are grouped by expert, or computed one by one on a CPU without gradients. Inside a graph, which may not
+        depend on where images go, each image brings its expert's parameters instead: the arithmetic is the same, in
+        the same modules. Not where gradients are wanted: experts without images would get zeros for none.
         """
         if torch.compiler.is_compiling() and not self.training and not torch.is_grad_enabled():
             every = [_floating_tensors(expert) for expert in self.experts]
             own = {name: torch.stack([tensors[name] for tensors in every])[expert_ids] for name in every[0]}
             return torch.func.functional_call(self.experts[0], own, (feature_maps, size, mean_only))
+        if self._on_cpu_for_inference(expert_ids):
+            return self._send_one_by_one(feature_maps, expert_ids, size, mean_only)
         order = expert_ids.argsort(stable=True)
         counts = torch.bincount(expert_ids, minlength=len(self.experts)).tolist()
         together = in_process_group()
@@ -902,8 +906,6 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
             for expert, rows in zip(self.experts, order.split(counts), strict=True)
             if len(rows) or together
         ]
-        if self._on_cpu_for_inference(expert_ids):
-            return self._send_one_by_one(feature_maps, expert_ids, size, mean_only)
         if len(groups) == 1:
             return groups[0][0](feature_maps, size, mean_only)
         parts = [
