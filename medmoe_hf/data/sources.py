@@ -1,5 +1,6 @@
 """Sources of training data: what a YAML says about one, and the shards that it becomes."""
 
+import hashlib
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -22,6 +23,7 @@ from medmoe_hf.data.shards import (
     Shard,
     TableShard,
     TarShard,
+    files_facts,
     read_table,
 )
 from medmoe_hf.model.medical_images_medmoe import WINDOWS
@@ -69,6 +71,16 @@ class _Fields(BaseModel):
                 raise ValueError(f"there is no `window` {name}, but {', '.join(WINDOWS)}")
         return self
 
+    def content_facts(self) -> list[Any]:
+        """What tells the content of this source from another one, plain for JSON: an entry `[name, size, checksum]`
+        for each file, in the order of its shards.
+
+        A name is a file's without its folder, so that data may be moved. Tars and parquet files are told apart by
+        their size, beginning and end, tables by all their bytes, and folders of images by names and sizes. A missing
+        file has None for both.
+        """
+        return []
+
 
 class PhantomSource(_Fields):
     """Synthetic image-report pairs, drawn while training (see `medmoe_hf.data.phantom`).
@@ -100,6 +112,9 @@ class _FileSource(_Fields):
             FileNotFoundError: for a pattern that no file fits.
         """
         return [path for pattern in self.files for path in expand(pattern)]
+
+    def content_facts(self) -> list[Any]:
+        return files_facts(self.paths())
 
 
 class WebDatasetSource(_FileSource):
@@ -145,6 +160,9 @@ class TableSource(_FileSource):
             shards.append(TableShard(path, rows))
         return shards
 
+    def content_facts(self) -> list[Any]:
+        return files_facts(self.paths(), whole=True)
+
 
 class FolderSource(_Fields):
     """A folder of images, each in the folder of its label (`label` in templates).
@@ -158,14 +176,25 @@ class FolderSource(_Fields):
 
     def shards(self) -> list[Shard]:
         root = Path(self.path)
-        if not root.is_dir():
-            raise FileNotFoundError(f'There is no folder "{root}" (`path` of an imagefolder source).')
         rows = [
-            {"image": str(path), "label": path.parent.name if path.parent != root else ""}
-            for path in sorted(root.rglob("*"))
-            if path.is_file() and not path.name.startswith(".")
+            {"image": str(path), "label": path.parent.name if path.parent != root else ""} for path in self._images()
         ]
         return [TableShard(str(root), rows)]
+
+    def content_facts(self) -> list[Any]:
+        root = Path(self.path)
+        digest, size = hashlib.blake2b(digest_size=8), 0
+        for path in self._images():
+            bytes_of_one = path.stat().st_size
+            digest.update(f"{path.relative_to(root).as_posix()}\0{bytes_of_one}\0".encode(errors="surrogateescape"))
+            size += bytes_of_one
+        return [[root.resolve().name, size, digest.hexdigest()]]
+
+    def _images(self) -> list[Path]:
+        root = Path(self.path)
+        if not root.is_dir():
+            raise FileNotFoundError(f'There is no folder "{root}" (`path` of an imagefolder source).')
+        return [path for path in sorted(root.rglob("*")) if path.is_file() and not path.name.startswith(".")]
 
 
 class DatasetSource(_Fields):
@@ -182,8 +211,14 @@ class DatasetSource(_Fields):
     split: str = "train"
 
     def shards(self) -> list[Shard]:
+        return [DatasetShard(self.path, self._load())]
+
+    def content_facts(self) -> list[Any]:
+        return files_facts([file["filename"] for file in self._load().cache_files])
+
+    def _load(self) -> datasets.Dataset:
         if self.kind == "hub":
-            return [DatasetShard(self.path, datasets.load_dataset(self.path, self.subset, split=self.split))]
+            return datasets.load_dataset(self.path, self.subset, split=self.split)
         if not Path(self.path).is_dir():
             raise FileNotFoundError(f'There is no folder "{self.path}" (`path` of a saved source).')
         found = datasets.load_from_disk(self.path)
@@ -191,7 +226,7 @@ class DatasetSource(_Fields):
             if self.split not in found:
                 raise ValueError(f'"{self.path}" has no split "{self.split}", but {", ".join(found)}.')
             found = found[self.split]
-        return [DatasetShard(self.path, found)]
+        return found
 
 
 SOURCE_MODELS = (PhantomSource, WebDatasetSource, ParquetSource, TableSource, FolderSource, DatasetSource)

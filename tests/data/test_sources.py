@@ -1,6 +1,8 @@
 """The ready-made YAML, through the whole stream: every caption rule on a shard in its layout."""
 
 import io
+import json
+import os
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -194,3 +196,63 @@ def test_overlap_equals_comparing_every_pair(tmp_path):
 def load_sources_of(text, folder):
     (folder / "s.yaml").write_text(text)
     return load_sources(folder / "s.yaml")
+
+
+# What tells one content from another
+
+
+def test_content_facts_change_with_the_content_alone(tmp_path, monkeypatch):
+    """Files added, removed, swapped behind a pattern, cut or edited; not times, and not where the folder is."""
+    monkeypatch.chdir(tmp_path)
+    for name, number in (("a", 1), ("b", 2)):
+        write(tmp_path / "x" / f"{name}.tar", [{"jpg": png(number), "txt": b"c"}])
+    source = load_sources_of("- {kind: webdataset, files: ['x/*.tar', 'gone.tar']}", tmp_path)[0]
+    first = source.content_facts()
+    assert [entry[:2] for entry in first] == [["a.tar", 10240], ["b.tar", 10240], ["gone.tar", None]]
+    os.utime(tmp_path / "x" / "a.tar", (1, 1))
+    assert source.content_facts() == first == json.loads(json.dumps(first))
+    (tmp_path / "x" / "a.tar").rename(tmp_path / "x" / "c.tar")
+    (tmp_path / "x" / "b.tar").rename(tmp_path / "x" / "a.tar")
+    (tmp_path / "x" / "c.tar").rename(tmp_path / "x" / "b.tar")
+    swapped = source.content_facts()
+    assert [entry[:2] for entry in swapped] == [entry[:2] for entry in first]
+    assert swapped != first
+    assert [entry[2] for entry in swapped[:2]] == [first[1][2], first[0][2]]
+    write(tmp_path / "x" / "c.tar", [{"jpg": png(1), "txt": b"c"}])
+    assert len(source.content_facts()) == 4
+
+
+@pytest.mark.parametrize("rows", [3, 5000])
+def test_content_facts_of_tables_count_every_byte(tmp_path, rows):
+    lines = ["image,caption", *(f"{index}.png,a caption" for index in range(rows))]
+    path = tmp_path / "a.csv"
+    path.write_text("\n".join(lines))
+    source = load_sources_of(f"- {{kind: csv, files: ['{path}']}}", tmp_path)[0]
+    first = source.content_facts()
+    lines[rows // 2] = lines[rows // 2].replace("caption", "caption"[::-1])
+    path.write_text("\n".join(lines))
+    (changed,) = source.content_facts()
+    assert changed[:2] == first[0][:2] == ["a.csv", len("\n".join(lines))]
+    assert changed[2] != first[0][2]
+
+
+def test_content_facts_of_image_folders_and_saved_sets(tmp_path):
+    import datasets
+
+    (tmp_path / "f" / "cyst").mkdir(parents=True)
+    (tmp_path / "f" / "cyst" / "1.png").write_bytes(png(1))
+    folder = load_sources_of(f"- {{kind: imagefolder, path: '{tmp_path}/f'}}", tmp_path)[0]
+    first = folder.content_facts()
+    assert first[0][:2] == ["f", len(png(1))]
+    (tmp_path / "f" / "cyst" / "1.png").rename(tmp_path / "f" / "cyst" / "2.png")
+    assert folder.content_facts() != first
+    found = []
+    for number in (1, 1, 2):
+        one = datasets.Dataset.from_dict({"image": [png(number)], "caption": ["c"]})
+        one.save_to_disk(tmp_path / "saved")
+        source = load_sources_of(f"- {{kind: saved, path: '{tmp_path}/saved'}}", tmp_path)[0]
+        found.append(source.content_facts())
+    assert found[0] == found[1]
+    assert found[1][0][:2] == found[2][0][:2]
+    assert found[1] != found[2]
+    assert load_sources_of("- {kind: phantom}", tmp_path)[0].content_facts() == []
