@@ -1335,7 +1335,6 @@ class MedMoEModel(MedMoEPreTrainedModel):
         token_type_ids: Tensor | None = None,
         word_ids: Tensor | None = None,
         modality: Any = None,
-        modality_labels: Tensor | None = None,
         return_loss: bool | None = None,
         gather: Callable[[Tensor], Tensor] | None = None,
         **kwargs: Any,
@@ -1350,11 +1349,15 @@ class MedMoEModel(MedMoEPreTrainedModel):
             input_ids, attention_mask, token_type_ids, word_ids: (N, L), see `MedMoETextModel.forward`.
             pixel_values: (B, 3, H, W).
             modality: overrules the routers: a name, alias or id, for all images or one each; None or -100 if unknown.
-            modality_labels: (B,), what the routers should have said, for the auxiliary loss; -100 is ignored.
             return_loss: whether to compute the losses.
             gather: puts a tensor's rows (b, ...) of all processes together, (B, ...), differentiably; the losses then
                 contrast over all of them. None contrasts within this batch.
+            **kwargs: `modality_labels`, (B,), what the routers should have said, for the auxiliary loss; -100 is
+                ignored. The rest goes to the towers.
         """
+        # No named argument: `Trainer` takes every name with "label" in it for one that a batch must have, and does not
+        # evaluate the loss of batches without it.
+        modality_labels = kwargs.pop("modality_labels", None)
         if pixel_values is None and input_ids is None:
             raise ValueError("MedMoE needs `pixel_values`, `input_ids` or both.")
         if pixel_values is None:

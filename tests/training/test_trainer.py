@@ -194,3 +194,67 @@ def test_what_trainer_saves_loads_as_a_model(task, data, tmp_path):
     for name, value in again.state_dict().items():
         assert torch.equal(value, run.model.state_dict()[name]), name
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["auto_map"]["AutoModel"]
+
+
+class WithoutLabels:
+    """A batch as stock CLIP's: nothing but what the processor gives, and `return_loss`."""
+
+    def __init__(self, collator):
+        self.collator = collator
+
+    def __call__(self, samples):
+        batch = self.collator(samples)
+        del batch["modality_labels"]
+        return batch
+
+
+def test_batches_without_modality_labels_are_evaluated(small_config, collator, data, tmp_path):
+    """As stock CLIP's: the loss is computed without arguments, and `load_best_model_at_end` finds it."""
+
+    def make():
+        torch.manual_seed(0)
+        text = {"vocab_size": len(collator.processor.tokenizer)}
+        return MedMoEModel(small_config(projection_dim=16, text_config=text))
+
+    collate = WithoutLabels(collator)
+    run = trainer(
+        (make, collate),
+        tmp_path,
+        data,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        per_device_eval_batch_size=BATCH,
+        load_best_model_at_end=True,
+    )
+    run.train()
+    evaluated = {entry["step"]: entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry}
+    assert sorted(evaluated) == [1, 2, 3]
+    assert run.state.best_metric == min(evaluated.values())
+    model = run.model.eval()
+    held_out = Phantoms(8).samples
+    with torch.no_grad():
+        expected = [model(**collate(held_out[start : start + BATCH])).loss.item() for start in (0, BATCH)]
+    assert run.evaluate()["eval_loss"] == pytest.approx(sum(expected) / 2, rel=1e-5)
+
+
+def test_modality_labels_reach_the_auxiliary_loss(small_config, collator, data, tmp_path):
+    """Of batches that have them, in training and in evaluation; `label_names` hands them to `compute_metrics`."""
+    torch.manual_seed(0)
+    model = MedMoEModel(small_config(projection_dim=16, text_config={"vocab_size": len(collator.processor.tokenizer)}))
+    run = trainer((lambda: model, collator), tmp_path, data, eval_strategy="steps", label_names=["modality_labels"])
+    model.eval()
+    batch = collator(data.samples[:BATCH])
+    loss, _, labels = run.prediction_step(model, batch, prediction_loss_only=False)
+    assert torch.equal(labels, batch["modality_labels"])
+    with torch.no_grad():
+        output = model(**batch)
+        del batch["modality_labels"]
+        without = model(**batch)
+    assert loss.item() == pytest.approx(output.loss.item(), rel=1e-5)
+    assert output.loss_aux > 0
+    assert without.loss_aux == 0
+    assert output.loss.item() == pytest.approx(
+        (without.loss + model.config.aux_loss_weight * output.loss_aux).item(), rel=1e-5
+    )
