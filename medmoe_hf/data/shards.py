@@ -11,7 +11,7 @@ import os
 import tarfile
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -44,6 +44,9 @@ class Shard(Protocol):
 
     def read(self, place: Any) -> dict[str, Any]:
         """The fields of a sample; images as bytes, a path, or decoded."""
+
+    def peek(self, rows: Sequence[int], names: Collection[str]) -> list[dict[str, Any]]:
+        """Some fields of some samples, without reading the others (the images, say). Absent fields are left out."""
 
 
 class TarShard:
@@ -110,6 +113,19 @@ class TarShard:
                 sample[extension] = content
         return sample
 
+    def peek(self, rows: Sequence[int], names: Collection[str]) -> list[dict[str, Any]]:
+        index = self._index()
+        samples = []
+        with open(self.name, "rb") as file:
+            for row in rows:
+                sample = {}
+                for extension, (offset, size) in index[row][1].items():
+                    if extension in names:
+                        file.seek(offset)
+                        sample[extension] = file.read(size)
+                samples.append(sample)
+        return samples
+
     def __getstate__(self) -> dict[str, Any]:
         # Readers in other processes are told places; they need no index of their own.
         return {"name": self.name, "cut_off": self.cut_off, "_places": None}
@@ -152,6 +168,20 @@ class ParquetShard:
         group, row = place
         return {name: column[0].as_py() for name, column in zip(*_row(_row_group(self.name, group), row), strict=True)}
 
+    def peek(self, rows: Sequence[int], names: Collection[str]) -> list[dict[str, Any]]:
+        samples: list[dict[str, Any]] = [{} for _ in rows]
+        by_group: dict[int, list[tuple[int, int]]] = {}
+        for number, row in enumerate(rows):
+            group, inside = self.locate(row)
+            by_group.setdefault(group, []).append((number, inside))
+        file = pyarrow.parquet.ParquetFile(self.name)
+        present = [name for name in file.schema_arrow.names if name in names]
+        for group, wanted in by_group.items() if present else ():
+            table = file.read_row_group(group, columns=present).take([inside for _, inside in wanted])
+            for (number, _), sample in zip(wanted, table.to_pylist(), strict=True):
+                samples[number] = sample
+        return samples
+
     def __getstate__(self) -> dict[str, Any]:
         return {"name": self.name, "_starts": None}
 
@@ -183,6 +213,9 @@ class TableShard:
     def read(self, place: Any) -> dict[str, Any]:
         return place
 
+    def peek(self, rows: Sequence[int], names: Collection[str]) -> list[dict[str, Any]]:
+        return [{name: self.rows[row][name] for name in names if name in self.rows[row]} for row in rows]
+
     def __getstate__(self) -> dict[str, Any]:
         return {"name": self.name, "rows": ()}
 
@@ -206,6 +239,13 @@ class DatasetShard:
     def read(self, place: Any) -> dict[str, Any]:
         return self.dataset[place]
 
+    def peek(self, rows: Sequence[int], names: Collection[str]) -> list[dict[str, Any]]:
+        present = [name for name in self.dataset.column_names if name in names]
+        if not present:
+            return [{} for _ in rows]
+        columns = self.dataset.select_columns(present)[list(rows)]
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
 
 class PhantomShard:
     """Samples of `medmoe_hf.data.phantom`, drawn where they are read."""
@@ -224,6 +264,9 @@ class PhantomShard:
 
     def read(self, place: Any) -> dict[str, Any]:
         return phantom_sample(self._seed, place, image_size=self._image_size, modalities=self._modalities)
+
+    def peek(self, rows: Sequence[int], names: Collection[str]) -> list[dict[str, Any]]:
+        return [{name: value for name, value in self.read(row).items() if name in names} for row in rows]
 
 
 def read_table(path: str) -> list[dict[str, Any]]:

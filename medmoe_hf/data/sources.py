@@ -43,8 +43,8 @@ class _Fields(BaseModel):
             (the rule whose tag the text contains).
         caption_template: a caption made of fields, `"a chest radiograph with {label}"`, in place of the field.
         modality: a name or alias; `field:NAME` (a name, alias or id); `caption` (from its words); `dicom` (from the
-            header); or `unknown`. None: the caption rule's, if it has one, else a field `cls` or `modality`, else
-            unknown.
+            header); or `unknown`. A list of these is tried in order, until one gives a modality. None: the caption
+            rule's, if it has one, else a field `cls` or `modality`, else unknown.
         subject: field that says whose image it is, for the split.
         window: how DICOM and NIfTI are shown: a CT window's name, (centre, width), or three of these for three
             channels; None: as the file says (see `read_medical_image`).
@@ -58,7 +58,7 @@ class _Fields(BaseModel):
     caption: str | None = None
     caption_rule: str = "plain"
     caption_template: str | None = None
-    modality: str | None = None
+    modality: str | Annotated[list[str], Field(min_length=1)] | None = None
     subject: str | None = None
     window: str | tuple[float, float] | tuple[str, str, str] | None = None
 
