@@ -2,7 +2,6 @@
 
 from medmoe_hf.data.phantom import (
     FINDINGS,
-    MODALITIES,
     PHRASES,
     FindingPhrases,
     phantom_features,
@@ -12,6 +11,7 @@ from medmoe_hf.data.phantom import (
     write_webdataset,
     zero_shot_prompts,
 )
+from medmoe_hf.model.modalities_medmoe import MODALITIES
 
 __all__ = [
     "FINDINGS",

@@ -10,9 +10,9 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageOps
 
 from medmoe_hf.data.captions import detect_rule
-from medmoe_hf.data.phantom import MODALITIES
 from medmoe_hf.data.shards import ShardError
 from medmoe_hf.data.stream import SampleStream, StreamError
+from medmoe_hf.model.modalities_medmoe import MODALITIES
 
 _COUNTED_SHARDS = 20  # opening thousands only to count them would take minutes
 _THUMBNAIL, _COLUMNS = 112, 12

@@ -34,13 +34,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from medmoe_hf.data.atomic import whole_file
+from medmoe_hf.model.modalities_medmoe import MODALITIES, modality_id
 
 Field = NDArray[np.floating[Any]]  # float32 all along, but numpy's stubs widen sums with a Python float
 Mask = NDArray[np.bool_]
 Pixels = NDArray[np.uint8]
-
-MODALITIES = ("xray", "ct", "mri", "ultrasound", "histopathology", "fundus")
-"""Modality names; the position in this tuple is the modality id (the label of the ``modality`` feature)."""
 
 MIN_IMAGE_SIZE = 48
 NORMAL_SHARE = 0.25
@@ -1028,10 +1026,13 @@ _DRAW: dict[str, Callable[[np.random.Generator, int, _Plan], tuple[Pixels, Mask]
 
 
 def _check_modalities(modalities: Sequence[str]) -> tuple[str, ...]:
-    chosen = (modalities,) if isinstance(modalities, str) else tuple(modalities)
-    unknown = [name for name in chosen if name not in MODALITIES]
-    if unknown or not chosen or len(set(chosen)) < len(chosen):
-        raise ValueError(f"modalities must be one or more distinct names out of {MODALITIES}, got {tuple(chosen)}")
+    given = (modalities,) if isinstance(modalities, str) else tuple(modalities)
+    try:
+        chosen = tuple(MODALITIES[modality_id(name)] for name in given)
+    except (ValueError, IndexError):
+        chosen = ()
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise ValueError(f"modalities must be one or more distinct names out of {MODALITIES}, got {given}")
     return chosen
 
 

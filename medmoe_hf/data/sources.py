@@ -15,7 +15,6 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from medmoe_hf.data.captions import CAPTION_RULES
-from medmoe_hf.data.phantom import MODALITIES
 from medmoe_hf.data.shards import (
     DatasetShard,
     ParquetShard,
@@ -27,6 +26,7 @@ from medmoe_hf.data.shards import (
     read_table,
 )
 from medmoe_hf.model.medical_images_medmoe import WINDOWS
+from medmoe_hf.model.modalities_medmoe import MODALITIES
 
 IMAGE_FIELDS = ("image", "jpg", "jpeg", "png", "webp", "tif", "tiff", "dcm", "file_name", "path")
 CAPTION_FIELDS = ("caption", "txt", "text", "report")

@@ -25,11 +25,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from medmoe_hf.data.captions import RULE_MODALITY, CaptionError, apply_rule, detect_rule
 from medmoe_hf.data.modality_words import modality_from_text
-from medmoe_hf.data.phantom import MODALITIES
 from medmoe_hf.data.shards import Shard, ShardError, TarShard
 from medmoe_hf.data.sources import CAPTION_FIELDS, IMAGE_FIELDS, PhantomSource, field_of
-from medmoe_hf.model.configuration_medmoe import UNKNOWN_MODALITY, MedMoEVisionConfig
 from medmoe_hf.model.medical_images_medmoe import is_medical_image, read_medical_image
+from medmoe_hf.model.modalities_medmoe import UNKNOWN_MODALITY, modality_id
 
 MAX_PIXELS = 100_000_000
 """An image with more pixels is taken for a decompression bomb: skipped, and counted."""
@@ -118,22 +117,6 @@ class FaultLog:
         self.counts = Counter({(source, cause): count for source, cause, count in state["counts"]})
         self.files = Counter(dict(state["files"]))
         self.good = state["good"]
-
-
-def modality_id(name: Any) -> int:
-    """A name, alias or id of one of the six modalities to its id; -100 for None.
-
-    Raises:
-        ValueError: for any other value.
-    """
-    if isinstance(name, (bytes, bytearray)):
-        name = name.decode()
-    if isinstance(name, str) and name.strip().lstrip("-").isdigit():
-        name = int(name)
-    return _SIX.modality_ids([name], 1)[0]
-
-
-_SIX = MedMoEVisionConfig(modalities=list(MODALITIES))
 
 
 class _Problem(Exception):
@@ -269,7 +252,7 @@ class _Reader(Dataset):
             name = said
         try:
             return modality_id(name)
-        except (ValueError, UnicodeDecodeError):
+        except ValueError:
             raise _Problem("wrong label") from None
 
 

@@ -18,11 +18,10 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoModel, AutoProcessor, PretrainedConfig
 
-from medmoe_hf.data.phantom import MODALITIES
-from medmoe_hf.model.configuration_medmoe import UNKNOWN_MODALITY
 from medmoe_hf.model.image_processing_medmoe import MedMoEImageProcessor, MedMoEImageProcessorPil, to_rgb
 from medmoe_hf.model.losses_medmoe import local_logits
 from medmoe_hf.model.medical_images_medmoe import is_medical_image, read_medical_image
+from medmoe_hf.model.modalities_medmoe import MODALITIES, UNKNOWN_MODALITY, modality_id
 from medmoe_hf.search.encode import encode_texts
 
 try:
@@ -154,11 +153,13 @@ class MedMoEEncoder:
 
     def expert_ids(self, modalities: Sequence[int] | np.ndarray) -> np.ndarray:
         """Ids of `medmoe_hf.data.MODALITIES` as ids of this model's experts, (N,); -100 where it has none."""
-        own = {name: expert for expert, name in enumerate(self.modalities)}
-        ids = [
-            own.get(MODALITIES[known], UNKNOWN_MODALITY) if known >= 0 else UNKNOWN_MODALITY for known in modalities
-        ]
-        return np.array(ids, dtype=np.int64)
+        own = {UNKNOWN_MODALITY: UNKNOWN_MODALITY}
+        for known, name in enumerate(MODALITIES):
+            try:
+                own[known] = modality_id(name, self.modalities)
+            except ValueError:
+                own[known] = UNKNOWN_MODALITY
+        return np.array([own[known] for known in modalities], dtype=np.int64)
 
     def encode_images(self, images: Sequence[Any]) -> Tensor:
         """(N, D); where the global embedding needs an expert, that of the image router."""

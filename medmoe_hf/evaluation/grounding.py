@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from medmoe_hf.data.phantom import MODALITIES
 from medmoe_hf.evaluation.encoders import Encoder, MedMoEEncoder, read_picture
 from medmoe_hf.evaluation.intervals import bootstrap
 from medmoe_hf.evaluation.metrics import box_mask, contrast_to_noise, energy_in_box, mean_iou, pointing_hit
 from medmoe_hf.evaluation.recipes import Box, EvaluationSet
 from medmoe_hf.evaluation.results import HeatmapExample, Result, common_facts, tested
+from medmoe_hf.model.modalities_medmoe import MODALITIES, UNKNOWN_MODALITY
 
 NONSENSE = ("glorbix", "quandle", "zwyvex")
 """Words that mean nothing: what a map shows for them, it shows for any word."""
@@ -49,7 +49,7 @@ def grounding(encoder: Encoder, data: EvaluationSet, resamples: int = 1000, seed
     images, boxes = [data.images[row] for row in rows], [data.boxes[row] for row in rows]
     phrases = [data.phrases[row] for row in rows]
     references = None if data.references is None else [data.references[row] for row in rows]
-    modalities = np.full(len(rows), -100) if data.modalities is None else data.modalities[rows]
+    modalities = np.full(len(rows), UNKNOWN_MODALITY) if data.modalities is None else data.modalities[rows]
     experts = encoder.expert_ids(modalities)
 
     def look_for(words: Sequence[str]) -> list[np.ndarray]:

@@ -23,10 +23,9 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from medmoe_hf.data.modality_words import modality_from_text
-from medmoe_hf.data.phantom import MODALITIES
 from medmoe_hf.data.shards import ShardError, TarShard, read_table
 from medmoe_hf.data.sources import explain, read_yaml
-from medmoe_hf.model.configuration_medmoe import UNKNOWN_MODALITY
+from medmoe_hf.model.modalities_medmoe import MODALITIES, UNKNOWN_MODALITY, modality_id
 
 Box: TypeAlias = tuple[float, float, float, float]
 """Left, top, right, bottom in pixels of the original image; right and bottom are the first pixels outside."""
@@ -258,7 +257,12 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
         if self.modality not in (*MODALITIES, "caption", "unknown", "phantom"):
-            raise ValueError(f"`modality` must be {', '.join(MODALITIES)}, caption, unknown or phantom")
+            try:
+                self.modality = MODALITIES[modality_id(self.modality)]
+            except (ValueError, IndexError):
+                raise ValueError(
+                    f"`modality` must be {', '.join(MODALITIES)} (or an alias), caption, unknown or phantom"
+                ) from None
         if self.modality == "phantom" and self.layout.kind != "phantom":
             raise ValueError("`modality: phantom` goes with `layout: {kind: phantom}` alone")
         if self.layout.kind == "phantom":

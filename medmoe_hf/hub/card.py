@@ -18,7 +18,8 @@ from torch import nn
 
 from medmoe_hf.data.atomic import whole_file
 from medmoe_hf.model import MedMoEConfig, MedMoEForImageClassification, MedMoEModel
-from medmoe_hf.model.configuration_medmoe import MODALITY_ALIASES, PRESETS
+from medmoe_hf.model.configuration_medmoe import PRESETS
+from medmoe_hf.model.modalities_medmoe import MODALITY_ALIASES
 
 if TYPE_CHECKING:
     from medmoe_hf.evaluation.intervals import Interval

@@ -29,7 +29,8 @@ from medmoe_hf.model import (
     MedMoEProcessor,
     MedMoETokenizer,
 )
-from medmoe_hf.model.configuration_medmoe import DEFAULT_MODALITIES, OFFICIAL_VERSIONS, PRESET_MAX_LENGTH
+from medmoe_hf.model.configuration_medmoe import OFFICIAL_VERSIONS, PRESET_MAX_LENGTH
+from medmoe_hf.model.modalities_medmoe import MODALITIES
 
 CLINICAL_BERT = "emilyalsentzer/Bio_ClinicalBERT"
 """The text tower of the official code and of MedCLIP; its tokenizer is the default of both conversions."""
@@ -411,7 +412,7 @@ def convert_official(
     }
     count = _count(tensors, r"vision_model\.experts\.(\d+)\.")
     if modalities is None:
-        modalities = DEFAULT_MODALITIES if count == 6 else [f"modality_{index}" for index in range(count)]
+        modalities = MODALITIES if count == 6 else [f"modality_{index}" for index in range(count)]
     names = list(modalities)
     if len(names) != count:
         raise ConvertError(f"{checkpoint} has {count} experts, but {len(names)} modalities are named: {names}.")

@@ -22,14 +22,13 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCa
 from PIL import Image, ImageOps
 
 from medmoe_hf.data.atomic import whole_folder
-from medmoe_hf.data.phantom import MODALITIES
 from medmoe_hf.data.shards import ShardError
 from medmoe_hf.data.sources import IMAGE_FIELDS, field_of
 from medmoe_hf.data.stream import SampleStream
 from medmoe_hf.hub.access import explained, writable
 from medmoe_hf.hub.card import markdown_table, source_name
-from medmoe_hf.model.configuration_medmoe import UNKNOWN_MODALITY
 from medmoe_hf.model.medical_images_medmoe import is_medical_image
+from medmoe_hf.model.modalities_medmoe import MODALITIES, UNKNOWN_MODALITY
 
 try:
     import pydicom

@@ -22,29 +22,14 @@ from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, SwinConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .modalities_medmoe import MODALITIES, modality_id
+
 if TYPE_CHECKING:  # what these fields hold once a configuration is constructed
     _SubConfig = Any
     _Modalities = dict[int, str]
 else:  # what they may be given as
     _SubConfig = dict | PreTrainedConfig | None
     _Modalities = dict[int, str] | dict[str, str] | list[str] | tuple[str, ...]
-
-UNKNOWN_MODALITY = -100
-"""The id of a modality nobody knows: ignored by the auxiliary loss, left to the router by the image tower."""
-
-DEFAULT_MODALITIES: Any = ("xray", "ct", "mri", "ultrasound", "histopathology", "fundus")
-"""Expert order of the official labelling."""
-
-# DICOM's codes (PS3.3 C.7.3.1.1.1) and the names people type, for the six default modalities.
-MODALITY_ALIASES = {
-    "xray": ("x-ray", "x ray", "radiograph", "cxr", "xr", "cr", "dx", "mg", "rg"),
-    "ct": ("computed tomography", "cat"),
-    "mri": ("mr", "magnetic resonance"),
-    "ultrasound": ("us", "sonography", "sonogram"),
-    "histopathology": ("pathology", "histology", "sm"),
-    "fundus": ("op", "retina", "retinal", "fundus photograph"),
-}
-_CANONICAL = {alias: name for name, aliases in MODALITY_ALIASES.items() for alias in aliases}
 
 
 def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,7 +126,7 @@ class MedMoEVisionConfig(PreTrainedConfig):
     swin_config: _SubConfig = None
     out_indices: list[int] | tuple[int, ...] | None = None
     image_size: int | None = None
-    modalities: _Modalities = DEFAULT_MODALITIES
+    modalities: _Modalities = MODALITIES
     pyramid_norm: bool = False
     global_features: Literal["backbone", "expert", "both"] = "backbone"
     expert_type: Literal["convolution", "token"] = "convolution"
@@ -195,7 +180,7 @@ class MedMoEVisionConfig(PreTrainedConfig):
 
         Args:
             modality: one name or id for all images, or a sequence (list, tensor, array) with one for each image. Names
-                are those of `modalities`, or an alias (`"cxr"`, DICOM's `"DX"`); None and -100 mean unknown.
+                are those of `modalities`, an alias (`"cxr"`) or DICOM's code (`"DX"`); None and -100 mean unknown.
             batch_size: the number of images B.
 
         Returns:
@@ -210,27 +195,12 @@ class MedMoEVisionConfig(PreTrainedConfig):
             modality = [modality] * batch_size
         if not isinstance(modality, Iterable):
             raise ValueError(f"`modality` must be a name, an id or one of these for each image, got {modality!r}.")
-        ids = [self._modality_id(item) for item in modality]
+        ids = [modality_id(item, self.modalities) for item in modality]
         if len(ids) == 1:
             ids = ids * batch_size
         if len(ids) != batch_size:
             raise ValueError(f"`modality` has {len(ids)} entries for {batch_size} images; give one, or one per image.")
         return ids
-
-    def _modality_id(self, item: Any) -> int:
-        item = item.item() if hasattr(item, "item") else item
-        if item is None or item == UNKNOWN_MODALITY:
-            return UNKNOWN_MODALITY
-        if isinstance(item, str):
-            key = item.strip().lower()
-            for wanted in (key, _CANONICAL.get(key)):
-                for index, name in self.modalities.items():
-                    if name.lower() == wanted:
-                        return index
-        elif isinstance(item, int) and not isinstance(item, bool) and item in self.modalities:
-            return item
-        known = ", ".join(f"{index}: {name}" for index, name in self.modalities.items())
-        raise ValueError(f"Unknown modality {item!r}. This model knows {{{known}}}, and {UNKNOWN_MODALITY} = unknown.")
 
     def validate_sizes(self) -> None:
         _positive(self, "image_size", "expert_hidden_size", "local_size", "scale_attention_size", "router_hidden_size")

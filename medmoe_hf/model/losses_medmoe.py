@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .configuration_medmoe import UNKNOWN_MODALITY
+from .modalities_medmoe import UNKNOWN_MODALITY
 
 
 def cosine_logits(image_embeds: Tensor, text_embeds: Tensor, scale: float) -> Tensor:

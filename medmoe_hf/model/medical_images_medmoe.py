@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from .modalities_medmoe import modality_of_dicom
+
 try:
     import pydicom
     import pydicom.pixels
@@ -39,16 +41,6 @@ WINDOWS: dict[str, tuple[float, float]] = {
     "stroke": (40, 40),
 }
 """Centre and width of the usual CT windows, in Hounsfield units."""
-
-# DICOM's codes (PS3.3 C.7.3.1.1.1) to the six default modalities; codes of other kinds (PT, NM, OT, SEG) stay unknown.
-MODALITIES = {
-    **dict.fromkeys(("CR", "DX", "MG", "RG", "IO", "PX", "XA", "RF"), "xray"),
-    "CT": "ct",
-    "MR": "mri",
-    **dict.fromkeys(("US", "IVUS"), "ultrasound"),
-    **dict.fromkeys(("SM", "GM"), "histopathology"),
-    "OP": "fundus",
-}
 
 _PERCENTILES = (1, 99)
 _HEAD = 1024  # bytes that tell the format; NIfTI's last mark ends at 348, also after decompression of this many
@@ -282,7 +274,7 @@ def _read_dicom(source: Any, name: str, frame: int | None, windows: _Windows, na
     dataset = _with_syntax(dataset)
     frames = int(dataset.get("NumberOfFrames") or 1)
     chosen = _chosen(frame, frames, name)
-    modality = MODALITIES.get(str(dataset.get("Modality", "")).strip().upper())
+    modality = modality_of_dicom(dataset.get("Modality"))
     stored = _stored(dataset, name, chosen)
 
     photometric = str(dataset.get("PhotometricInterpretation", "")).strip().upper()

@@ -23,7 +23,6 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_medmoe import (
-    UNKNOWN_MODALITY,
     MedMoEConfig,
     MedMoESwinConfig,
     MedMoETextConfig,
@@ -38,6 +37,7 @@ from .losses_medmoe import (
     word_contributions,
     word_log_odds,
 )
+from .modalities_medmoe import UNKNOWN_MODALITY
 
 try:
     import timm

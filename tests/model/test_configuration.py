@@ -276,7 +276,7 @@ def test_modalities_by_name_alias_or_id(given, ids):
 
 
 @pytest.mark.parametrize(("given", "message"), [
-    ("petct", "Unknown modality 'petct'. This model knows {0: xray, 1: ct, 2: mri, .* and -100 = unknown"),
+    ("petct", "Unknown modality 'petct'. Known are {0: xray, 1: ct, 2: mri, .* and -100 = unknown"),
     (6, "Unknown modality 6"),
     (-1, "Unknown modality -1"),
     (True, "Unknown modality True"),

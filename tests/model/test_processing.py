@@ -122,6 +122,7 @@ def test_round_trip(images, tmp_path):
         "configuration_medmoe.py",
         "image_processing_medmoe.py",
         "medical_images_medmoe.py",
+        "modalities_medmoe.py",
         "processing_medmoe.py",
         "processor_config.json",
         "tokenization_medmoe.py",
