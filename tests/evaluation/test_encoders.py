@@ -115,6 +115,20 @@ def test_heatmaps_are_one_by_one_the_models_in_original_pixels(folder, loaded):
         np.testing.assert_allclose(maps[row], expected.mean(dim=0).numpy(), rtol=1e-4, atol=1e-5)
 
 
+def test_heatmaps_are_smoothed_over_one_and_a_half_cells_unless_told_otherwise(folder, loaded):
+    model, processor = loaded
+    encoder = MedMoEEncoder(folder)
+    image = phantom_sample(3, 0, image_size=72)["image"]
+    grounding = model.ground(**processor(images=image, text="effusion", return_tensors="pt"))
+    for settings, sigma in (({}, 1.5), ({"sigma": 0}, 0), ({"sigma": 3.0}, 3.0)):
+        (found,) = encoder.heatmaps([image], ["effusion"], **settings)
+        (expected,) = processor.post_process_grounding(grounding, target_sizes=[(72, 72)], sigma=sigma)
+        np.testing.assert_allclose(found, expected.mean(dim=0).numpy(), rtol=1e-4, atol=1e-5)
+    smooth, sharp = (encoder.heatmaps([image], ["effusion"], **settings)[0] for settings in ({}, {"sigma": 0}))
+    roughness = [np.abs(np.diff(heatmap, axis=0)).sum() for heatmap in (smooth, sharp)]
+    assert roughness[0] < 0.7 * roughness[1]
+
+
 def test_dicom_goes_through_the_models_own_processor_and_maps_have_its_pixels(folder, loaded):
     model, processor = loaded
     path = get_testdata_file("MR_small.dcm")
@@ -180,14 +194,18 @@ def test_siglip_reads_texts_padded_to_their_full_length(tmp_path, images):
     SiglipModel(config).save_pretrained(folder)
     encoder = load_encoder(folder)
     model, processor = SiglipModel.from_pretrained(folder).eval(), CLIPProcessor.from_pretrained(folder)
+    # All of them shorter than 40 tokens: a longer one would be cut to 40, and the others padded to it in any case.
+    texts = ["normal", "a small cyst", "chest radiograph, effusion"]
     inputs = processor(
-        images=images, text=TEXTS, return_tensors="pt", padding="max_length", max_length=40, truncation=True
+        images=images, text=texts, return_tensors="pt", padding="max_length", max_length=40, truncation=True
     )
     assert inputs["input_ids"].shape == (3, 40)
+    assert processor(text=texts, return_tensors="pt", padding=True)["input_ids"].shape[1] < 40
     with torch.no_grad():
         output = model(**inputs)
     torch.testing.assert_close(encoder.encode_images(images), output.image_embeds, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(encoder.encode_texts(TEXTS), output.text_embeds, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(encoder.encode_texts(texts), output.text_embeds, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(encoder.encode_texts(texts[:1]), output.text_embeds[:1], rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_of_one_tower_is_refused(tmp_path):

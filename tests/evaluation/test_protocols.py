@@ -19,7 +19,7 @@ from medmoe_hf.evaluation.linear_probe import linear_probe, own_splits, stratifi
 from medmoe_hf.evaluation.recipes import EvaluationSet, joined, load_recipe, open_recipe
 from medmoe_hf.evaluation.retrieval import retrieval
 from medmoe_hf.evaluation.routing import routing
-from medmoe_hf.evaluation.suite import evaluate
+from medmoe_hf.evaluation.suite import PROTOCOLS, evaluate
 from medmoe_hf.evaluation.zero_shot import ZeroShotClassifier, zero_shot
 
 
@@ -366,6 +366,59 @@ def test_routing_of_images_and_reports(medmoe, sets):
         routing(FakeEncoder({}), data)
     with pytest.raises(ValueError, match="modality is known"):
         routing(medmoe, replace(data, modalities=None))
+
+
+# --- intervals by subject, in every protocol
+
+
+def repeated(data, times):
+    """Each image `times` times over, as so many rows of one subject; subjects sort as the images stand."""
+    rows = np.repeat(np.arange(len(data)), times)
+    columns = {"images", "captions", "labels", "modalities", "splits", "boxes", "phrases", "references"}
+    taken = {
+        name: value[rows] if isinstance(value, np.ndarray) else [value[row] for row in rows]
+        for name in columns
+        if (value := getattr(data, name)) is not None
+    }
+    return replace(data, subjects=[f"subject {row:03d}" for row in rows], **taken)
+
+
+@pytest.mark.parametrize("protocol", ["zero-shot", "linear-probe", "retrieval", "grounding", "routing"])
+def test_rows_of_one_subject_say_no_more_than_one_row(protocol, medmoe, sets):
+    everything = joined(sets[1], "phantoms")
+    few = np.array(["test" if row % 4 == 0 else "train" for row in range(len(everything))])
+    encoder, data, settings = {
+        "zero-shot": (medmoe, sets[1][2], {}),
+        "linear-probe": (FakeEncoder({}), probe_data(), {"fractions": (0.1, 1.0), "seeds": 2}),
+        "retrieval": (medmoe, replace(everything, splits=few, labels=None).split("test"), {}),
+        "grounding": (medmoe, replace(everything, splits=few).split("test"), {}),
+        "routing": (medmoe, everything, {}),
+    }[protocol]
+    data = replace(data, subjects=None)
+    if protocol == "linear-probe":
+        # Fits must not change: only test images stand there three times.
+        test = data.splits == "test"
+        both = joined([replace(data.split(name), subjects=None) for name in ("train", "val")], "toy")
+        again = joined([replace(both, subjects=["-"] * len(both)), repeated(data.split("test"), 3)], "toy")
+        assert (again.splits == "test").sum() == 3 * test.sum()
+    else:
+        again = repeated(data, 3)
+    run = PROTOCOLS[protocol]
+    once = run(encoder, data, resamples=30, **settings).metrics
+    thrice = run(encoder, again, resamples=30, **settings).metrics
+    assert once.keys() == thrice.keys()
+    compared = 0
+    for name, expected in once.items():
+        found = thrice[name]
+        # The same number of subjects is drawn, by the same random numbers: counted by rows it would be three times
+        # as many, and narrower intervals.
+        assert found.n == expected.n, name
+        if protocol == "retrieval" and not name.endswith("_r1"):
+            continue  # two more wrong candidates for each one before
+        numbers = [(one.value, one.low, one.high) for one in (found, expected)]
+        np.testing.assert_allclose(*numbers, rtol=1e-4, atol=1e-5, err_msg=name)
+        compared += expected.low < expected.high
+    assert compared
 
 
 # --- several models in one run
