@@ -11,8 +11,9 @@ from transformers import (
 )
 
 from .configuration_medmoe import MedMoEConfig, MedMoESwinConfig, MedMoETextConfig, MedMoEVisionConfig
+from .image_files_medmoe import load_image
 from .image_processing_medmoe import MedMoEImageProcessor, MedMoEImageProcessorPil
-from .medical_images_medmoe import MedicalImage, read_medical_image
+from .medical_images_medmoe import ImageError, ImageTooLargeError, MedicalImage, read_medical_image
 from .modeling_medmoe import (
     MedMoEForImageClassification,
     MedMoEModel,
@@ -39,6 +40,8 @@ AutoModelForZeroShotImageClassification.register(MedMoEConfig, MedMoEModel)
 AutoModelForImageClassification.register(MedMoEConfig, MedMoEForImageClassification)
 
 __all__ = [
+    "ImageError",
+    "ImageTooLargeError",
     "MedMoEConfig",
     "MedMoEForImageClassification",
     "MedMoEImageProcessor",
@@ -53,5 +56,6 @@ __all__ = [
     "MedMoEVisionConfig",
     "MedMoEVisionModel",
     "MedicalImage",
+    "load_image",
     "read_medical_image",
 ]

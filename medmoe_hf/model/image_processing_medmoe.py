@@ -4,16 +4,12 @@
 from .configuration_medmoe import REQUIRED_TRANSFORMERS as REQUIRED_TRANSFORMERS
 
 # isort: split
-import base64
-import io
 import math
-import os
-import urllib.request
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_base import BatchFeature
 from transformers.image_utils import (
@@ -23,14 +19,13 @@ from transformers.image_utils import (
     PILImageResampling,
     SizeDict,
     infer_channel_dimension_format,
-    is_valid_image,
 )
 from transformers.processing_utils import ImagesKwargs
 
-from .medical_images_medmoe import MedicalImage, is_medical_image, read_medical_image
+from .image_files_medmoe import load_image
+from .medical_images_medmoe import MAX_PIXELS, ImageError, MedicalImage, is_medical_image
 
 _CHANNEL_COUNTS = (1, 3, 4)
-_SECONDS_PER_DOWNLOAD = 60
 _TORCH_FILTERS = {PILImageResampling.BILINEAR: "bilinear", PILImageResampling.BICUBIC: "bicubic"}
 
 
@@ -79,50 +74,6 @@ def resize_heatmaps(heatmaps: torch.Tensor, size: tuple[int, int], pad_to_square
     maps = heatmaps.to(torch.float32).reshape(1, -1, *heatmaps.shape[-2:])
     maps = torch.nn.functional.interpolate(maps, size=(height, width), mode="bilinear", align_corners=False)
     return maps.reshape(*leading, height, width)
-
-
-def _read_image(source: str | os.PathLike | bytes) -> Image.Image:
-    """The upright picture behind a file name, an http(s) address, a base64 string or bytes, in the mode stored.
-
-    transformers' `load_image` converts to RGB, which saturates 16-bit files; hence this one.
-    """
-    name = "the file given as bytes" if isinstance(source, bytes) else os.fsdecode(source)
-    try:
-        if isinstance(source, bytes):
-            file: Any = io.BytesIO(source)
-        elif name.startswith(("http://", "https://")):
-            # Servers refuse urllib's own name; huggingface_hub's client would refuse to work in its offline mode.
-            request = urllib.request.Request(name, headers={"User-Agent": "medmoe_hf"})
-            with urllib.request.urlopen(request, timeout=_SECONDS_PER_DOWNLOAD) as response:
-                file = io.BytesIO(response.read())
-        elif os.path.isfile(name):
-            file = name
-        else:
-            file = _decoded(name)
-        with Image.open(file) as image:
-            image.load()
-            return ImageOps.exif_transpose(image)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # Pillow's decoders raise a dozen types, SyntaxError and struct.error among them
-        raise OSError(f"cannot read the image {_shortened(name)!r}: {error}") from error
-
-
-def _decoded(name: str) -> io.BytesIO:
-    encoded = name.split(",", 1)[-1] if name.startswith("data:image/") else name
-    try:
-        file = io.BytesIO(base64.b64decode("".join(encoded.split()), validate=True))
-        Image.open(file).verify()
-    except Exception:
-        raise FileNotFoundError(
-            f"{_shortened(name)!r} is no image file, no http(s) address and no base64 image"
-        ) from None
-    file.seek(0)
-    return file
-
-
-def _shortened(name: str) -> str:
-    return name if len(name) <= 200 else f"{name[:200]}..."
 
 
 def _pil_pixels(image: Image.Image) -> tuple[np.ndarray, bool]:
@@ -294,6 +245,8 @@ class MedMoEImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     frame: int | None
     pad_to_square: bool | None
     return_modality: bool | None
+    max_pixels: int | None
+    allow_urls: bool | None
 
 
 class _MedMoEImages:
@@ -312,34 +265,26 @@ class _MedMoEImages:
     frame = None
     pad_to_square = False
     return_modality = False
+    max_pixels = MAX_PIXELS
+    allow_urls = True
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Read file names, http(s) addresses, base64 strings and bytes, in any nesting; leave images as they are.
+        """Read what `load_image` reads, in any nesting; leave arrays and tensors as they are.
 
         DICOM and NIfTI are left as they are too: how to read them is told by the arguments of the call.
 
         Raises:
-            OSError: a file that is missing or that Pillow cannot read; the message names it.
+            ImageError: a file that cannot be decoded; the message names it.
+            FileNotFoundError: a file that does not exist.
             TypeError: an object that is neither a source nor an image.
         """
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(item) for item in image_url_or_urls]
         if isinstance(image_url_or_urls, MedicalImage) or is_medical_image(image_url_or_urls):
             return image_url_or_urls
-        if isinstance(image_url_or_urls, (str, os.PathLike, bytes)):
-            return _read_image(image_url_or_urls)
-        if is_valid_image(image_url_or_urls):
+        if isinstance(image_url_or_urls, (np.ndarray, torch.Tensor)):
             return image_url_or_urls
-        raise TypeError(
-            "an image is a PIL image, a numpy array, a torch tensor, a file name or a file's bytes, "
-            f"got {type(image_url_or_urls).__name__}"
-        )
-
-    def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list[Any]:
-        singles = _single_images(self.fetch_images(images))
-        if not singles:
-            raise ValueError("there are no images in the batch")
-        return singles
+        return load_image(image_url_or_urls, max_pixels=self.max_pixels, allow_urls=self.allow_urls)[0]
 
     def _prepare_image_like_inputs(
         self, images: Any, *args: Any, expected_ndims: int = 3, **kwargs: Any
@@ -355,21 +300,36 @@ class _MedMoEImages:
         return features
 
     def _prepared(
-        self, images: Any, *args: Any, window: Any = None, frame: int | None = None, **kwargs: Any
+        self,
+        images: Any,
+        *args: Any,
+        window: Any = None,
+        frame: int | None = None,
+        max_pixels: int | None = None,
+        allow_urls: bool | None = None,
+        **kwargs: Any,
     ) -> list[tuple[Any, str | None]]:
         """Each picture in the backend's format, with its modality where a medical file gives one."""
+        singles = _single_images(images)
+        if not singles:
+            raise ValueError("there are no images in the batch")
         prepared: list[tuple[Any, str | None]] = []
-        image: Any
-        for position, image in enumerate(self._prepare_images_structure(images)):
+        for position, image in enumerate(singles):
             modality, arguments = None, kwargs
             try:
-                if not isinstance(image, MedicalImage) and is_medical_image(image):
-                    image = read_medical_image(image, frame, window)
-                if isinstance(image, MedicalImage):
-                    # A layout given for the arrays of the batch does not hold for what was read here.
-                    arguments = {**kwargs, "input_data_format": ChannelDimension.LAST}
-                    modality, image = image.modality, image.pixels
+                if not isinstance(image, (np.ndarray, torch.Tensor)):
+                    image, modality = load_image(
+                        image,
+                        window=window,
+                        frame=frame,
+                        max_pixels=max_pixels or MAX_PIXELS,
+                        allow_urls=bool(allow_urls),
+                    )
+                    # What a caller says about the arrays of the batch does not hold for what was read here.
+                    arguments = {**kwargs, "input_data_format": ChannelDimension.LAST, "do_rescale": True}
                 prepared.append((self.process_image(image, *args, **arguments), modality))  # type: ignore[attr-defined]
+            except ImageError as error:
+                raise type(error)(f"image {position} of the batch: {error}") from error
             except ValueError as error:
                 raise ValueError(f"image {position} of the batch: {error}") from error
         return prepared

@@ -42,6 +42,10 @@ WINDOWS: dict[str, tuple[float, float]] = {
 }
 """Centre and width of the usual CT windows, in Hounsfield units."""
 
+MAX_PIXELS = 100_000_000
+"""Pixels of the largest image that is decoded by default; larger ones are taken for decompression bombs. A file may
+inflate to 16 bytes for each of them."""
+
 _PERCENTILES = (1, 99)
 _HEAD = 1024  # bytes that tell the format; NIfTI's last mark ends at 348, also after decompression of this many
 _DICOM_NAMES = (".dcm", ".dicom")
@@ -51,8 +55,19 @@ _CENTIMETRES = 3  # of the ultrasound regions' PhysicalUnits (PS3.3 C.8.5.5.1.15
 _Windows = list[tuple[float, float]]
 
 
-class MedicalImageError(ValueError):
-    """A DICOM or NIfTI file that gives no picture; the message names the file, the fault and a way out."""
+class ImageError(OSError, ValueError):
+    """An image that cannot be used; the message names the file, the fault and, where there is one, a way out.
+
+    Readers of files expect an `OSError`, users of image processors a `ValueError`: it is both.
+    """
+
+
+class ImageTooLargeError(ImageError):
+    """An image with more pixels, or a file that inflates to more bytes, than allowed."""
+
+
+class MedicalImageError(ImageError):
+    """A DICOM or NIfTI file that gives no picture."""
 
 
 @dataclass(eq=False)
@@ -91,6 +106,8 @@ def read_medical_image(
     source: Any,
     frame: int | None = None,
     window: str | Sequence[Any] | None = None,
+    *,
+    max_pixels: int = MAX_PIXELS,
 ) -> MedicalImage:
     """Read one picture of a DICOM or NIfTI file, upright, with its contrast as a radiologist would set it.
 

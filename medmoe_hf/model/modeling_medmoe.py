@@ -334,7 +334,13 @@ class MedMoEPreTrainedModel(PreTrainedModel):
         self.config.auto_map = dict(self._auto_map)
         result = super().save_pretrained(save_directory, **kwargs)
         here = Path(__file__).parent
-        for target in ("image_processing_medmoe", "medical_images_medmoe", "tokenization_medmoe", "processing_medmoe"):
+        for target in (
+            "image_processing_medmoe",
+            "image_files_medmoe",
+            "medical_images_medmoe",
+            "tokenization_medmoe",
+            "processing_medmoe",
+        ):
             # A model that was itself loaded from the Hub has only the files that it imports beside it.
             source = here / f"{target}.py"
             if source.is_file() and Path(save_directory).is_dir():

@@ -1,12 +1,15 @@
 """What the image processors make of every kind of picture, against arithmetic done here."""
 
 import base64
+import contextlib
 import io
 import json
+import socket
 import subprocess
 import sys
 import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -14,12 +17,14 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 
+from medmoe_hf.model import image_files_medmoe
 from medmoe_hf.model.image_processing_medmoe import (
     MedMoEImageProcessor,
     MedMoEImageProcessorPil,
     resize_heatmaps,
     to_rgb,
 )
+from medmoe_hf.model.medical_images_medmoe import ImageError, ImageTooLargeError
 
 MEAN = np.array([0.485, 0.456, 0.406]).reshape(3, 1, 1)
 STD = np.array([0.229, 0.224, 0.225]).reshape(3, 1, 1)
@@ -413,32 +418,101 @@ def test_unreadable_files_are_named(processor, photo, tmp_path):
         processor(str(tmp_path / "absent.png"))
 
 
-def test_base64_and_addresses(processor, photo):
+def png(array):
     file = io.BytesIO()
-    Image.fromarray(RAMP).save(file, "png")
-    encoded = base64.b64encode(file.getvalue()).decode()
+    Image.fromarray(array).save(file, "png")
+    return file.getvalue()
+
+
+def test_base64(processor):
+    encoded = base64.b64encode(png(RAMP)).decode()
     for source in (encoded, f"data:image/png;base64,{encoded}"):
         np.testing.assert_allclose(raw(processor, source), gray(RAMP_8_BIT), atol=2e-5)
 
+
+@pytest.fixture
+def server():
+    """The address of a server with /ramp.png, /moved.png (which redirects to /ramp.png) and /slow.png."""
+    started = time.monotonic()
+
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            self.send_response(200 if self.path == "/ramp.png" else 404)
+            self.send_response({"/ramp.png": 200, "/slow.png": 200, "/moved.png": 302}.get(self.path, 404))
+            if self.path == "/moved.png":
+                self.send_header("Location", f"http://localhost:{self.server.server_port}/ramp.png")
             self.end_headers()
-            self.wfile.write(file.getvalue())
+            with contextlib.suppress(OSError):
+                while self.path == "/slow.png" and time.monotonic() < started + 20:
+                    self.wfile.write(b" ")
+                    time.sleep(0.05)
+                self.wfile.write(png(RAMP))
 
         def log_message(self, *args):
             pass
 
-    server = HTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        address = f"http://127.0.0.1:{server.server_port}"
-        np.testing.assert_allclose(raw(processor, f"{address}/ramp.png"), gray(RAMP_8_BIT), atol=2e-5)
-        with pytest.raises(OSError, match=r"cannot read the image .*absent\.png': HTTP Error 404"):
-            processor(f"{address}/absent.png")
-    finally:
-        server.shutdown()
-        server.server_close()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_addresses(processor, server, monkeypatch):
+    monkeypatch.setattr(image_files_medmoe, "_is_public", lambda number: True)
+    for name in ("ramp.png", "moved.png"):
+        np.testing.assert_allclose(raw(processor, f"{server}/{name}"), gray(RAMP_8_BIT), atol=2e-5)
+    with pytest.raises(OSError, match=r"cannot read the image .*absent\.png': HTTP Error 404"):
+        processor(f"{server}/absent.png")
+    with pytest.raises(ImageError, match=r"image 1 of the batch: .*ramp.png' is not fetched: .* not allowed"):
+        processor([RAMP, f"{server}/ramp.png"], allow_urls=False)
+    with pytest.raises(ImageTooLargeError, match="it has more than 40 bytes"):
+        processor(f"{server}/ramp.png", max_pixels=40)
+    monkeypatch.setattr(image_files_medmoe, "_SECONDS_PER_DOWNLOAD", 0.3)
+    began = time.monotonic()
+    with pytest.raises(ImageError, match=r"it took more than 0\.3 seconds"):
+        processor(f"{server}/slow.png")
+    assert time.monotonic() - began < 5
+
+
+def test_addresses_of_private_networks(processor, server, monkeypatch):
+    for address in (server, server.replace("127.0.0.1", "localhost")):
+        with pytest.raises(ImageError, match="is an address of a private network"):
+            processor(f"{address}/ramp.png")
+    # A public address may redirect to a private one.
+    public = image_files_medmoe._is_public
+    resolve = socket.getaddrinfo
+
+    def with_private(host, *args, **kwargs):
+        return resolve(host.replace("localhost", "10.0.0.7"), *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", with_private)
+    monkeypatch.setattr(image_files_medmoe, "_is_public", lambda number: number == "127.0.0.1" or public(number))
+    np.testing.assert_allclose(raw(processor, f"{server}/ramp.png"), gray(RAMP_8_BIT), atol=2e-5)
+    with pytest.raises(ImageError, match="localhost is an address of a private network"):
+        processor(f"{server}/moved.png")
+
+
+@pytest.mark.parametrize(
+    ("number", "public"),
+    [
+        ("8.8.8.8", True),
+        ("2606:4700::1111", True),
+        ("10.1.2.3", False),
+        ("192.168.0.1", False),
+        ("169.254.169.254", False),
+        ("100.64.0.1", False),
+        ("0.0.0.0", False),
+        ("224.0.0.1", False),
+        ("::1", False),
+        ("::ffff:127.0.0.1", False),
+        ("2002:7f00:1::", False),
+        ("64:ff9b::7f00:1", False),
+        ("fe80::1%eth0", False),
+        ("fd00::1", False),
+    ],
+)
+def test_public_addresses(number, public):
+    assert image_files_medmoe._is_public(number) is public
 
 
 # --- heat-maps

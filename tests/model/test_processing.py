@@ -121,6 +121,7 @@ def test_round_trip(images, tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == {
         "configuration_medmoe.py",
         "image_processing_medmoe.py",
+        "image_files_medmoe.py",
         "medical_images_medmoe.py",
         "modalities_medmoe.py",
         "processing_medmoe.py",

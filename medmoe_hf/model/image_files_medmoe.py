@@ -1,0 +1,356 @@
+"""Decoding of images: one path for the image processors and for the streams of `medmoe_hf.data`.
+
+Pillow's own conversions lose what medical images hold (16-bit colours, unsigned 32 bits, the polarity of wide TIFFs),
+and nothing in it limits what is downloaded or which kind of file is opened. `load_image` does both.
+"""
+
+import base64
+import contextlib
+import http.client
+import io
+import ipaddress
+import os
+import socket
+import stat
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from .medical_images_medmoe import (
+    MAX_PIXELS,
+    ImageError,
+    ImageTooLargeError,
+    MedicalImage,
+    is_medical_image,
+    read_medical_image,
+)
+
+_SECONDS_PER_DOWNLOAD = 60
+_SECONDS_PER_READ = 10
+_BYTES_PER_READ = 2**16
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_WEB = ("http://", "https://")
+# Read in the other byte order, colours of 16 bits give the low bytes, of which Pillow keeps the high ones only.
+_OTHER_BYTE_ORDER = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
+# Tags of TIFF, and two of their values.
+_PHOTOMETRIC, _PLANES, _SAMPLE_FORMAT, _BITS, _TILE_WIDTH, _TILE_HEIGHT = 262, 284, 339, 258, 322, 323
+_WHITE_IS_ZERO, _SEPARATE, _UNSIGNED = 0, 2, 1
+
+
+def load_image(
+    source: Any,
+    *,
+    window: Any = None,
+    frame: int | None = None,
+    draft: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    allow_urls: bool = False,
+) -> tuple[Image.Image | np.ndarray, str | None]:
+    """Decode one image, upright by its EXIF orientation, without loss of precision.
+
+    Args:
+        source: a path; the bytes of a file; a base64 string or `data:` URI; an http(s) address if `allow_urls`; a PIL
+            image; or what `read_medical_image` takes (DICOM and NIfTI as paths or bytes, `pydicom` datasets, `nibabel`
+            images, and `MedicalImage` itself).
+        window: for DICOM and NIfTI, see `read_medical_image`.
+        frame: for DICOM and NIfTI, see `read_medical_image`.
+        draft: side in pixels that the image will be resized to: JPEGs are decoded at a reduced scale that is no
+            smaller. None decodes them whole.
+        max_pixels: an image with more pixels is refused before it is decoded, and so is a file that inflates to more
+            than 16 bytes per allowed pixel.
+        allow_urls: whether http(s) addresses are fetched. Only public addresses are, redirects included, in at most
+            60 seconds, and at most one byte per allowed pixel.
+
+    Returns:
+        The image and the modality by a DICOM header (None for everything else). The image is a PIL image in its
+        stored mode; or an array (H, W), (H, W, 3) or (H, W, 4), channels last: float32 in 0..1 or uint8 RGB for
+        medical files, uint16 for colours of 16 bits, and any type where Pillow's modes do not hold the stored values.
+
+    Raises:
+        FileNotFoundError: a path that does not exist, and a string that is no image.
+        ImageTooLargeError: the image or its inflated file exceeds `max_pixels`.
+        ImageError: an image that cannot be decoded; not a regular file; an address that must not be fetched.
+        ImportError: a DICOM or NIfTI file without the packages that read it.
+        TypeError: an object that is not an image.
+    """
+    if isinstance(source, Image.Image):
+        return _decode(lambda: source, "the PIL image", draft, max_pixels), None
+    if isinstance(source, MedicalImage):
+        return source.pixels, source.modality
+    name = "the file given as bytes"
+    if isinstance(source, (str, os.PathLike)):
+        name = os.fsdecode(source)
+        source = _located(name, max_pixels, allow_urls)
+        name = repr(_shortened(name))
+    if is_medical_image(source):
+        medical = read_medical_image(source, frame, window, max_pixels=max_pixels)
+        return medical.pixels, medical.modality
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        content = bytes(source)
+        return _decode(lambda: Image.open(io.BytesIO(content)), name, draft, max_pixels), None
+    if isinstance(source, str):
+        return _decode(lambda: Image.open(source), name, draft, max_pixels), None
+    raise TypeError(
+        "an image is a PIL image, a numpy array, a torch tensor, a file name or a file's bytes, "
+        f"got {type(source).__name__}"
+    )
+
+
+def _located(name: str, max_pixels: int, allow_urls: bool) -> str | bytes:
+    """The path of a regular file, or the bytes that a string stands for."""
+    if name.startswith(_WEB):
+        if not allow_urls:
+            raise ImageError(f"{_shortened(name)!r} is not fetched: http(s) addresses are not allowed here")
+        return _fetched(name, max_pixels)
+    try:
+        mode = os.stat(name).st_mode
+    except (OSError, ValueError):  # absent, or base64, which is too long for a name or holds what no name may
+        return _from_base64(name)
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "a device, pipe or socket"
+        raise ImageError(f"cannot read the image {_shortened(name)!r}: it is {what} and not a file")
+    return name
+
+
+def _from_base64(name: str) -> bytes:
+    encoded = name.split(",", 1)[-1] if name.startswith("data:image/") else name
+    try:
+        content = base64.b64decode("".join(encoded.split()), validate=True)
+        if not is_medical_image(content):
+            Image.open(io.BytesIO(content)).verify()
+    except Image.DecompressionBombError:
+        pass  # an image, and refused where it is decoded
+    except Exception:
+        raise FileNotFoundError(
+            f"{_shortened(name)!r} is no image file, no http(s) address and no base64 image"
+        ) from None
+    return content
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= 200 else f"{name[:200]}..."
+
+
+# --- Pillow
+
+
+def _decode(opened: Callable[[], Image.Image], name: str, draft: int | None, max_pixels: int) -> Any:
+    """Any image that Pillow opens; `opened` may be called twice."""
+    try:
+        image = opened()
+        _check_size(image, name, max_pixels)
+        if draft is not None:
+            # Lets the JPEG decoder leave out resolution that a resize would throw away.
+            image.draft(None, (draft, draft))
+        return _exact(image, opened, name)
+    except (ImageError, FileNotFoundError, PermissionError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageTooLargeError(
+            f"cannot read the image {name}: {error} (Pillow's own limit is PIL.Image.MAX_IMAGE_PIXELS)"
+        ) from None
+    except UnidentifiedImageError:
+        raise ImageError(
+            f"cannot read the image {name}: it is no DICOM, NIfTI or image file in a format that Pillow reads"
+        ) from None
+    except Exception as error:  # Pillow's decoders raise a dozen types, SyntaxError and struct.error among them
+        raise ImageError(f"cannot read the image {name}: {error}") from error
+
+
+def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
+    tags = getattr(image, "tag_v2", {})
+    # A tile of a TIFF is decoded whole, also where it is larger than the image.
+    for width, height in (image.size, (tags.get(_TILE_WIDTH, 0), tags.get(_TILE_HEIGHT, 0))):
+        if width * height > max_pixels:
+            raise ImageTooLargeError(
+                f"{name} has {width} x {height} pixels, more than `max_pixels` {max_pixels} allows; reduce it first"
+            )
+
+
+def _exact(image: Image.Image, opened: Callable[[], Image.Image], name: str) -> Image.Image | np.ndarray:
+    """The upright image, as an array where Pillow's modes do not hold the stored values."""
+    tags = getattr(image, "tag_v2", {})
+    pending = getattr(image, "tile", [])
+    rawmode = pending[0].args if pending else ""
+    rawmode = str(rawmode[0]) if isinstance(rawmode, tuple) and rawmode else str(rawmode)
+    wide = 16 in _numbers(tags.get(_BITS)) or ";16" in rawmode
+    if wide and image.mode in ("RGB", "RGBA") and pending:
+        if tags.get(_PLANES) == _SEPARATE:
+            raise ImageError(f"{name} holds 16-bit colours in separate planes; save it with interleaved channels")
+        if ";16" in rawmode:
+            return _colours_of_16_bits(*_reopened(image, opened), rawmode)
+    image.load()
+    image = _upright(image)
+    if tags and image.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
+        return _wide_tiff(image, tags)
+    return image
+
+
+def _reopened(image: Any, opened: Callable[[], Image.Image]) -> tuple[Callable[[], Image.Image], int]:
+    """How to open the image once more, and which frame of it to take."""
+    again = opened()
+    if again is image:  # opened by the caller, and not decoded yet
+        image.fp.seek(0)
+        content = image.fp.read()
+        return lambda: Image.open(io.BytesIO(content)), image.tell()
+    return opened, image.tell()
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # a damaged header holds no orientation, and the pixels are whole
+        return image
+    return image if orientation == 1 else ImageOps.exif_transpose(image)
+
+
+def _colours_of_16_bits(opened: Callable[[], Image.Image], frame: int, rawmode: str) -> np.ndarray:
+    """(H, W, 3 or 4) uint16: the file is decoded once for the high bytes and once more for the low ones."""
+
+    def decoded(rawmode: str) -> np.ndarray:
+        image: Any = opened()
+        image.seek(frame)
+        image.tile = [
+            tile._replace(args=(rawmode, *tile.args[1:]) if isinstance(tile.args, tuple) else rawmode)
+            for tile in image.tile
+        ]
+        image.load()
+        return np.asarray(_upright(image))
+
+    layout, order = rawmode.split(";16")
+    if layout == "LA":  # two channels of two bytes are decoded as four channels of one
+        gray, alpha = decoded("RGBA").view(">u2").transpose(2, 0, 1).astype(np.uint16)
+        return np.stack([gray, gray, gray, alpha], axis=-1)
+    premultiplied = layout == "RGBa"  # is laid on black already
+    layout = layout.upper()
+    high, low = (decoded(f"{layout};16{end}") for end in (order, _OTHER_BYTE_ORDER[order]))
+    colours = high.astype(np.uint16) << 8 | low
+    return colours[..., :3] if premultiplied else colours
+
+
+def _wide_tiff(image: Image.Image, tags: Any) -> Image.Image | np.ndarray:
+    """Undoes what Pillow leaves out for pixels of more than 8 bits: unsigned 32 bits, and white at zero."""
+    bits = (*_numbers(tags.get(_BITS)), 1)[0]
+    unsigned = (*_numbers(tags.get(_SAMPLE_FORMAT)), _UNSIGNED)[0] == _UNSIGNED
+    inverted = tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
+    if not inverted and not (unsigned and bits == 32):
+        return image
+    pixels = np.array(image)
+    if unsigned:
+        pixels = pixels.view(np.uint32) if bits == 32 else pixels.astype(np.uint16)
+        return 2**bits - 1 - pixels if inverted else pixels
+    return -pixels if pixels.dtype.kind == "f" else -1 - pixels
+
+
+def _numbers(value: Any) -> tuple[int, ...]:
+    return value if isinstance(value, tuple) else () if value is None else (value,)
+
+
+# --- http(s)
+
+
+def _fetched(address: str, max_bytes: int) -> bytes:
+    """The content behind a public address.
+
+    Raises:
+        ImageError: for an address in a private network, and where size or time run out.
+    """
+    shown = repr(_shortened(address))
+    download = _Download()
+    watchdog = threading.Timer(_SECONDS_PER_DOWNLOAD, download.stop)
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        # Servers refuse urllib's own name; huggingface_hub's client would refuse to work in its offline mode.
+        request = urllib.request.Request(address, headers={"User-Agent": "medmoe_hf"})
+        with download.opener.open(request, timeout=_SECONDS_PER_READ) as response:
+            content = response.read(max_bytes + 1)
+    except Exception as error:
+        reason = error.reason if type(error) is urllib.error.URLError else error
+        if download.stopped:
+            reason = f"it took more than {_SECONDS_PER_DOWNLOAD} seconds"
+        raise ImageError(f"cannot read the image {shown}: {reason}") from error
+    finally:
+        watchdog.cancel()
+    if download.stopped:
+        raise ImageError(f"cannot read the image {shown}: it took more than {_SECONDS_PER_DOWNLOAD} seconds")
+    if len(content) > max_bytes:
+        raise ImageTooLargeError(f"cannot read the image {shown}: it has more than {max_bytes} bytes")
+    return content
+
+
+class _Download:
+    """An opener that connects to public addresses only, and can be stopped from another thread."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._sockets: list[socket.socket] = []
+        connect = self._connect
+
+        class Http(urllib.request.HTTPHandler):
+            def http_open(self, request: Any) -> Any:
+                return self.do_open(_connection(http.client.HTTPConnection, connect), request)
+
+        class Https(urllib.request.HTTPSHandler):
+            def https_open(self, request: Any) -> Any:
+                return self.do_open(_connection(http.client.HTTPSConnection, connect), request)
+
+        # No proxy, for what it connects to cannot be checked; no `file:` or `ftp:`, which a redirect might name.
+        self.opener = urllib.request.OpenerDirector()
+        for handler in (
+            Http,
+            Https,
+            urllib.request.HTTPRedirectHandler,
+            urllib.request.HTTPDefaultErrorHandler,
+            urllib.request.HTTPErrorProcessor,
+            urllib.request.UnknownHandler,
+        ):
+            self.opener.add_handler(handler())
+
+    def stop(self) -> None:
+        self.stopped = True
+        for connection in self._sockets:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def _connect(self, address: tuple[str, int], timeout: Any = None, source_address: Any = None) -> socket.socket:
+        host, port = address
+        found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+        for number in found:
+            if not _is_public(number):
+                raise ImageError(f"{host} is an address of a private network")
+        # To the number that was checked: a second look-up might give another one.
+        for number in found[:-1]:
+            with contextlib.suppress(OSError):
+                return self._kept(socket.create_connection((number, port), timeout, source_address))
+        return self._kept(socket.create_connection((found[-1], port), timeout, source_address))
+
+    def _kept(self, connection: socket.socket) -> socket.socket:
+        self._sockets.append(connection)
+        if self.stopped:
+            self.stop()
+        return connection
+
+
+def _is_public(number: str) -> bool:
+    address: Any = ipaddress.ip_address(number.split("%")[0])
+    if isinstance(address, ipaddress.IPv6Address):
+        translated = ipaddress.IPv4Address(address.packed[12:]) if address in _NAT64 else None
+        teredo = address.teredo[1] if address.teredo else None
+        address = address.ipv4_mapped or address.sixtofour or teredo or translated or address
+    return address.is_global and not address.is_multicast
+
+
+def _connection(kind: Any, connect: Callable[..., socket.socket]) -> Any:
+    def make(host: str, **kwargs: Any) -> Any:
+        connection = kind(host, **kwargs)
+        connection._create_connection = connect
+        return connection
+
+    return make
