@@ -8,6 +8,8 @@ from typing import Any
 # Read by the libraries when they are imported, so this comes first.
 _HF_HOME = tempfile.TemporaryDirectory(prefix="medmoe_hf_home_")
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HOME=_HF_HOME.name)
+# A stream counts whatever its readers raise; here an exception that none of them expects is raised.
+os.environ["MEDMOE_STRICT_READERS"] = "1"
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

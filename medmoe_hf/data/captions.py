@@ -1,7 +1,8 @@
 """Captions of UniMed's layout, several sentences joined by a tag: which of them to train on."""
 
+import math
 import random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class CaptionError(ValueError):
@@ -57,6 +58,29 @@ RULE_MODALITY: dict[str, str | None] = {
 """Name -> the modality that all images of the rule's source have, None where it is known from elsewhere or unknown."""
 
 
+_EMPTY_WORDS = frozenset(
+    ("nan", "-nan", "na", "n/a", "n.a.", "none", "null", "nil", "nat", "<na>", "#n/a", "#n/a n/a", "#na", "#null!")
+)
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a cell says nothing: None, NaN, no letter or digit ("", "-", "..."), or what tables write for that
+    ("NaN", "n/a", "none", "null" and the like)."""
+    if value is None:
+        return True
+    if isinstance(value, (bytes, bytearray)):
+        value = value.decode("utf-8", errors="replace")
+        if "\ufffd" in value:
+            return False
+    if isinstance(value, str):
+        text = value.strip().casefold()
+        return text in _EMPTY_WORDS or not any(letter.isalnum() for letter in text)
+    try:
+        return math.isnan(value)  # numpy's numbers too
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
 def apply_rule(rule: str, text: str, rng: random.Random) -> str:
     """The caption to train on.
 
@@ -85,9 +109,9 @@ def apply_rule(rule: str, text: str, rng: random.Random) -> str:
         raise CaptionError(
             f"Caption rule {rule!r} needs {expected} items; a text of {len(text)} characters has {len(items)}."
         )
-    if report is not None and items[report] not in ("", placeholder):
+    if report is not None and items[report] != placeholder and not is_empty(items[report]):
         return items[report]
-    choices = [item for item in items[:drawn] if item not in ("", placeholder)]
+    choices = [item for item in items[:drawn] if item != placeholder and not is_empty(item)]
     if not choices:
         raise CaptionError(
             f"Caption rule {rule!r} finds nothing to train on among {len(items)} items of a text of "
