@@ -5,7 +5,6 @@ wrong, and never quote a caption or a header, which may be about patients.
 """
 
 import hashlib
-import io
 import os
 import random
 import re
@@ -19,18 +18,22 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import Dataset
 
 from medmoe_hf.data.captions import RULE_MODALITY, CaptionError, apply_rule, detect_rule, is_empty
 from medmoe_hf.data.modality_words import modality_from_text
 from medmoe_hf.data.shards import Shard, ShardError, TarShard
 from medmoe_hf.data.sources import CAPTION_FIELDS, IMAGE_FIELDS, PhantomSource, field_of
-from medmoe_hf.model.medical_images_medmoe import is_medical_image, read_medical_image
+from medmoe_hf.model.image_files_medmoe import load_image
+from medmoe_hf.model.image_processing_medmoe import to_rgb
+from medmoe_hf.model.medical_images_medmoe import (
+    MAX_PIXELS,
+    ImageTooLargeError,
+    MedicalImageError,
+    is_medical_image,
+)
 from medmoe_hf.model.modalities_medmoe import MODALITIES, UNKNOWN_MODALITY, modality_id
-
-MAX_PIXELS = 100_000_000
-"""An image with more pixels is taken for a decompression bomb: skipped, and counted."""
 
 STRICT = "MEDMOE_STRICT_READERS"
 """Environment variable: where it is set, exceptions that no reader expects are raised and not counted. For tests."""
@@ -154,7 +157,7 @@ def _pieces(content: Any) -> Iterator[bytes]:
         yield bytes(content)
     elif isinstance(content, Image.Image):
         yield content.tobytes()
-    elif isinstance(content, (str, os.PathLike)):
+    elif isinstance(content, str):
         with open(content, "rb") as file:
             while piece := file.read(2**20):
                 yield piece
@@ -409,7 +412,7 @@ class Reader(Dataset):
             if not self.split.wants(row, source.subject, None):
                 return OtherPart(place.position)
         if isinstance(content, str):
-            content = _from_file(content, key)
+            _check_file(content, key)
         if self.split is not None and not progress.split:
             wanted = self.split.wants(row, source.subject, content)
             progress.split = True
@@ -436,34 +439,27 @@ class Reader(Dataset):
         }
 
     def _decode(self, content: Any, window: Any) -> tuple[Image.Image, str | None]:
-        if isinstance(content, Image.Image):
-            return content, None
-        if is_medical_image(content):
-            try:
-                medical = read_medical_image(content, window=window)
-            except ImportError as error:
-                raise Problem("missing package", str(error)) from None
-            except (ValueError, OSError) as error:
-                raise Problem("unreadable DICOM or NIfTI", str(error)) from None
-            pixels = medical.pixels
-            if pixels.dtype != np.uint8:
-                # The window is chosen by now: 256 grey levels of it are what a screen shows.
-                pixels = (255 * pixels + 0.5).astype(np.uint8)
-            return Image.fromarray(pixels), medical.modality
+        medical = is_medical_image(content)
         try:
-            # By content: shards hold PNG bytes under names that end in jpg.
-            image = Image.open(io.BytesIO(content))
-            if image.width * image.height > MAX_PIXELS:
-                raise Problem("too many pixels")
-            if self.draft is not None:
-                # Lets the JPEG decoder leave out resolution that a resize would throw away.
-                image.draft(None, (self.draft, self.draft))
-            image.load()
-        except Image.DecompressionBombError:
-            raise Problem("too many pixels") from None
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError, TypeError):
-            raise Problem("unreadable image") from None
-        return image, None
+            image, header = load_image(content, window=window, draft=self.draft, max_pixels=MAX_PIXELS)
+        except ImportError as error:
+            raise Problem("missing package", str(error)) from None
+        except ImageTooLargeError as error:
+            raise Problem("too many pixels", str(error)) from None
+        except MedicalImageError as error:
+            raise Problem("unreadable DICOM or NIfTI", str(error)) from None
+        return (image if isinstance(image, Image.Image) else _picture(image, medical)), header
+
+
+def _picture(pixels: np.ndarray, medical: bool) -> Image.Image:
+    """An array as `load_image` gives it, as a PIL image: whole numbers of 16 bits stay, others become 8 bits."""
+    if medical and pixels.dtype != np.uint8:
+        # The window is chosen by now: 256 grey levels of it are what a screen shows.
+        pixels = (255 * pixels + 0.5).astype(np.uint8)
+    if pixels.dtype == np.uint8 or (pixels.ndim == 2 and pixels.dtype in (np.uint16, np.float32)):
+        return Image.fromarray(pixels)
+    rgb = to_rgb(pixels, "channels_last").permute(1, 2, 0).numpy()
+    return Image.fromarray((rgb + 0.5).astype(np.uint8))
 
 
 def _content(row: dict[str, Any], key: str | None, source: Any) -> Any:
@@ -485,8 +481,7 @@ def _content(row: dict[str, Any], key: str | None, source: Any) -> Any:
     return content
 
 
-def _from_file(path: str, key: str | None) -> str | bytes:
-    """What a path leads to: itself for DICOM and NIfTI, whose reader takes paths, else the file's bytes."""
+def _check_file(path: str, key: str | None) -> None:
     if _ADDRESS.search(path):
         raise Problem("image is an address", "streams fetch nothing; download the image and give its path", key)
     try:
@@ -494,9 +489,8 @@ def _from_file(path: str, key: str | None) -> str | bytes:
     except ValueError:  # a zero byte, or characters that no file system takes
         raise Problem("image is no path", "the image's path holds characters that no file name has", key) from None
     if not stat.S_ISREG(mode):
-        kind = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
+        kind = "a folder" if stat.S_ISDIR(mode) else "a device, pipe or socket"
         raise Problem("image is no file", f"the image's path leads to {kind}", key)
-    return path if is_medical_image(path) else Path(path).read_bytes()
 
 
 def _explained(error: Exception, shard: Shard, progress: _Progress) -> Problem:

@@ -268,7 +268,7 @@ class SampleStream:
         """How often each lane is drawn from, against the others, while these are left."""
         if self.mixing == "weight":
             return [lane.weight for lane in lanes]
-        totals: Counter = Counter()
+        totals: dict[int | None, float] = dict.fromkeys((lane.modality for lane in lanes), 0.0)
         for lane in lanes:
             totals[lane.modality] += lane.weight
         return [lane.weight / totals[lane.modality] for lane in lanes]
@@ -277,7 +277,7 @@ class SampleStream:
         """Of each shard the modality of each row, so far as it is known before the image is read."""
         if source not in self._labels:
             model, fields = self.sources[source], fields_before_reading(self.sources[source])
-            labels = []
+            labels: list[np.ndarray] = []
             for shard in tqdm(
                 self.shards[source],
                 desc=f"modalities of {self.names[source]}",
