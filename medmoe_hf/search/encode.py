@@ -2,12 +2,14 @@
 
 A folder of embeddings holds
 
-    encoding.json                         what they were made from: model, sources, precision, processes
+    encoding.json                         what they were made from: model, sources, their content, precision, processes
     embeds-00000-of-00002-000000.parquet  shard 0 of process 0 of 2, then shard 1, ...
+    shards-00000-of-00002.json            size and checksum of each shard of process 0
     index/                                what `medmoe search` builds from them
 
-A shard appears by rename, and its own metadata say where the stream stood after its last sample. So nothing beside the
-shards could disagree with them: whatever interrupts a run, the next one goes on after the newest shard.
+A shard appears by rename, and its own metadata say where the stream stood after its last sample. It is listed before
+it appears, so a shard that is there is always listed, and whatever interrupts a run, the next one goes on after the
+newest shard.
 """
 
 import hashlib
@@ -36,11 +38,15 @@ from medmoe_hf.data.stream import Place, Sample, SampleStream
 from medmoe_hf.model import MedMoEModel, MedMoEProcessor
 
 MANIFEST = "encoding.json"
+FORMAT = 2
+"""Of a folder of embeddings. 1 had neither the sources' content nor a list of shards; it can still be searched."""
 _STATE = b"medmoe"
 # A run may go on with another value of these: nothing that is written depends on them.
 _FREE = ("model",)
 # What configurations hold that does not change an embedding.
 _VOLATILE = ("transformers_version", "architectures", "auto_map", "_name_or_path", "dtype", "processor_class")
+
+_MOST_CHANGES = 5  # lines of a message, for each source
 
 
 class EncodeError(ValueError):
@@ -152,9 +158,8 @@ def encode_sources(
         prepare=collator.prepare,
     )
     out = Path(out)
-    names = [[shard.name for shard in shards] for shards in stream.shards]
     manifest = {
-        "format": 1,
+        "format": FORMAT,
         "model": str(model),
         "fingerprint": model_fingerprint(loaded, processor),
         "modalities": list(loaded.config.modalities.values()),
@@ -164,8 +169,8 @@ def encode_sources(
         "keep_captions": keep_captions,
         "mixed_precision": accelerator.mixed_precision,
         "sources": [source.model_dump(mode="json") for source in sources],
-        # A pattern that fits other files by now would move every position.
-        "files": hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16],
+        # Files that a pattern has found since would move every position, and changed ones were encoded as they were.
+        "content": [[name, source.content_facts()] for name, source in zip(stream.names, sources, strict=True)],
     }
     if accelerator.is_main_process:
         _claim(out, manifest)
@@ -306,20 +311,24 @@ class _Encoder:
 
 
 class _Writer:
-    """One process's shards."""
+    """One process's shards, and the list of them."""
 
     def __init__(self, out: Path, rank: int, world_size: int) -> None:
         self.out, self.prefix = out, f"embeds-{rank:05d}-of-{world_size:05d}"
-        self.number = 0
+        self.list_path = out / f"shards-{rank:05d}-of-{world_size:05d}.json"
+        self.listed: dict[str, list[Any]] = {}
 
     def place(self, number: int) -> Path:
         return self.out / f"{self.prefix}-{number:06d}.parquet"
 
-    def shards(self) -> list[Path]:
-        """What it has written, in order.
+    def shards(self, listed: bool = True) -> list[Path]:
+        """What it has written, in order; sizes are compared with the list, which is read.
+
+        Args:
+            listed: whether there is a list, as in every folder of this `FORMAT`.
 
         Raises:
-            EncodeError: if one is missing.
+            EncodeError: if a shard or the list is missing, or a size is another one.
         """
         found = sorted(self.out.glob(f"{self.prefix}-*.parquet"))
         for number, path in enumerate(found):
@@ -328,28 +337,87 @@ class _Writer:
                     f"{self.place(number)} is missing, and {path.name} is there. Put it back, or remove "
                     f"{path.name} and those after it and run `medmoe encode` again."
                 )
+        if not listed:
+            return found
+        self.listed = self._read_list() if found or self.list_path.exists() else {}
+        for path in found:
+            if path.name not in self.listed:
+                raise EncodeError(
+                    f"{path} is not listed in {self.list_path.name}: it does not belong to this folder. "
+                    f"Remove it, and the shards of its process after it, to encode them again."
+                )
+            size, written = path.stat().st_size, self.listed[path.name][0]
+            if size != written:
+                raise _damaged(path, f"it has {size} bytes, and {written} were written")
         return found
+
+    def check(self, path: Path) -> None:
+        """Reads a shard and compares it with the list, as `shards` has read it.
+
+        Raises:
+            EncodeError: if its content is another one.
+        """
+        if path.name in self.listed and _checksum(path) != self.listed[path.name][1]:
+            raise _damaged(path, "its checksum is not that of what was written")
 
     def resume(self) -> dict[str, Any] | None:
         """Puts the next shard after those that are there; the newest one's state, None without any.
 
         Raises:
-            EncodeError: if one before it is missing, or it cannot be read.
+            EncodeError: if one before it is missing, or any of them is damaged.
         """
-        for left in self.out.glob(f".{self.prefix}-*"):
+        for left in (*self.out.glob(f".{self.prefix}-*"), *self.out.glob(f".{self.list_path.name}*")):
             left.unlink()
         found = self.shards()
-        self.number = len(found)
+        for path in tqdm(found, desc="checking shards", unit="shard", leave=False, delay=2):
+            self.check(path)
+        # A run that ended between the list and the rename has listed one shard more than there are.
+        self.listed = {path.name: self.listed[path.name] for path in found}
         return shard_state(found[-1]) if found else None
 
     def write(self, table: pyarrow.Table, state: dict[str, Any]) -> None:
         table = table.replace_schema_metadata({_STATE: json.dumps(state).encode()})
-        with whole_file(self.place(self.number)) as partial:
+        path = self.place(len(self.listed))
+        with whole_file(path) as partial:
             # Numbers like these do not compress.
             pyarrow.parquet.write_table(
-                table, partial, compression="none", use_dictionary=["source", "shard", "modality"]
+                table,
+                partial,
+                compression="none",
+                use_dictionary=["source", "shard", "modality"],
+                write_page_checksum=True,
             )
-        self.number += 1
+            self.listed[path.name] = [partial.stat().st_size, _checksum(partial)]
+            with whole_file(self.list_path) as partial_list:
+                partial_list.write_text(json.dumps(self.listed, indent=1) + "\n", encoding="utf-8")
+
+    def _read_list(self) -> dict[str, list[Any]]:
+        try:
+            return json.loads(self.list_path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise EncodeError(
+                f"{self.list_path} is missing: without it nobody knows whether the shards are whole. "
+                "Put it back, or encode into another folder."
+            ) from None
+        except ValueError as error:
+            raise EncodeError(
+                f"{self.list_path} is damaged: {error}. Put it back, or encode into another folder."
+            ) from error
+
+
+def _checksum(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _damaged(path: Path, why: object) -> EncodeError:
+    return EncodeError(
+        f"{path} is damaged: {why}. Put it back from a copy; or remove it and the shards of its process after it, and "
+        "run `medmoe encode` again."
+    )
 
 
 def _run(
@@ -377,7 +445,9 @@ def _run(
             state = {"stream": stream.state_dict(), "complete": complete}
             writer.write(table, state)
             record.samples += count
-            bar.set_postfix({"shards": writer.number} | ({"skipped": stream.faults.bad} if stream.faults.bad else {}))
+            bar.set_postfix(
+                {"shards": len(writer.listed)} | ({"skipped": stream.faults.bad} if stream.faults.bad else {})
+            )
     record.seconds = time.monotonic() - started
     assert state is not None
     faults = state["stream"]["faults"]
@@ -399,17 +469,51 @@ def _claim(out: Path, manifest: dict[str, Any]) -> None:
 
 def _check_manifest(out: Path, manifest: dict[str, Any]) -> None:
     then = read_manifest(out)
+    if then.get("format") != FORMAT:
+        raise EncodeError(
+            f"{out} was written by another version of medmoe_hf (format {then.get('format')}, and not {FORMAT}). "
+            "It can be searched; to encode more, choose another folder."
+        )
     different = [
         f"  {key}: {_brief(then.get(key))} then, {_brief(value)} now"
         for key, value in manifest.items()
-        if key not in _FREE and then.get(key) != value
+        if key not in (*_FREE, "content") and then.get(key) != value
     ]
+    if not different:
+        # Other sources have other content: that would say the same twice.
+        different = [
+            f"  {name}: {change}"
+            for (_, before), (name, after) in zip(then["content"], manifest["content"], strict=True)
+            for change in _changes(before, after)
+        ]
     if different:
         raise EncodeError(
             f"{out} holds embeddings that were made otherwise, and would not go together with new ones:\n"
             + "\n".join(different)
             + "\nGo on with the same model, sources and settings, or choose another folder."
         )
+
+
+def _changes(before: list[list[Any]], after: list[list[Any]]) -> list[str]:
+    """What happened to the files of a source, given `[name, size, checksum]` of each; a line for each of them."""
+    old, new = ([tuple(facts) for facts in files] for files in (before, after))
+    gone, come = Counter(old) - Counter(new), Counter(new) - Counter(old)
+    sizes = {name: size for name, size, _ in come}
+    lines = []
+    for name, size, _ in gone:
+        if name not in sizes or sizes[name] is None:
+            lines.append(f"{name} is gone")
+        elif size is None:
+            lines.append(f"{name} is new: it was missing then")
+        elif size == sizes[name]:
+            lines.append(f"{name} has changed: as many bytes ({size}), but others")
+        else:
+            lines.append(f"{name} has changed: {size} bytes then, {sizes[name]} now")
+    known = {name for name, _, _ in gone}
+    lines += [f"{name} is new" for name in sizes if name not in known]
+    if not lines and old != new:
+        lines.append("the same files in another order")
+    return lines if len(lines) <= _MOST_CHANGES else [*lines[:_MOST_CHANGES], f"and {len(lines) - _MOST_CHANGES} more"]
 
 
 def _brief(value: Any) -> str:
@@ -442,24 +546,69 @@ def shard_state(path: Path) -> dict[str, Any]:
     try:
         return json.loads(pyarrow.parquet.read_schema(path).metadata[_STATE])
     except (OSError, pyarrow.ArrowException, ValueError, KeyError, TypeError) as error:
-        raise EncodeError(
-            f"{path} is damaged: {error}. Remove it, and the shards of its process after it, to encode them again."
-        ) from error
+        raise _damaged(path, error) from error
 
 
-def finished_shards(out: Path) -> tuple[dict[str, Any], list[Path]]:
-    """The manifest and the shards, in order, of a folder that nothing is missing from.
+def read_shard(path: Path, columns: Sequence[str]) -> pyarrow.Table:
+    """Some columns of a shard.
 
     Raises:
-        EncodeError: if it is no folder of embeddings, or not finished.
+        EncodeError: if it cannot be read, or a page's checksum is not that of its content.
+    """
+    try:
+        return pyarrow.parquet.read_table(path, columns=list(columns), page_checksum_verification=True)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise _damaged(path, error) from error
+
+
+@dataclass(frozen=True)
+class FinishedShard:
+    """A shard of a finished folder.
+
+    Attributes:
+        path: where it is.
+        rows: number of its pairs.
+        checksum: as it is listed; None in a folder of format 1.
+        writer: of its process.
+    """
+
+    path: Path
+    rows: int
+    checksum: str | None
+    writer: _Writer
+
+    def check(self) -> None:
+        """Reads all of it.
+
+        Raises:
+            EncodeError: if it is not what was written.
+        """
+        self.writer.check(self.path)
+
+
+def finished_shards(out: Path) -> tuple[dict[str, Any], list[FinishedShard]]:
+    """The manifest and the shards, in order, of a folder that nothing is missing from; their sizes are right.
+
+    Raises:
+        EncodeError: if it is no folder of embeddings, or not finished, or a shard is damaged.
     """
     manifest = read_manifest(out)
     processes = manifest["processes"]
-    by_process = [_Writer(out, rank, processes).shards() for rank in range(processes)]
-    missing = sum(not shards or not shard_state(shards[-1])["complete"] for shards in by_process)
+    listed = manifest.get("format", 1) > 1
+    shards, missing = [], 0
+    for rank in range(processes):
+        writer = _Writer(out, rank, processes)
+        found = writer.shards(listed)
+        missing += not found or not shard_state(found[-1])["complete"]
+        for path in found:
+            try:
+                rows = pyarrow.parquet.read_metadata(path).num_rows
+            except (OSError, pyarrow.ArrowException) as error:
+                raise _damaged(path, error) from error
+            shards.append(FinishedShard(path, rows, writer.listed.get(path.name, [None, None])[1], writer))
     if missing:
         raise EncodeError(
             f"{out} is not finished: {missing} of {processes} processes have not come to the end. Run the same "
             "`medmoe encode` again, and it goes on where it was."
         )
-    return manifest, [path for shards in by_process for path in shards]
+    return manifest, shards

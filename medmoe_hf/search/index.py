@@ -15,10 +15,18 @@ import numpy as np
 import pyarrow.parquet
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from medmoe_hf.data.atomic import whole_folder
 from medmoe_hf.model import MedMoEModel, MedMoEProcessor
-from medmoe_hf.search.encode import EncodeError, encode_texts, finished_shards, model_fingerprint
+from medmoe_hf.search.encode import (
+    EncodeError,
+    FinishedShard,
+    encode_texts,
+    finished_shards,
+    model_fingerprint,
+    read_shard,
+)
 
 try:
     import faiss
@@ -73,14 +81,14 @@ class EmbeddingIndex:
 
     Raises:
         ImportError: without faiss.
-        EncodeError: if the folder is none, empty or not finished.
+        EncodeError: if the folder is none, empty or not finished, or one of its shards is damaged.
     """
 
     def __init__(self, out: str | Path, among: Among = "images") -> None:
         if faiss is None:
             raise ImportError('Searching needs faiss: pip install "medmoe_hf[search]".')
         self.manifest, self._shards = finished_shards(Path(out))
-        counts = [pyarrow.parquet.read_metadata(path).num_rows for path in self._shards]
+        counts = [shard.rows for shard in self._shards]
         if not sum(counts):
             raise EncodeError(f"{out} is empty: none of its sources' samples could be encoded.")
         self._starts = np.concatenate([[0], np.cumsum(counts)])
@@ -89,7 +97,7 @@ class EmbeddingIndex:
             "exact": exact,
             "column": _COLUMNS[among],
             "fingerprint": self.manifest["fingerprint"],
-            "shards": [[path.name, rows] for path, rows in zip(self._shards, counts, strict=True)],
+            "shards": [[shard.path.name, shard.rows, shard.checksum] for shard in self._shards],
         }
         place = Path(out) / "index" / among
         if _facts_of(place) != facts:
@@ -153,7 +161,7 @@ class EmbeddingIndex:
         by_shard = groupby(sorted(scores), key=lambda row: int(np.searchsorted(self._starts, row, side="right")) - 1)
         for number, rows in by_shard:
             # A file that is read for a row or two: without its embeddings it is small.
-            table = pyarrow.parquet.read_table(self._shards[number], columns=columns)
+            table = read_shard(self._shards[number].path, columns)
             for row in rows:
                 fields = table.slice(row - self._starts[number], 1).to_pylist()[0]
                 hits[row] = Hit(score=scores[row], **fields)
@@ -161,23 +169,33 @@ class EmbeddingIndex:
 
 
 def _facts_of(place: Path) -> dict[str, Any] | None:
+    """What an index was built from; None without one, or if its files are not as long as they were."""
     try:
-        return json.loads((place / "index.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        facts = json.loads((place / "index.json").read_text(encoding="utf-8"))
+        sizes = facts.pop("sizes")
+        return facts if sizes == _sizes_of(place) else None
+    except (OSError, ValueError, LookupError, AttributeError):
         return None
 
 
-def _vectors(path: Path, column: str) -> np.ndarray:
+def _sizes_of(place: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in place.iterdir() if path.name != "index.json"}
+
+
+def _vectors(shard: FinishedShard, column: str) -> np.ndarray:
     """(n, D) float32 of one shard."""
-    values = pyarrow.parquet.read_table(path, columns=[column]).column(column).combine_chunks()
+    values = read_shard(shard.path, [column]).column(column).combine_chunks()
     return values.flatten().to_numpy().astype(np.float32).reshape(len(values), values.type.list_size)
 
 
-def _build(place: Path, facts: dict[str, Any], shards: Sequence[Path], manifest: dict[str, Any]) -> None:
-    column, total = facts["column"], sum(rows for _, rows in facts["shards"])
+def _build(place: Path, facts: dict[str, Any], shards: Sequence[FinishedShard], manifest: dict[str, Any]) -> None:
+    column, total = facts["column"], sum(shard.rows for shard in shards)
+    # Before an index is trained on them: every byte is read below in any case.
+    for shard in tqdm(shards, desc="checking shards", unit="shard", leave=False, delay=2):
+        shard.check()
     # As precise as what is on disk: nothing is lost.
     code = "SQfp16" if manifest["dtype"] == "float16" else "Flat"
-    size = pyarrow.parquet.read_schema(shards[0]).field(column).type.list_size
+    size = pyarrow.parquet.read_schema(shards[0].path).field(column).type.list_size
     exact = facts["exact"]
     empty = faiss.index_factory(size, code if exact else f"IVF{LISTS},{code}", faiss.METRIC_INNER_PRODUCT)
     if not exact:
@@ -187,11 +205,11 @@ def _build(place: Path, facts: dict[str, Any], shards: Sequence[Path], manifest:
     modalities = np.zeros(total, np.uint8)
     with whole_folder(place, force=True) as partial:
         segment, segments, row = faiss.clone_index(empty), 0, 0
-        for path in shards:
-            names = pyarrow.parquet.read_table(path, columns=["modality"]).column("modality").to_pylist()
+        for shard in tqdm(shards, desc=f"indexing {place.name}", unit="shard", leave=False, delay=2):
+            names = read_shard(shard.path, ["modality"]).column("modality").to_pylist()
             if not names:
                 continue
-            vectors = _vectors(path, column)
+            vectors = _vectors(shard, column)
             modalities[row : row + len(names)] = [manifest["modalities"].index(name) for name in names]
             if exact:
                 segment.add(vectors)
@@ -202,10 +220,11 @@ def _build(place: Path, facts: dict[str, Any], shards: Sequence[Path], manifest:
                 faiss.write_index(segment, str(partial / f"segment-{segments:06d}.faiss"))
                 segment, segments = faiss.clone_index(empty), segments + 1
         np.save(partial / "modality.npy", modalities)
-        (partial / "index.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
+        recorded = {**facts, "sizes": _sizes_of(partial)}
+        (partial / "index.json").write_text(json.dumps(recorded) + "\n", encoding="utf-8")
 
 
-def _some_vectors(shards: Sequence[Path], column: str, count: int) -> np.ndarray:
+def _some_vectors(shards: Sequence[FinishedShard], column: str, count: int) -> np.ndarray:
     """(count, D) or a few less, from shards all over the folder: neighbours in a source are alike."""
     order = np.random.default_rng(0).permutation(len(shards))
     parts: list[np.ndarray] = []

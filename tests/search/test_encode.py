@@ -1,8 +1,10 @@
 """Bulk encoding: what is written, and that interruptions and several processes leave neither a gap nor a duplicate."""
 
+import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,8 +28,9 @@ from PIL import Image
 from torch import multiprocessing
 
 from medmoe_hf import MedMoEModel, MedMoEProcessor
+from medmoe_hf.data import phantom_sample, write_webdataset
 from medmoe_hf.data.shards import TarShard
-from medmoe_hf.data.sources import PhantomSource
+from medmoe_hf.data.sources import PhantomSource, TableSource, WebDatasetSource
 from medmoe_hf.data.stream import StreamError
 from medmoe_hf.search import EncodeError, encode_sources, encode_texts
 from medmoe_hf.search.encode import _PlacedStream, _Writer
@@ -232,6 +235,110 @@ def test_what_does_not_belong_together_is_refused(data, model, whole, tmp_path):
         encode_sources([PhantomSource(kind="phantom")], tmp_path / "endless", model)
 
 
+@pytest.fixture
+def changing(tmp_path, model):
+    """Tars behind a pattern, and their embeddings."""
+    write_webdataset(tmp_path / "data", shards=3, samples_per_shard=4, image_size=64)
+    source = WebDatasetSource(kind="webdataset", files=[f"{tmp_path}/data/*.tar"], name="mine")
+
+    def encode():
+        return encode_sources([source], tmp_path / "out", model, samples_per_shard=5)
+
+    encode()
+    return encode, sorted((tmp_path / "data").glob("*.tar"))
+
+
+def test_changed_content_of_the_sources_is_refused_with_what_differs(changing, tmp_path):
+    encode, tars = changing
+    assert encode().samples == 0
+    content, size = tars[1].read_bytes(), tars[1].stat().st_size
+    tars[1].write_bytes(content + bytes(10240))
+    with pytest.raises(EncodeError, match=rf"mine: {tars[1].name} has changed: {size} bytes then, {size + 10240} now"):
+        encode()
+    tars[1].write_bytes(content[:600] + bytes([content[600] ^ 1]) + content[601:])
+    with pytest.raises(EncodeError, match=rf"mine: {tars[1].name} has changed: as many bytes \({size}\), but others"):
+        encode()
+    tars[1].rename(tmp_path / "aside")
+    with pytest.raises(EncodeError, match=rf"mine: {tars[1].name} is gone\nGo on with"):
+        encode()
+    (tmp_path / "aside").rename(tars[1])
+    tars[1].write_bytes(content)
+    added = tars[0].with_name("another.tar")
+    added.write_bytes(content)
+    with pytest.raises(EncodeError, match=r"mine: another\.tar is new\nGo on with"):
+        encode()
+    added.unlink()
+    assert encode().samples == 0
+
+
+def test_a_row_more_in_a_table_is_refused(tmp_path, model):
+    phantom_sample(0, 0, image_size=64)["image"].save(tmp_path / "a.png")
+    (tmp_path / "t.csv").write_text("path,report\n" + "a.png,normal\n" * 3)
+    source = TableSource(kind="csv", files=[f"{tmp_path}/t.csv"])
+    encode_sources([source], tmp_path / "out", model)
+    with (tmp_path / "t.csv").open("a") as file:
+        file.write("a.png,normal\n")
+    with pytest.raises(EncodeError, match=r"t\.csv has changed: 51 bytes then, 64 now"):
+        encode_sources([source], tmp_path / "out", model)
+
+
+def test_shards_are_listed_with_their_sizes_and_checksums(whole):
+    listed = json.loads((whole / "shards-00000-of-00001.json").read_text())
+    shards = sorted(whole.glob("*.parquet"))
+    assert listed == {
+        path.name: [path.stat().st_size, hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()]
+        for path in shards
+    }
+    assert len(shards) == 10
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_a_shard_that_is_not_what_was_written_is_named(changing, tmp_path, number):
+    encode, _ = changing
+    path = sorted((tmp_path / "out").glob("*.parquet"))[number]
+    content = path.read_bytes()
+    middle = len(content) // 2
+    for damaged, reason in (
+        (content[:-20], f"it has {len(content) - 20} bytes, and {len(content)} were written"),
+        (content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :], "its checksum is not that"),
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(EncodeError, match=f"{path.name} is damaged: {reason}"):
+            encode()
+    path.write_bytes(content)
+    assert encode().samples == 0
+    shutil.copy(path, path.with_name("embeds-00000-of-00001-000003.parquet"))
+    with pytest.raises(EncodeError, match=r"000003\.parquet is not listed in shards-00000-of-00001\.json"):
+        encode()
+
+
+def test_a_shard_that_was_listed_and_has_not_appeared_is_encoded_again(data, model, whole, tmp_path, monkeypatch):
+    out, replace = tmp_path / "out", os.replace
+
+    def stop_at_the_third(source, target):
+        if str(target).endswith("000002.parquet"):
+            raise Stop
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", stop_at_the_third)
+        with pytest.raises(Stop):
+            encode_all(data, out, model)
+    assert len(json.loads((out / "shards-00000-of-00001.json").read_text())) == 3
+    assert len(list(out.glob("*.parquet"))) == 2
+    assert encode_all(data, out, model).total == GOOD
+    assert table_of(out).equals(table_of(whole))
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in whole.iterdir())
+
+
+def test_a_folder_of_an_earlier_version_is_not_gone_on_with(changing, tmp_path):
+    encode, _ = changing
+    path = tmp_path / "out" / "encoding.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 1}))
+    with pytest.raises(EncodeError, match="format 1, and not 2"):
+        encode()
+
+
 def test_a_moved_model_is_the_same(data, model, whole, tmp_path):
     MedMoEModel.from_pretrained(model).save_pretrained(tmp_path / "moved")
     MedMoEProcessor.from_pretrained(model).save_pretrained(tmp_path / "moved")
@@ -249,6 +356,10 @@ def test_a_gap_and_a_damaged_shard_are_named(data, model, tmp_path):
     shards[-1].write_bytes(content)
     shards[2].unlink()
     with pytest.raises(EncodeError, match=f"{shards[2].name} is missing"):
+        encode_all(data, out, model)
+    shutil.copy(shards[1], shards[2])
+    (out / "shards-00000-of-00001.json").unlink()
+    with pytest.raises(EncodeError, match=r"shards-00000-of-00001\.json is missing"):
         encode_all(data, out, model)
     (out / "encoding.json").write_text(json.dumps({})[:1])
     with pytest.raises(EncodeError, match=r"encoding\.json is damaged"):

@@ -236,6 +236,77 @@ def test_folders_that_cannot_be_searched_say_why(planted, model, tmp_path):
         search(folder / "out", image=tmp_path / "none.png")
 
 
+@pytest.fixture
+def copied(planted, tmp_path):
+    shutil.copytree(planted[0] / "out", tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "index", ignore_errors=True)
+    return tmp_path / "out"
+
+
+def flip(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 16
+    path.write_bytes(content)
+
+
+def test_a_damaged_shard_is_named_when_an_index_is_built(copied):
+    path = sorted(copied.glob("*.parquet"))[1]
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(EncodeError, match=f"{path.name} is damaged: it has {len(content) // 2} bytes"):
+        EmbeddingIndex(copied)
+    path.write_bytes(content)
+    for position in (len(content) // 4, len(content) // 2, len(content) - 100):
+        flip(path, position)
+        with pytest.raises(EncodeError, match=f"{path.name} is damaged"):
+            EmbeddingIndex(copied)
+        path.write_bytes(content)
+    assert len(EmbeddingIndex(copied)) == 122
+
+
+def test_a_shard_that_is_damaged_later_is_named_by_the_search_that_reads_it(copied):
+    found = EmbeddingIndex(copied)
+    hit = found.search(np.eye(found._segments[0].d, dtype=np.float32)[0], 1)[0]
+    path = next(path for path in sorted(copied.glob("*.parquet")) if hit.key.encode() in path.read_bytes())
+    group = pyarrow.parquet.read_metadata(path).row_group(0)
+    (keys,) = (
+        group.column(number) for number in range(group.num_columns) if group.column(number).path_in_schema == "key"
+    )
+    flip(path, keys.data_page_offset + keys.total_compressed_size // 2)
+    again = EmbeddingIndex(copied)
+    with pytest.raises(EncodeError, match=f"{path.name} is damaged"):
+        again.search(np.eye(found._segments[0].d, dtype=np.float32)[0], 1)
+
+
+def test_a_truncated_index_and_one_of_other_embeddings_are_made_anew(copied, planted, model, tmp_path):
+    query = np.eye(EmbeddingIndex(copied)._segments[0].d, dtype=np.float32)[0]
+    expected = EmbeddingIndex(copied).search(query, 5)
+    (segment,) = (copied / "index" / "images").glob("segment-*")
+    segment.write_bytes(segment.read_bytes()[:-1000])
+    assert EmbeddingIndex(copied).search(query, 5) == expected
+    # Other pairs in as many shards of the same names and lengths: only their checksums tell.
+    source = PhantomSource(kind="phantom", seed=9, image_size=64, length=122)
+    encode_sources([source], tmp_path / "other", model, samples_per_shard=50, keep_captions=True)
+    right = EmbeddingIndex(tmp_path / "other").search(query, 5)
+    shutil.rmtree(tmp_path / "other" / "index")
+    shutil.copytree(copied / "index", tmp_path / "other" / "index")
+    assert EmbeddingIndex(tmp_path / "other").search(query, 5) == right
+
+
+def test_a_folder_of_an_earlier_version_is_searched(copied):
+    expected = EmbeddingIndex(copied).search(np.eye(64, dtype=np.float32)[0][: EmbeddingIndex(copied)._segments[0].d])
+    manifest = json.loads((copied / "encoding.json").read_text())
+    (copied / "encoding.json").write_text(json.dumps({**manifest, "format": 1}))
+    (copied / "shards-00000-of-00001.json").unlink()
+    shutil.rmtree(copied / "index")
+    found = EmbeddingIndex(copied)
+    assert found.search(np.eye(64, dtype=np.float32)[0][: found._segments[0].d]) == expected
+    path = sorted(copied.glob("*.parquet"))[0]
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(EncodeError, match=f"{path.name} is damaged"):
+        EmbeddingIndex(copied)
+
+
 def test_without_faiss_it_says_what_to_install(planted, monkeypatch):
     monkeypatch.setattr(index, "faiss", None)
     with pytest.raises(ImportError, match=r"medmoe_hf\[search\]"):
