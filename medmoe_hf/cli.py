@@ -263,7 +263,12 @@ def push(
     tag: Annotated[str | None, typer.Option(help="A new name for this state.")] = None,
     message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request, commit nothing.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would change; nothing is sent.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Say what would change; nothing is sent. Needs no network for the local checks."
+        ),
+    ] = False,
 ) -> None:
     """Make a repo hold exactly what a folder holds, in one commit, after checking that it loads anywhere."""
     from medmoe_hf.hub import publish
@@ -286,12 +291,15 @@ def push(
 def verify(
     source: Annotated[str, typer.Argument(help="Folder, or user/name on the Hub; its Python files are run.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a repo.")] = None,
+    record: Annotated[
+        bool, typer.Option("--record", help="First write the golden outputs of a folder; only of one you trust.")
+    ] = False,
 ) -> None:
     """Check that a published checkpoint gives what it was published with. Exits with 1 if it does not."""
     from medmoe_hf.hub import verify as compare
 
     with _errors_of("verify"):
-        report = compare(source, revision)
+        report = compare(source, revision, record=record)
     typer.echo(str(report))
     if not report.ok:
         raise typer.Exit(1)
@@ -332,9 +340,14 @@ def push_sources(
     format: Annotated[Literal["parquet", "webdataset"], typer.Option(help="Of its files.")] = "parquet",
     shard_size: Annotated[int, typer.Option(min=1, help="Samples in a file.")] = 1000,
     license: Annotated[str | None, typer.Option(help="Of the data: cc-by-4.0, say.")] = None,
-    private: Annotated[bool, typer.Option("--private", help="Only for you, if the dataset is new.")] = False,
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Of a new dataset; by default as the account has it.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Remove other files under data/, and a card of somebody else's.")
+    ] = False,
     i_have_removed_identifiers: Annotated[
         bool, typer.Option("--i-have-removed-identifiers", help="Publish though something looks like an identifier.")
     ] = False,
@@ -355,6 +368,7 @@ def push_sources(
             private=private,
             revision=revision,
             create_pr=create_pr,
+            replace=replace,
         )
     typer.echo(f"Published: {address}")
 

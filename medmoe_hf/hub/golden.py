@@ -137,8 +137,8 @@ def compare_with_golden(folder: str | Path) -> dict[str, float]:
     folder = Path(folder).resolve()
     if not (folder / GOLDEN).is_file():
         raise PublishError(
-            f"{folder} has no {GOLDEN} to compare with: it was not published by `medmoe push`. "
-            "`medmoe_hf.hub.write_golden` writes it, from a folder that you trust."
+            f"{folder} has no {GOLDEN} to compare with: it was not published by `medmoe push` yet. For a folder that "
+            "you trust, `medmoe verify FOLDER --record` writes it and then compares."
         )
     try:
         expected = load_file(folder / GOLDEN)

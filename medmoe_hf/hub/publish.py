@@ -1,48 +1,22 @@
 """A folder to the Hub in one commit that leaves exactly the folder, and the way back: does what is there still work?
 
 transformers' `push_to_hub` only adds: a `model.safetensors` from before would be loaded in the place of new shards.
-`upload_folder` may make several commits of one upload (where hf_xet is installed), so here `create_commit` is used.
 """
 
-import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-from huggingface_hub.hf_api import RepoFile
+from huggingface_hub import HfApi
 
-from medmoe_hf.hub.access import explained, writable
-from medmoe_hf.hub.folder_checks import PublishError, check_folder, published_files
+from medmoe_hf.hub.access import HubUnreachableError, explained
+from medmoe_hf.hub.folder_checks import GOLDEN, PublishError, check_folder, published_files
 from medmoe_hf.hub.golden import RELATIVE_TOLERANCE, compare_with_golden, write_golden
+from medmoe_hf.hub.remote import KEPT, MAIN, Change, Remote, readable_size
 
-_MAIN = "main"
-# The Hub writes it into a new repo; without it large files would be stored as text.
-_KEPT = ".gitattributes"
 # What somebody may have put into a repo before its first model.
-_HARMLESS = (_KEPT, "README.md", "LICENSE")
-
-
-@dataclass(frozen=True)
-class Change:
-    """What a push does to one file.
-
-    Attributes:
-        path: in the repo.
-        action: "add", "replace", "delete" or "keep".
-        size: in bytes, of the new file; of the old one for "delete".
-    """
-
-    path: str
-    action: str
-    size: int
-
-    def __str__(self) -> str:
-        return f"{self.action:<8} {_readable(self.size):>9}  {self.path}"
+_HARMLESS = (KEPT, "README.md", "LICENSE")
 
 
 @dataclass
@@ -59,6 +33,7 @@ class PublishReport:
         url: of the repo, or of the pull request.
         tag: that names the commit now.
         differences: of the golden outputs in a clean process (`compare_with_golden`).
+        unreachable: of a dry run, why the Hub could not be asked; empty if it was.
     """
 
     repo: str
@@ -70,20 +45,37 @@ class PublishReport:
     url: str = ""
     tag: str | None = None
     differences: dict[str, float] = field(default_factory=dict)
+    unreachable: str = ""
 
     def __str__(self) -> str:
+        if self.unreachable:
+            return self._local()
         counts = Counter(change.action for change in self.changes)
         sent = sum(change.size for change in self.changes if change.action in ("add", "replace"))
         lines = [str(change) for change in self.changes if change.action != "keep"]
         lines.append(
             f"{self.repo}, {self.branch}: {counts['add']} added, {counts['replace']} replaced, {counts['delete']} "
-            f"deleted, {counts['keep']} unchanged; {_readable(sent)} to send"
+            f"deleted, {counts['keep']} unchanged; {readable_size(sent)} to send"
             + (" into a new repo." if self.created else ".")
         )
         if self.dry_run:
             return "\n".join([*lines, "Nothing was sent."])
         tagged = f", tagged {self.tag}" if self.tag else ""
         return "\n".join([*lines, f"{self.url} is at {self.commit}{tagged}."])
+
+    def _local(self) -> str:
+        total = sum(change.size for change in self.changes)
+        return "\n".join(
+            [
+                *map(str, self.changes),
+                f"The folder may be published: its {len(self.changes)} files ({readable_size(total)}) passed every "
+                "check that needs no network, and it loads where medmoe_hf is not installed.",
+                f"NOT checked, for the Hub was not reached: whether {self.repo} exists, is private and holds a MedMoE "
+                "model, which of its files would be replaced or deleted, and whether your token may write to it. "
+                f"({self.unreachable})",
+                "Nothing was sent.",
+            ]
+        )
 
 
 @dataclass
@@ -143,7 +135,8 @@ def publish(
         tag: a new name for the commit.
         message: of the commit.
         create_pr: opens a pull request in the place of a commit to main; no right to write is needed.
-        dry_run: says what would change, and sends nothing.
+        dry_run: says what would change, and sends nothing. Where the Hub cannot be reached, everything that can be
+            checked without it is checked, and the report says what was not.
         token: None: the one that `hf auth login` or HF_TOKEN has set.
 
     Raises:
@@ -154,27 +147,56 @@ def publish(
     folder = Path(folder)
     _stop_at(folder, check_folder(folder))
     # Access first: loading a model takes a while.
-    remote = _Remote.find(repo, branch, token, dry_run)
-    remote.accept(private, create_pr)
-    remote.accept_tag(tag, [])
+    remote, unreachable = None, ""
+    try:
+        remote = Remote.find(repo, branch, token, dry_run)
+        remote.accept(private, create_pr)
+        _accept_model(remote)
+        _accept_tag(remote, tag, [])
+    except HubUnreachableError as error:
+        if not dry_run:
+            raise
+        remote, unreachable = None, str(error)
+    differences = _check_outputs(folder)
+    files = published_files(folder)
+    if remote is None:
+        changes = [Change(name, "send", path.stat().st_size) for name, path in files.items()]
+        return PublishReport(repo, branch or MAIN, changes, dry_run, differences=differences, unreachable=unreachable)
+    changes = list(remote.changes(files))
+    _accept_tag(remote, tag, changes)
+    report = PublishReport(remote.repo, remote.branch, changes, dry_run, not remote.exists, differences=differences)
+    if not dry_run:
+        report.commit, report.url = remote.send(
+            files, changes, private, message or "Publish a MedMoE checkpoint", create_pr
+        )
+        if tag is not None and tag not in remote.tags:
+            with explained(remote.repo):
+                remote.api.create_tag(remote.repo, tag=tag, revision=report.commit)
+        report.tag = tag
+    return report
+
+
+def _check_outputs(folder: Path) -> dict[str, float]:
+    """Writes the golden outputs, and checks that a process without this package gives the same.
+
+    Raises:
+        PublishError: if it does not load there, or gives other numbers.
+    """
     write_golden(folder)
     differences = compare_with_golden(folder)
-    wrong = [name for name, value in differences.items() if value > RELATIVE_TOLERANCE]
+    # Not `>`, which a NaN would pass.
+    wrong = [name for name, value in differences.items() if not value <= RELATIVE_TOLERANCE]
     if wrong:
         raise PublishError(
             f"{folder} gives other numbers where medmoe_hf is not installed: {', '.join(wrong)} differ from what this "
             "package gives. Its Python files may be older than the package; save the model and the processor again."
         )
-    files = published_files(folder)
-    changes = list(remote.changes(files))
-    remote.accept_tag(tag, changes)
-    report = PublishReport(remote.repo, remote.branch, changes, dry_run, not remote.exists, differences=differences)
-    if not dry_run:
-        remote.send(files, report, private, tag, message, create_pr)
-    return report
+    return differences
 
 
-def verify(source: str | Path, revision: str | None = None, token: str | None = None) -> VerifyReport:
+def verify(
+    source: str | Path, revision: str | None = None, token: str | None = None, record: bool = False
+) -> VerifyReport:
     """Loads a checkpoint in a process without this package, and compares with its `golden.safetensors`.
 
     The process runs the Python files of the checkpoint: only for those that you would load anyway.
@@ -183,15 +205,21 @@ def verify(source: str | Path, revision: str | None = None, token: str | None = 
         source: a folder, or a repo on the Hub, which is downloaded.
         revision: branch, tag or commit of a repo.
         token: as for `publish`.
+        record: first writes `golden.safetensors` into a folder that lacks it, or whose file belongs to other weights,
+            from what this package makes of the model.
 
     Raises:
-        PublishError: if it cannot be had or does not load. Other numbers are no error, see `VerifyReport.ok`.
+        PublishError: if it cannot be downloaded or does not load. Other numbers are no error, see `VerifyReport.ok`.
     """
     if Path(source).is_dir():
         if revision is not None:
             raise PublishError(f"{source} is a folder, and has no revisions.")
+        if record:
+            write_golden(source)
         return VerifyReport(str(source), None, compare_with_golden(source))
     repo = str(source)
+    if record:
+        raise PublishError(f"--record writes {GOLDEN} into a folder, and {repo} is none. Download the repo first.")
     api = HfApi(token=token)
     with explained(repo, revision):
         # Asked for by itself: where there is no access, a download is content with what an older one has left.
@@ -206,152 +234,30 @@ def _stop_at(folder: Path, problems: list[str]) -> None:
         raise PublishError(f"{folder} is not to be published:\n{listed}")
 
 
-@dataclass
-class _Remote:
-    """A repo's state as it was seen, and what can be done to that state."""
+def _accept_model(remote: Remote) -> None:
+    """Checks that a repo holds a MedMoE model, or nothing yet.
 
-    api: HfApi
-    repo: str
-    branch: str
-    exists: bool
-    private: bool | None = None
-    parent: str | None = None
-    branches: dict[str, str] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
-    files: dict[str, RepoFile] = field(default_factory=dict)
-
-    @classmethod
-    def find(cls, repo: str, branch: str | None, token: str | None, dry_run: bool) -> "_Remote":
-        """Reads the repo, and whose the token is.
-
-        Raises:
-            PublishError: without a token (for a dry run one is not needed), or with one that only reads.
-        """
-        api = HfApi(token=token)
-        repo = writable(repo, token, dry_run)
-        with explained(repo):
-            found = cls(api, repo, branch or _MAIN, exists=True)
-            try:
-                refs = api.list_repo_refs(repo)
-            except GatedRepoError:
-                raise
-            except RepositoryNotFoundError:
-                found.exists = False
-                return found
-            found.private = api.model_info(repo).private
-            found.branches = {ref.name: ref.target_commit for ref in refs.branches}
-            found.tags = {ref.name: ref.target_commit for ref in refs.tags}
-            found.parent = found.branches.get(found.branch) or found.branches.get(_MAIN)
-            if found.parent is None:
-                raise PublishError(f"{repo} has no branch {found.branch} and no {_MAIN} to begin one at.")
-            listed = api.list_repo_tree(repo, recursive=True, revision=found.parent)
-            found.files = {entry.path: entry for entry in listed if isinstance(entry, RepoFile)}
-        return found
-
-    def accept(self, private: bool | None, create_pr: bool) -> None:
-        """Whether a MedMoE model may be put here.
-
-        Raises:
-            PublishError: if something else has the name, or the repo is not as private as was asked for.
-        """
-        if not self.exists:
-            if create_pr:
-                raise PublishError(f"{self.repo} is not there, or not for this token; a pull request needs a repo.")
-            return
-        if private is not None and private != self.private:
-            raise PublishError(
-                f"{self.repo} exists and is {'private' if self.private else 'public'}. Change that in its settings on "
-                f"the Hub first, or leave out {'--private' if private else '--public'}."
-            )
-        if "config.json" in self.files:
-            with explained(self.repo):
-                place = self.api.hf_hub_download(self.repo, "config.json", revision=self.parent)
-            try:
-                kind = str(json.loads(Path(place).read_text(encoding="utf-8")).get("model_type"))
-            except (ValueError, AttributeError):
-                kind = "unknown"
-        else:
-            kind = "" if set(self.files) <= set(_HARMLESS) else "unknown"
-        if kind and not kind.startswith("medmoe"):
-            raise PublishError(
-                f"The name {self.repo} is taken: the repo holds something else (model type {kind}), which a push "
-                "would delete. Choose another name, or empty the repo yourself."
-            )
-
-    def changes(self, files: dict[str, Path]) -> Iterator[Change]:
-        """What makes the repo hold `files` and nothing else, by path."""
-        for path in sorted({*files, *self.files}):
-            new, old = files.get(path), self.files.get(path)
-            if new is None and old is not None:
-                yield Change(path, "keep" if path == _KEPT else "delete", old.size)
-            elif new is not None:
-                action = "add" if old is None else "keep" if _same(new, old) else "replace"
-                yield Change(path, action, new.stat().st_size)
-
-    def accept_tag(self, tag: str | None, changes: list[Change]) -> None:
-        """Raises a PublishError if a tag names another state than the repo will be in."""
-        if tag not in self.tags:
-            return
-        # A push that was cut off after it had set the tag may be repeated.
-        if self.tags[tag] != self.parent or any(change.action != "keep" for change in changes):
-            raise PublishError(f"{self.repo} has a tag {tag} already, at {self.tags[tag]}. Choose another.")
-
-    def send(
-        self,
-        files: dict[str, Path],
-        report: PublishReport,
-        private: bool | None,
-        tag: str | None,
-        message: str | None,
-        create_pr: bool,
-    ) -> None:
-        """Makes the repo and the branch where they are missing, the commit, and the tag; fills in the report."""
-        with explained(self.repo):
-            if not self.exists:
-                self.api.create_repo(self.repo, private=private)
-                # The Hub has put a .gitattributes into it.
-                self.parent = self.api.model_info(self.repo).sha
-            if self.branch != _MAIN and self.branch not in self.branches:
-                self.api.create_branch(self.repo, branch=self.branch, revision=self.parent)
-            operations: list[Any] = [
-                CommitOperationDelete(change.path)
-                if change.action == "delete"
-                else CommitOperationAdd(change.path, str(files[change.path]))
-                for change in report.changes
-                if change.action != "keep"
-            ]
-            report.commit, report.url = self.parent, f"{constants.ENDPOINT}/{self.repo}"
-            if operations:
-                info = self.api.create_commit(
-                    self.repo,
-                    operations,
-                    commit_message=message or "Publish a MedMoE checkpoint",
-                    revision=self.branch,
-                    # Whoever pushed in the meantime is noticed, and not undone.
-                    parent_commit=self.parent,
-                    create_pr=create_pr,
-                )
-                report.commit, report.url = info.oid, info.pr_url or report.url
-            if tag is not None and tag not in self.tags:
-                self.api.create_tag(self.repo, tag=tag, revision=report.commit)
-            report.tag = tag
+    Raises:
+        PublishError: if something else has the name.
+    """
+    if "config.json" in remote.files:
+        try:
+            kind = str(json.loads(remote.read("config.json")).get("model_type"))
+        except (ValueError, AttributeError):
+            kind = "unknown"
+    else:
+        kind = "" if set(remote.files) <= set(_HARMLESS) else "unknown"
+    if kind and not kind.startswith("medmoe"):
+        raise PublishError(
+            f"The name {remote.repo} is taken: the repo holds something else (model type {kind}), which a push "
+            "would delete. Choose another name, or empty the repo yourself."
+        )
 
 
-def _same(path: Path, remote: RepoFile) -> bool:
-    """Whether a file is what the Hub has: by sha256 for what lies in LFS, by git's name of it for the others."""
-    size = path.stat().st_size
-    if size != remote.size:
-        return False
-    digest = hashlib.sha1(b"blob %d\0" % size) if remote.lfs is None else hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest() == (remote.blob_id if remote.lfs is None else remote.lfs.sha256)
-
-
-def _readable(size: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
+def _accept_tag(remote: Remote, tag: str | None, changes: list[Change]) -> None:
+    """Raises a PublishError if a tag names another state than the repo will be in."""
+    if tag not in remote.tags:
+        return
+    # A push that was cut off after it had set the tag may be repeated.
+    if remote.tags[tag] != remote.parent or any(change.action != "keep" for change in changes):
+        raise PublishError(f"{remote.repo} has a tag {tag} already, at {remote.tags[tag]}. Choose another.")

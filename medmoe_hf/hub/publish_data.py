@@ -5,6 +5,7 @@ Of a source only pixels, captions and modalities are published, under running nu
 of an image file. What the pixels themselves show is for people to check.
 """
 
+import hashlib
 import io
 import re
 import tarfile
@@ -18,15 +19,17 @@ from typing import Any, Literal
 
 import datasets
 import numpy as np
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCard, DatasetCardData, HfApi
+from huggingface_hub import DatasetCard, DatasetCardData
 from PIL import Image, ImageOps
 
 from medmoe_hf.data.atomic import whole_folder
 from medmoe_hf.data.shards import ShardError
 from medmoe_hf.data.sources import IMAGE_FIELDS, field_of
 from medmoe_hf.data.stream import SampleStream
-from medmoe_hf.hub.access import explained, writable
+from medmoe_hf.hub.access import writable
 from medmoe_hf.hub.card import markdown_table, source_name
+from medmoe_hf.hub.folder_checks import PublishError
+from medmoe_hf.hub.remote import Remote, readable_size
 from medmoe_hf.model.medical_images_medmoe import is_medical_image
 from medmoe_hf.model.modalities_medmoe import MODALITIES, UNKNOWN_MODALITY
 
@@ -44,6 +47,10 @@ FEATURES = datasets.Features(
     }
 )
 _NAMED = 20  # files that a refusal names
+_CARD, _DATA = "README.md", "data/"
+_OWN_SHARD = re.compile(r"data/train-\d{5,}\.(?:parquet|tar)")
+# The last line of a card. The digest, of all text above, tells whether somebody has edited it since.
+_MARK = "<!-- Written by medmoe data push, which replaces this file while it is unchanged:"
 _SIZES = {10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M", 10**7: "1M<n<10M"}
 
 # Header fields by PS3.15 E.1 that name or describe a person; the second kind is what a pseudonym may stand in.
@@ -141,7 +148,7 @@ def export_data(
         FileExistsError: if the folder is there already.
         ImportError: for DICOM without pydicom.
         StreamError: if too many samples cannot be read.
-        ValueError: for an endless source, or another format or size.
+        ValueError: for an endless source, another format or size, or sources without a single sample.
     """
     if format not in _WRITERS or shard_size < 1:
         raise ValueError(f"`format` must be one of {', '.join(_WRITERS)}, `shard_size` 1 or more.")
@@ -171,10 +178,13 @@ def export_data(
         if shard:
             _WRITERS[format](partial / "data", number, shard)
         _refuse(findings)
+        if not counts:
+            raise ValueError("The sources hold no samples that can be published.")
         card = _card(
             sources, counts, stream.faults.bad, format, i_have_removed_identifiers, repo or Path(out_dir).name, license
         )
-        (partial / "README.md").write_text(str(card).rstrip() + "\n", encoding="utf-8")
+        text = str(card).strip()
+        (partial / _CARD).write_text(f"{text}\n\n{_MARK} {_digest(text)} -->\n", encoding="utf-8")
     return Path(out_dir)
 
 
@@ -186,30 +196,38 @@ def push_data(
     i_have_removed_identifiers: bool = False,
     *,
     license: str | None = None,
-    private: bool = False,
+    private: bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
+    replace: bool = False,
     commit_message: str = "Upload dataset",
 ) -> str:
     """Exports sources and uploads them in one commit; shards of an earlier push that are not among them are removed.
 
     The repository is made if it is not there. A push that is cut off leaves the old revision, and can be repeated.
+    What somebody else has put into the repository is not touched: files under `data/` and a card that this function
+    did not write, or that was edited since, stop the push unless `replace` is set. Files in other places stay.
 
     Args:
         repo: Hub id of the dataset, or the name alone for the account that the token belongs to.
-        private: whether a repository that is made for this is private.
+        private: whether a new repository is private; None: as the account has it by default. For a repository that
+            exists it must be what it is.
         revision: branch to commit to, made from main if it is not there.
         create_pr: whether to open a pull request instead.
+        replace: whether to remove other files under `data/`, and to replace a card of somebody else's.
 
     Returns:
         The commit's address.
 
     Raises:
         IdentifierError and others: as `export_data`, before anything is sent.
-        PublishError: without a token, rights or a network.
+        PublishError: without a token, rights or a network; for a repository of another visibility, or with files
+            that `replace` would remove.
     """
+    if create_pr and revision is not None:
+        raise PublishError("A pull request is made for main: leave out the branch.")
     # Access first: the export may take hours.
-    repo = writable(repo)
+    _find(repo, private, revision, create_pr, replace)
     with tempfile.TemporaryDirectory(prefix="medmoe-data-") as temporary:
         folder = export_data(
             sources,
@@ -217,36 +235,54 @@ def push_data(
             format,
             shard_size,
             i_have_removed_identifiers,
-            repo=repo,
+            repo=writable(repo),
             license=license,
         )
-        # `upload_folder` may make several commits of one upload (where hf_xet is installed).
         paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-        api = HfApi()
-        with explained(repo, revision):
-            api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
-            if revision is not None:
-                api.create_branch(repo, repo_type="dataset", branch=revision, exist_ok=True)
-            parent = api.dataset_info(repo, revision=revision)
-            stale = [
-                entry.rfilename
-                for entry in parent.siblings or ()
-                if entry.rfilename.startswith("data/") and entry.rfilename not in paths
-            ]
-            commit = api.create_commit(
-                repo,
-                [
-                    *(CommitOperationDelete(path) for path in stale),
-                    *(CommitOperationAdd(path, str(place)) for path, place in sorted(paths.items())),
-                ],
-                commit_message=commit_message,
-                repo_type="dataset",
-                revision=revision,
-                # Whoever pushed in the meantime is noticed, and not undone.
-                parent_commit=parent.sha,
-                create_pr=create_pr,
-            )
-    return str(commit.pr_url if create_pr else commit.commit_url)
+        # Once more, for somebody may have pushed while the data were exported.
+        remote = _find(repo, private, revision, create_pr, replace)
+        others = [path for path in remote.files if not path.startswith(_DATA)]
+        commit, address = remote.send(paths, remote.changes(paths, keep=others), private, commit_message, create_pr)
+    return address if create_pr else f"{remote.page}/commit/{commit}"
+
+
+def _find(repo: str, private: bool | None, revision: str | None, create_pr: bool, replace: bool) -> Remote:
+    """The repository, if these data may be put into it.
+
+    Raises:
+        PublishError: if it has another visibility, or holds files that are not ours and `replace` is not set.
+    """
+    remote = Remote.find(repo, revision, kind="dataset")
+    remote.accept(private, create_pr)
+    foreign = _foreign(remote)
+    if foreign and not replace:
+        listed = "\n".join(f"  {line}" for line in foreign[:_NAMED])
+        more = f"\n  and {len(foreign) - _NAMED} more" if len(foreign) > _NAMED else ""
+        raise PublishError(
+            f"{remote.repo} holds files that are not ours, and nothing was sent. `--replace` would remove or replace:"
+            f"\n{listed}{more}\nChoose another name, or save what you need and push with `--replace`."
+        )
+    return remote
+
+
+def _foreign(remote: Remote) -> list[str]:
+    """The files that a push would remove or replace though no push made them, each as a line."""
+    card = remote.read(_CARD).decode("utf-8", "replace") if _CARD in remote.files else ""
+    text, mark, rest = card.rpartition(_MARK)
+    foreign = [
+        f"{path} ({readable_size(entry.size)})"
+        for path, entry in sorted(remote.files.items())
+        if path.startswith(_DATA) and not (mark and _OWN_SHARD.fullmatch(path))
+    ]
+    if _CARD in remote.files and not mark:
+        foreign.append(f"{_CARD} ({readable_size(remote.files[_CARD].size)})")
+    elif mark and rest.split(maxsplit=1)[:1] != [_digest(text)]:
+        foreign.append(f"{_CARD} (written by a push, and edited since)")
+    return foreign
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.strip().encode()).hexdigest()
 
 
 # Identifiers

@@ -6,6 +6,7 @@ local map (and of the shared space where there are no projections).
 
 import inspect
 import math
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,6 +53,9 @@ MINIMUM_IMAGE_SIDE = 64
 CPU_PIXELS = 4 * 224 * 224
 """How many pixels go through a backbone at a time on a CPU, without gradients: the largest blocks of memory are then
 below 32 MiB, above which the C library asks the system for new ones each time, and that takes a fifth of all time."""
+
+# What `save_pretrained` of any model writes: a single file, or shards and their index.
+_OWN_WEIGHTS = re.compile(r"model(?:-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 
 _PROCESSING_AUTO_MAP = {
     "AutoImageProcessor": {
@@ -350,9 +354,10 @@ class MedMoEPreTrainedModel(PreTrainedModel):
     def _upload_modified_files(
         self, working_dir: Any, repo_id: str, files_timestamps: Any, commit_message: str | None = None, **commit: Any
     ) -> Any:
-        """As in transformers, one commit; it also removes the weights that are there from before.
+        """As in transformers, one commit; it also removes the model's own weights that are there from before.
 
-        Left alone, a single file would be loaded in the place of newer shards.
+        Left alone, a single file would be loaded in the place of newer shards. Adapters, golden outputs and other
+        `.safetensors` files belong to somebody else, and stay.
         """
         revision, create_pr = commit.pop("revision", None), commit.pop("create_pr", False)
         api, folder = HfApi(token=commit.pop("token", None)), Path(working_dir)
@@ -361,7 +366,7 @@ class MedMoEPreTrainedModel(PreTrainedModel):
         parent = api.model_info(repo_id, revision=revision).sha
         new = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
         old = {name for name in api.list_repo_files(repo_id, revision=parent) if "/" not in name}
-        stale = {name for name in old - new.keys() if name.endswith((".safetensors", ".safetensors.index.json"))}
+        stale = {name for name in old - new.keys() if _OWN_WEIGHTS.fullmatch(name)}
         return api.create_commit(
             repo_id,
             [CommitOperationDelete(name) for name in sorted(stale)]

@@ -1,8 +1,8 @@
 """A Hub on this machine, in memory: what the unmodified clients (huggingface_hub, transformers, datasets) ask of one.
 
-Every file goes the "regular" way, inside the commit: the answer to preupload says so, which leaves LFS and Xet out.
-Weights are nevertheless listed as the Hub lists them, as LFS files with a sha256. Commits are atomic: a request that
-is cut off changes nothing.
+Every file goes the "regular" way, inside the commit: the answer to preupload says so, which leaves LFS and Xet out,
+unless a test sets `large_files`. Weights are nevertheless listed as the Hub lists them, as LFS files with a sha256.
+Commits are atomic: a request that is cut off changes nothing.
 """
 
 import base64
@@ -29,7 +29,9 @@ _LFS = (".safetensors", ".parquet", ".tar", ".bin", ".png")
 # What the settings of the clients in the environment begin with.
 _CLIENTS = ("HF_", "HUGGING", "TRANSFORMERS_")
 _API = re.compile(r"/api/(model|dataset|space)s/(?P<id>[^/]+(?:/[^/]+)?)(?:/(?P<rest>.*))?")
-_ACTIONS = r"(?:revision|tree|paths-info|preupload|commit|commits|refs|branch|tag|discussions|settings)"
+_ACTIONS = (
+    r"(?:revision|tree|paths-info|preupload|commit|commits|refs|branch|tag|discussions|settings|xet-write-token)"
+)
 _RESOLVE = re.compile(r"/(?:(dataset|space)s/)?(?P<id>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
 
 
@@ -132,6 +134,10 @@ class LoopbackHub:
         requests: (method, path with query) of every request so far.
         unknown: those of them that the Hub might answer, and this server cannot. A test of a client should find none.
         page_size: entries that a listing of files has a page.
+        large_files: whether files that LFS takes go to the storage, which is this server under the name "localhost".
+            By LFS, that works; clients with Xet get a token, and then only refusals.
+        storage_refusal: a status and a reason, which the storage answers to every upload.
+        xet_token_refusal: a status and a reason, which the Hub answers to whoever asks for a token of Xet's.
     """
 
     def __init__(self) -> None:
@@ -144,6 +150,10 @@ class LoopbackHub:
         self.requests: list[tuple[str, str]] = []
         self.unknown: list[tuple[str, str]] = []
         self.page_size = 1000
+        self.large_files = False
+        self.storage_refusal: tuple[int, str] | None = None
+        self.xet_token_refusal: tuple[int, str] | None = None
+        self._stored: dict[str, bytes] = {}
         self._lock = threading.RLock()
         self._cuts: dict[int, bool] = {}
         self._commits = 0
@@ -249,7 +259,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._body: bytes | None = None
         self.hub.requests.append((self.command, self.path))
         try:
-            self.account = self._account()
+            # The storage has tokens of its own.
+            self.account = None if parts.path.startswith("/storage/") else self._account()
             answer = self._answer(parts.path)
         except _Answer as refusal:
             answer = refusal
@@ -299,6 +310,10 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._validate_yaml()
             if path == "/api/agent-harnesses":
                 return _Answer(404)
+            if match := re.fullmatch(r"/(?:(dataset|space)s/)?([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
+                return self._lfs_batch(self._repo(match[1] or "model", unquote(match[2]), write=True))
+            if path.startswith("/storage/"):
+                return self._storage(path.removeprefix("/storage/"))
             if match := _RESOLVE.fullmatch(path):
                 repo = self._repo(match[1] or "model", unquote(match["id"]), content=True)
                 return self._file(repo, unquote(match["revision"]), unquote(match["path"]))
@@ -396,6 +411,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._history(repo, unquote(argument))
         if self.command == "GET" and action == "discussions":
             return _Answer(200, {"discussions": [], "count": 0, "start": 0})
+        if self.command == "GET" and action == "xet-write-token":
+            return self._xet_token()
         if self.command == "POST" and action == "preupload":
             return self._preupload(repo, unquote(argument))
         if self.command == "POST" and action == "commit":
@@ -532,6 +549,41 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content_Range"] = f"bytes {start}-{end}/{size}"
         return _Answer(status, content, **headers)
 
+    # Storage of large files
+
+    @property
+    def _storage_url(self) -> str:
+        return self.hub.url.replace("127.0.0.1", "localhost") + "/storage"
+
+    def _lfs_batch(self, repo: Repo) -> _Answer:
+        objects = []
+        for asked in self._json()["objects"]:
+            known = asked["oid"] in self.hub._stored
+            place = {"upload": {"href": f"{self._storage_url}/{asked['oid']}?X-Amz-Signature=0123"}}
+            objects.append({**asked, **({} if known else {"actions": place})})
+        return _Answer(200, {"transfer": "basic", "objects": objects})
+
+    def _storage(self, oid: str) -> _Answer:
+        content = self._read()
+        if self.hub.storage_refusal is not None:
+            status, reason = self.hub.storage_refusal
+            return _Answer(status, f"<Error><Code>{reason}</Code></Error>".encode(), Content_Type="application/xml")
+        if self.command != "PUT" or hashlib.sha256(content).hexdigest() != oid:
+            return self._is_unknown()
+        self.hub._stored[oid] = content
+        return _Answer(200)
+
+    def _xet_token(self) -> _Answer:
+        if self.hub.xet_token_refusal is not None:
+            raise _refused(*self.hub.xet_token_refusal)
+        return _Answer(
+            200,
+            {"casUrl": self._storage_url, "accessToken": "xet", "exp": 4102444800},
+            X_Xet_Cas_Url=self._storage_url,
+            X_Xet_Access_Token="xet",
+            X_Xet_Token_Expiration="4102444800",
+        )
+
     # Writing
 
     def _preupload(self, repo: Repo, revision: str) -> _Answer:
@@ -541,7 +593,7 @@ class _Handler(BaseHTTPRequestHandler):
         answers = [
             {
                 "path": file["path"],
-                "uploadMode": "regular",
+                "uploadMode": "lfs" if self.hub.large_files and file["path"].endswith(_LFS) else "regular",
                 "shouldIgnore": False,
                 **({"oid": oids[file["path"]]} if file["path"] in oids else {}),
             }
@@ -603,6 +655,8 @@ class _Handler(BaseHTTPRequestHandler):
                 if path not in files:
                     raise _refused(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
                 del files[path]
+            elif key == "lfsFile" and value["oid"] in self.hub._stored:
+                files[path] = self.hub._stored[value["oid"]]
             elif key == "deletedFolder":
                 files = {name: content for name, content in files.items() if not name.startswith(f"{path}/")}
             else:

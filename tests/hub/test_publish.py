@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from medmoe_hf.hub import golden as golden_module
+from medmoe_hf.hub.access import explained
 from medmoe_hf.hub.folder_checks import PublishError, published_files
 from medmoe_hf.hub.golden import RELATIVE_TOLERANCE, compare_with_golden, write_golden
 from medmoe_hf.hub.publish import publish, verify
@@ -355,6 +358,96 @@ def test_no_network(hub, folder, loads, monkeypatch):
     assert loads == []
 
 
+def test_a_dry_run_without_a_network_checks_what_it_can(hub, folder, loads, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for repo in (REPO, "medmoe"):
+        loads.clear()
+        report = publish(folder, repo, dry_run=True, private=True, tag="v1")
+        assert loads == [folder]
+        assert actions(report) == dict.fromkeys(contents(folder), "send")
+        text = str(report)
+        assert f"NOT checked, for the Hub was not reached: whether {repo} exists, is private" in text
+        assert "unset HF_HUB_OFFLINE" in text
+        assert text.endswith("Nothing was sent.")
+    assert hub.requests == []
+    (folder / "last.ckpt").write_bytes(b"x")
+    with pytest.raises(PublishError, match=r"last.ckpt: weights that are not safetensors"):
+        publish(folder, REPO, dry_run=True)
+    (folder / "last.ckpt").unlink()
+    monkeypatch.setattr(module, "compare_with_golden", lambda folder: {"output.logits": float("nan")})
+    with pytest.raises(PublishError, match=r"output.logits differ"):
+        publish(folder, REPO, dry_run=True)
+
+
+@pytest.fixture
+def storage(hub, monkeypatch):
+    """Large files go to the storage; gives a function that chooses the protocol. Nobody waits between attempts."""
+    hub.large_files = True
+    monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda seconds: None)
+    return lambda protocol: monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", protocol == "lfs")
+
+
+def test_large_files_go_by_lfs(hub, storage, folder, loads):
+    storage("lfs")
+    publish(folder, REPO)
+    assert held(hub) == contents(folder)
+    assert any(path.startswith("/storage/") for _, path in hub.requests)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "refused_by", "status", "message"),
+    [
+        (
+            "lfs",
+            "storage",
+            403,
+            r"\(localhost:\d+\) answered 403 to model.safetensors, .* proxy or firewall",
+        ),
+        (
+            "lfs",
+            "storage",
+            500,
+            r"\(localhost:\d+\) failed with 500, .* at model.safetensors. .* push again",
+        ),
+        ("xet", "storage", 401, r"storage .*\(localhost:\d+\) answered 401 .* HF_HUB_DISABLE_XET=1"),
+        ("xet", "storage", 403, r"storage .*\(localhost:\d+\) answered 403 .* HF_HUB_DISABLE_XET=1"),
+        (
+            "xet",
+            "token",
+            401,
+            r"no right to upload large files \(it answered 401\).*user has no storage",
+        ),
+        (
+            "xet",
+            "token",
+            403,
+            r"no right to upload large files \(it answered 403\).*user has no storage",
+        ),
+    ],
+)
+def test_what_the_storage_refuses(hub, storage, folder, loads, protocol, refused_by, status, message):
+    hub.create(REPO)
+    storage(protocol)
+    if refused_by == "storage":
+        hub.storage_refusal = (status, "AccessDenied")
+    else:
+        hub.xet_token_refusal = (status, "quota")
+    with pytest.raises(PublishError, match=message) as error:
+        publish(folder, REPO)
+    assert "The repo is as it was" in str(error.value)
+    assert "Do the same again" not in str(error.value)
+    assert "Signature" not in str(error.value)  # the addresses are signed, and are as good as a token
+    assert held(hub) == {}
+
+
+def test_a_batch_that_the_storage_refuses(hub):
+    message = "LFS batch API returned errors:\nEncountered error for file with OID 0a1b: `Quota exceeded"
+    with pytest.raises(PublishError, match=r"takes none of them: Quota exceeded\."), explained(REPO):
+        raise ValueError(message)
+    with pytest.raises(RuntimeError, match="a bug"), explained(REPO):
+        raise RuntimeError("a bug")
+
+
 def test_verify_names_what_it_cannot_find(hub, folder, loads, monkeypatch):
     publish(folder, REPO, private=True)
     assert verify(REPO).ok
@@ -424,6 +517,86 @@ def test_a_golden_file_needs_a_model_that_works(folder, tmp_path):
         write_golden(folder)
     with pytest.raises(PublishError, match=r"no golden.safetensors to compare with"):
         compare_with_golden(folder)
+
+
+@pytest.fixture
+def clean_process(monkeypatch):
+    """In place of the process, a function of the golden tensors makes what it would have found."""
+
+    def use(change):
+        def run(command, **_):
+            *_, golden, out = command
+            tensors = {name: value for name, value in load_file(golden).items() if name != "images"}
+            save_file(change(tensors), out)
+            return subprocess.CompletedProcess(command, 0, "", "")
+
+        monkeypatch.setattr(golden_module.subprocess, "run", run)
+
+    return use
+
+
+def with_output(name, function):
+    return lambda tensors: {**tensors, name: function(tensors[name])}
+
+
+def one_nan(value):
+    value = value.clone()
+    value.view(-1)[0] = float("nan")
+    return value
+
+
+@pytest.mark.parametrize(
+    ("function", "difference"),
+    [
+        (lambda value: value, 0.0),
+        (lambda value: value + 5e-5 * value.abs().max(), 5e-5),
+        (lambda value: value + 2e-4 * value.abs().max(), 2e-4),
+        (lambda value: value * 1.05, 0.05),
+        (one_nan, float("inf")),
+        (lambda value: value * float("nan"), float("inf")),
+        (lambda value: value[:1], float("inf")),
+    ],
+)
+def test_how_far_outputs_may_be_off(folder, clean_process, function, difference):
+    """A relative difference of 1e-4 is what is documented; nothing that is no number passes."""
+    write_golden(folder)
+    clean_process(with_output("output.image_embeds", function))
+    report = verify(folder)
+    assert report.differences["output.image_embeds"] == pytest.approx(difference, rel=0.05)
+    assert report.differences["output.text_embeds"] == 0
+    assert report.ok == (difference < 1e-4)
+    assert ("WRONG" in str(report)) == (difference > 1e-4)
+
+
+def test_a_nan_in_the_golden_file_is_no_agreement(folder, clean_process):
+    place = write_golden(folder)
+    with safe_open(place, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(place)
+    tensors["output.image_embeds"] = one_nan(tensors["output.image_embeds"])
+    save_file(tensors, place, metadata)
+    clean_process(lambda tensors: tensors)
+    assert not verify(folder).ok
+
+
+def test_verify_can_record_the_golden_outputs_first(hub, folder, sharded, clean_process):
+    clean_process(lambda tensors: tensors)
+    with pytest.raises(PublishError, match=r"no golden.safetensors .* `medmoe verify FOLDER --record` writes it"):
+        verify(folder)
+    assert verify(folder, record=True).ok
+    recorded = load_file(folder / "golden.safetensors")
+    model = MedMoEModel.from_pretrained(folder)
+    with torch.no_grad():
+        found = model.get_image_features(recorded["input.pixel_values"], modality=None)
+    assert recorded["output.image_embeds"].shape == found.pooler_output.shape
+    # Of other weights it is written anew.
+    shutil.copy(folder / "golden.safetensors", sharded)
+    verify(sharded, record=True)
+    assert not torch.equal(
+        load_file(sharded / "golden.safetensors")["output.image_embeds"], recorded["output.image_embeds"]
+    )
+    with pytest.raises(PublishError, match=r"--record writes golden.safetensors into a folder"):
+        verify("user/none", record=True)
 
 
 @pytest.mark.slow

@@ -377,7 +377,7 @@ def test_a_push_is_one_commit_that_leaves_only_the_new_shards(hub):
     commits = len(repo.commits)
     address = push_data([phantoms(4)], "user/scans", "webdataset", shard_size=3)
     assert len(repo.commits) == commits + 1
-    assert repo.find("main") in address
+    assert address == f"{hub.url}/datasets/user/scans/commit/{repo.find('main')}"
     assert repo.files().keys() - {".gitattributes"} == {
         "README.md",
         "data/train-00000.tar",
@@ -478,3 +478,81 @@ def test_what_the_hub_refuses(hub, monkeypatch, token, repo, message):
     with pytest.raises(PublishError, match=message):
         push_data([phantoms(1)], repo)
     assert hub.repos == {}
+
+
+@pytest.mark.parametrize(("private", "is_private"), [(True, False), (False, True)])
+def test_another_visibility_stops_it_before_the_export(hub, monkeypatch, private, is_private):
+    hub.create("user/scans", "dataset", private=is_private)
+    monkeypatch.setattr(publish_data, "export_data", None)
+    with pytest.raises(PublishError, match=f"exists and is {'private' if is_private else 'public'}"):
+        push_data([phantoms(1)], "user/scans", private=private)
+    assert hub.sent() == []
+
+
+def test_files_of_others_stop_it_and_replace_removes_them(hub):
+    mine = {"data/train-00000.parquet": b"rows", "data/notes.csv": b"1,2,3", "README.md": b"# Mine", "LICENSE": b"x"}
+    repo = hub.create("user/scans", "dataset", files=mine)
+    with pytest.raises(PublishError, match="holds files that are not ours") as error:
+        push_data([phantoms(3)], "user/scans")
+    for line in ("data/notes.csv (5 B)", "data/train-00000.parquet (4 B)", "README.md (6 B)"):
+        assert f"  {line}\n" in str(error.value)
+    assert "LICENSE" not in str(error.value)
+    assert "--replace" in str(error.value)
+    assert hub.sent() == []
+    push_data([phantoms(3)], "user/scans", "webdataset", replace=True)
+    assert repo.files().keys() - {".gitattributes"} == {"README.md", "LICENSE", "data/train-00000.tar"}
+    assert repo.files()["LICENSE"] == b"x"
+    # Now they are our own, and need no flag.
+    push_data([phantoms(4)], "user/scans", replace=False)
+    assert repo.files().keys() - {".gitattributes"} == {"README.md", "LICENSE", "data/train-00000.parquet"}
+
+
+def amended(hub, repo, **files):
+    """Somebody commits files to a repo's main, as on the website."""
+    head = repo.branches["main"]
+    state = repo.commits[head]
+    repo.branches["main"] = repo.add(type(state)({**state.files, **files}, "By hand", head, "user"))
+
+
+def test_a_file_of_others_among_our_shards_and_an_edited_card_stop_it(hub):
+    push_data([phantoms(3)], "user/scans")
+    repo = hub.repo("user/scans", "dataset")
+    amended(hub, repo, **{"data/masks.tar": b"7"})
+    with pytest.raises(PublishError, match=r"(?s)not ours.*replace:\n  data/masks.tar \(1 B\)\nChoose"):
+        push_data([phantoms(4)], "user/scans")
+    push_data([phantoms(4)], "user/scans", replace=True)
+    card = repo.files()["README.md"]
+    amended(hub, repo, **{"README.md": card.replace(b"## Limits", b"## Limits\n\nMind the gap.\n")})
+    with pytest.raises(PublishError, match=r"replace:\n  README.md \(written by a push, and edited since\)\nChoose"):
+        push_data([phantoms(5)], "user/scans")
+    assert b"Mind the gap" in repo.files()["README.md"]
+    # Other line ends and blanks at the end, as editors leave them, are no edit.
+    amended(hub, repo, **{"README.md": card + b"\n\n"})
+    push_data([phantoms(5)], "user/scans")
+
+
+def test_somebody_else_pushes_during_the_export(hub, monkeypatch):
+    push_data([phantoms(3)], "user/scans")
+    repo, export = hub.repo("user/scans", "dataset"), publish_data.export_data
+
+    def meanwhile(*args, **kwargs):
+        amended(hub, repo, **{"data/masks.tar": b"7"})
+        return export(*args, **kwargs)
+
+    monkeypatch.setattr(publish_data, "export_data", meanwhile)
+    with pytest.raises(PublishError, match="not ours"):
+        push_data([phantoms(4)], "user/scans")
+    assert repo.files()["data/masks.tar"] == b"7"
+    # Between the last look and the commit, only the commit's parent tells.
+    monkeypatch.setattr(publish_data, "export_data", export)
+    monkeypatch.setattr(publish_data, "_foreign", lambda remote: amended(hub, repo, NEWS=b"8") or [])
+    with pytest.raises(PublishError, match=r"has pushed in the meantime. Look at .*/datasets/user/scans"):
+        push_data([phantoms(4)], "user/scans")
+    assert repo.files()["NEWS"] == b"8"
+
+
+def test_sources_without_samples_replace_nothing(hub, tmp_path):
+    push_data([phantoms(3)], "user/scans")
+    with pytest.raises(ValueError, match="hold no samples"):
+        push_data([table(tmp_path / "in", [])], "user/scans")
+    assert "data/train-00000.parquet" in hub.repo("user/scans", "dataset").files()
