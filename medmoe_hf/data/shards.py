@@ -4,23 +4,39 @@ A shard's `locate` says where a sample is, without reading it: numbers that are 
 `read` fetches it. So the order of a stream is decided on numbers alone, and whatever was decided can be resumed.
 """
 
+import codecs
 import csv
 import hashlib
+import io
 import json
+import logging
 import os
 import tarfile
 from bisect import bisect_right
-from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from functools import lru_cache
+from itertools import chain, groupby, islice, zip_longest
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
+import chardet
 import datasets
 import pyarrow.parquet
 
 from medmoe_hf.data.phantom import phantom_sample
+
+logger = logging.getLogger(__name__)
+
+
+IMAGE_FIELDS = ("image", "jpg", "jpeg", "png", "webp", "tif", "tiff", "dcm", "file_name", "path")
+CAPTION_FIELDS = ("caption", "txt", "text", "report")
+
+_Member = tuple[str, str, tuple[int, int]]
+"""A file in a tar: key, extension, and where its bytes are."""
+_Run = list[tuple[str, tuple[int, int]]]
 
 
 class ShardError(RuntimeError):
@@ -43,14 +59,20 @@ class Shard(Protocol):
         """Where sample `row` is."""
 
     def read(self, place: Any) -> dict[str, Any]:
-        """The fields of a sample; images as bytes, a path, or decoded."""
+        """The fields of a sample; images as bytes, a path, or decoded. Raises `ShardError` for a row that is none."""
+
+    def fields(self) -> list[str]:
+        """Names of fields that samples have; not every sample need have all of them. Raises `ShardError`."""
 
     def peek(self, rows: Sequence[int], names: Collection[str]) -> list[dict[str, Any]]:
         """Some fields of some samples, without reading the others (the images, say). Absent fields are left out."""
 
 
 class TarShard:
-    """A webdataset tar on disk: samples are runs of files that share what stands before the first dot.
+    """A webdataset tar on disk: samples are files that share their key, what stands before the first dot.
+
+    They need not be neighbours, unless a key comes twice, as in tars that were joined: then each run of neighbours is
+    a sample of its own, so that no image meets the caption of another one.
 
     Attributes:
         name: its path.
@@ -64,7 +86,7 @@ class TarShard:
 
     def _open(self) -> list[tuple[str, dict[str, tuple[int, int]]]]:
         path = Path(self.name)
-        places: OrderedDict[str, dict[str, tuple[int, int]]] = OrderedDict()
+        members: list[_Member] = []
         try:
             size = path.stat().st_size
             if size == 0:
@@ -77,9 +99,10 @@ class TarShard:
                     if member.offset_data + member.size > size:
                         # The header is whole, the content is not.
                         self.cut_off = True
-                        places.pop(key, None)
+                        while members and members[-1][0] == key:
+                            members.pop()
                         break
-                    places.setdefault(key, {})[extension] = (member.offset_data, member.size)
+                    members.append((key, extension, (member.offset_data, member.size)))
             # A tar ends with blocks of zeros; tarfile takes one that stops short of them for whole.
             with open(path, "rb") as file:
                 file.seek(-min(size, tarfile.BLOCKSIZE), 2)
@@ -88,7 +111,7 @@ class TarShard:
             raise ShardError("missing shard", f"{path} is not there (any more).") from None
         except (tarfile.TarError, OSError) as error:
             raise ShardError("unreadable shard", f"{path} is no (uncompressed) tar: {error}") from error
-        return list(places.items())
+        return _samples(members)
 
     def _index(self) -> list[tuple[str, dict[str, tuple[int, int]]]]:
         if self._places is None:
@@ -126,6 +149,9 @@ class TarShard:
                 samples.append(sample)
         return samples
 
+    def fields(self) -> list[str]:
+        return list(dict.fromkeys(extension for _, members in self._index() for extension in members))
+
     def __getstate__(self) -> dict[str, Any]:
         # Readers in other processes are told places; they need no index of their own.
         return {"name": self.name, "cut_off": self.cut_off, "_places": None}
@@ -135,6 +161,50 @@ def _split_name(name: str) -> tuple[str, str, str]:
     folder, slash, base = name.rpartition("/")
     stem, dot, extension = base.partition(".")
     return f"{folder}{slash}{stem}", dot, extension.lower()
+
+
+def _samples(members: Sequence[_Member]) -> list[tuple[str, dict[str, tuple[int, int]]]]:
+    """The files of a tar, in its order, as samples: key, and place by extension."""
+    runs = [
+        (key, [(extension, place) for _, extension, place in run]) for key, run in groupby(members, lambda one: one[0])
+    ]
+    joined: dict[str, dict[str, tuple[int, int]]] = {}
+    for key, run in runs:
+        sample = joined.setdefault(key, {})
+        roles = {_role(extension) for extension in sample}
+        if len({extension for extension, _ in run}) < len(run) or any(
+            _role(extension) in roles for extension, _ in run
+        ):
+            break
+        sample.update(run)
+    else:
+        return list(joined.items())
+    return [(key, dict(piece)) for key, run in runs for piece in _pieces(run)]
+
+
+def _pieces(run: _Run) -> list[_Run]:
+    """The samples in a run of files of one key: each ends where something comes that it has already."""
+    by_extension = _split_at_repeats(run, lambda extension: extension)
+    if len({frozenset(extension for extension, _ in piece) for piece in by_extension}) == 1:
+        return by_extension
+    # Where one has its image as jpg and the next as png, the second image begins the next one.
+    return _split_at_repeats(run, _role)
+
+
+def _split_at_repeats(run: _Run, label: Callable[[str], str]) -> list[_Run]:
+    pieces: list[_Run] = []
+    seen: set[str] = set()
+    for extension, place in run:
+        if not pieces or label(extension) in seen:
+            pieces.append([])
+            seen = set()
+        pieces[-1].append((extension, place))
+        seen.add(label(extension))
+    return pieces
+
+
+def _role(extension: str) -> str:
+    return "image" if extension in IMAGE_FIELDS else "caption" if extension in CAPTION_FIELDS else extension
 
 
 class ParquetShard:
@@ -166,7 +236,14 @@ class ParquetShard:
 
     def read(self, place: Any) -> dict[str, Any]:
         group, row = place
-        return {name: column[0].as_py() for name, column in zip(*_row(_row_group(self.name, group), row), strict=True)}
+        # A file that was written again since is another one, though it has the same name.
+        status = os.stat(self.name)
+        table = _row_group(self.name, group, status.st_mtime_ns, status.st_size, status.st_ino)
+        return {name: column[0].as_py() for name, column in zip(*_row(table, row), strict=True)}
+
+    def fields(self) -> list[str]:
+        len(self)
+        return pyarrow.parquet.ParquetFile(self.name).schema_arrow.names
 
     def peek(self, rows: Sequence[int], names: Collection[str]) -> list[dict[str, Any]]:
         samples: list[dict[str, Any]] = [{} for _ in rows]
@@ -187,14 +264,23 @@ class ParquetShard:
 
 
 @lru_cache(maxsize=16)
-def _row_group(path: str, group: int) -> Any:
-    """Kept by process, not by shard: one for each of the sources that take turns, however many files they have."""
+def _row_group(path: str, group: int, *state: int) -> Any:
+    """Kept by process, not by shard: one for each of the sources that take turns, however many files they have.
+    `state` tells a file from one that was written over it."""
     return pyarrow.parquet.ParquetFile(path).read_row_group(group)
 
 
 def _row(table: Any, row: int) -> tuple[list[str], list[Any]]:
     piece = table.slice(row, 1)
     return piece.column_names, [piece.column(name) for name in piece.column_names]
+
+
+class FaultyRow(dict):
+    """A row of a table that cannot be used, without fields; `cause` says why, in a few words."""
+
+    def __init__(self, cause: str) -> None:
+        super().__init__()
+        self.cause = cause
 
 
 class TableShard:
@@ -208,26 +294,34 @@ class TableShard:
         return len(self.rows)
 
     def locate(self, row: int) -> Any:
-        return dict(self.rows[row])
+        found = self.rows[row]
+        return found if isinstance(found, FaultyRow) else dict(found)
 
     def read(self, place: Any) -> dict[str, Any]:
+        if isinstance(place, FaultyRow):
+            raise ShardError(place.cause, f"{self.name}: {place.cause}")
         return place
 
     def peek(self, rows: Sequence[int], names: Collection[str]) -> list[dict[str, Any]]:
         return [{name: self.rows[row][name] for name in names if name in self.rows[row]} for row in rows]
+
+    def fields(self) -> list[str]:
+        return list(dict.fromkeys(chain.from_iterable(self.rows)))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"name": self.name, "rows": ()}
 
 
 class DatasetShard:
-    """A `datasets.Dataset`: memory-mapped Arrow, images not decoded."""
+    """A `datasets.Dataset`: memory-mapped Arrow; images, NIfTI volumes and the like as bytes or paths, not decoded."""
 
     def __init__(self, name: str, dataset: datasets.Dataset) -> None:
         self.name = name
         for column, feature in dataset.features.items():
-            if isinstance(feature, datasets.Image):
-                dataset = dataset.cast_column(column, datasets.Image(decode=False))
+            if getattr(feature, "decode", False):
+                undecoded = copy(feature)
+                undecoded.decode = False
+                dataset = dataset.cast_column(column, undecoded)
         self.dataset = dataset
 
     def __len__(self) -> int:
@@ -245,6 +339,9 @@ class DatasetShard:
             return [{} for _ in rows]
         columns = self.dataset.select_columns(present)[list(rows)]
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+    def fields(self) -> list[str]:
+        return list(self.dataset.column_names)
 
 
 class PhantomShard:
@@ -268,22 +365,199 @@ class PhantomShard:
     def peek(self, rows: Sequence[int], names: Collection[str]) -> list[dict[str, Any]]:
         return [{name: value for name, value in self.read(row).items() if name in names} for row in rows]
 
+    def fields(self) -> list[str]:
+        return list(self.read(0))
 
-def read_table(path: str) -> list[dict[str, Any]]:
+
+def read_table(
+    path: str,
+    kind: Literal["csv", "jsonl"] | None = None,
+    delimiter: str | None = None,
+    encoding: str | None = None,
+    keep_faults: bool = False,
+) -> list[dict[str, Any]]:
     """The rows of a CSV or JSONL file.
 
+    Args:
+        path: of the file.
+        kind: None: by the name, JSONL where it ends in `.jsonl` or `.json`.
+        delimiter: between a CSV's cells; None: the one of comma, semicolon, tab and `|` that the first rows agree on.
+        encoding: as Python names it; None: by the byte order mark, else UTF-8, else guessed from the bytes (the guess
+            is logged).
+        keep_faults: whether rows that cannot be used come as `FaultyRow`, or are an error.
+
     Raises:
-        ShardError: if it cannot be read.
+        ShardError: if the file cannot be read; the message says in which line, where a line is at fault.
     """
+    is_json = path.endswith((".jsonl", ".json")) if kind is None else kind == "jsonl"
+
+    def rows(encoding: str) -> list[dict[str, Any]]:
+        if is_json:
+            return _json_rows(path, encoding, keep_faults)
+        return _csv_rows(path, encoding, delimiter or _delimiter(path, encoding), keep_faults)
+
+    limit = csv.field_size_limit(_LONGEST_FIELD)
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.endswith((".jsonl", ".json")):
-                return [json.loads(line) for line in file if line.strip()]
-            return list(csv.DictReader(file))
+        if encoding is not None:
+            return rows(encoding)
+        try:
+            return rows(_encoding_by_mark(path))
+        except UnicodeDecodeError:
+            guess = _guessed_encoding(path)
+            logger.warning(
+                "%s is no UTF-8; read as %s, which is a guess. State its `encoding` if letters look wrong.",
+                path,
+                guess,
+            )
+            return rows(guess)
     except FileNotFoundError:
         raise ShardError("missing shard", f"{path} is not there.") from None
+    except UnicodeError as error:
+        raise ShardError(
+            "unreadable shard", f"{path} is no text in {encoding or 'any known encoding'}: {error}"
+        ) from error
+    except LookupError as error:
+        raise ShardError("unreadable shard", f"{path}: {error} (`encoding` of a source)") from error
     except (OSError, ValueError, csv.Error) as error:
         raise ShardError("unreadable shard", f"{path} is no table: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+_LONGEST_FIELD = 2**24  # characters; csv's own limit, 2**17, is less than some reports have
+
+
+def _json_rows(path: str, encoding: str, keep_faults: bool) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    with open(path, encoding=encoding, newline="") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                problem: Any = None if isinstance(row, dict) else f"{type(row).__name__} in place of an object"
+            except (ValueError, RecursionError) as error:
+                problem = error
+            if problem is not None:
+                if not keep_faults:
+                    raise ValueError(f"line {number}: {problem}")
+                row = FaultyRow("row that is no JSON object")
+            rows.append(row)
+    if rows and all(isinstance(row, FaultyRow) for row in rows):
+        raise ValueError("none of its lines is a JSON object")
+    return rows
+
+
+def _csv_rows(path: str, encoding: str, delimiter: str, keep_faults: bool) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    with open(path, encoding=encoding, newline="") as file:
+        last = ""
+
+        def lines() -> Iterator[str]:
+            nonlocal last
+            for line in file:
+                last = line
+                yield line
+
+        options: dict[str, Any] = {"delimiter": delimiter, "strict": True}
+        reader = csv.reader(lines(), **options)
+        header = next((row for row in reader if row), [])
+        above = 0
+        if len(header) > 1 and all(name.startswith(" ") for name in header[1:]):
+            options["skipinitialspace"] = True
+            above = reader.line_num
+            reader = csv.reader(lines(), **options)
+        header = [name.strip() for name in header]
+        twice = [name for name, count in Counter(header).items() if count > 1 and name]
+        if twice and keep_faults:
+            raise ValueError(f'it has more than one column "{twice[0]}"; rename all but one')
+        width = len(header)
+        while True:
+            begun = above + reader.line_num
+            try:
+                row = next(reader, None)
+            except csv.Error as error:
+                row = _leniently(error, last, options, begun + 1, above + reader.line_num)
+                if row is None:
+                    if not keep_faults:
+                        raise
+                    rows += [FaultyRow("row with a misplaced quotation mark")] * (above + reader.line_num - begun)
+                    continue
+            if row is None:
+                return rows
+            if len(row) == width:
+                rows.append(dict(zip(header, row, strict=True)))
+            elif len(row) < width:
+                # A blank line is no row.
+                if row:
+                    rows.append(dict(zip_longest(header, row)))
+            elif keep_faults and any(row[width:]):
+                rows.append(FaultyRow("row with more cells than columns"))
+            else:
+                # The extra cells stand under None, as with `csv.DictReader`.
+                extra: dict[Any, Any] = {None: row[width:]} if any(row[width:]) else {}
+                rows.append(dict(zip(header, row, strict=False)) | extra)
+
+
+def _leniently(error: csv.Error, line: str, options: dict[str, Any], first: int, last: int) -> list[str] | None:
+    """A row whose quotation marks are not as they should be, if it is one line and so certainly no more than one row.
+
+    Raises:
+        csv.Error: where the rows after it cannot be told apart.
+    """
+    if "unexpected end" in str(error) or "field larger" in str(error):
+        raise csv.Error(f"a quotation mark in line {first} or soon after is never closed ({error})") from error
+    if first < last:
+        error.args = (f"line {first} to {last}: {error}",)
+        return None
+    return next(csv.reader([line], **{**options, "strict": False}))
+
+
+def _delimiter(path: str, encoding: str) -> str:
+    """The delimiter by which most of the first rows have as many cells as the header; a comma if there is none.
+
+    `csv.Sniffer` takes decimal commas and the words of reports for delimiters.
+    """
+    with open(path, encoding=encoding, newline="") as file:
+        text = file.read(2**16)
+    if len(text) == 2**16:
+        text = text[: text.rfind("\n") + 1] or text
+
+    def agreement(delimiter: str) -> tuple[float, int]:
+        header, *others = [row for row in islice(csv.reader(io.StringIO(text), delimiter=delimiter), 50) if row] or [
+            []
+        ]
+        if len(header) < 2:
+            return -1.0, 0
+        return sum(len(row) == len(header) for row in others) / max(1, len(others)), len(header)
+
+    return max(",;\t|", key=agreement)
+
+
+def _encoding_by_mark(path: str) -> str:
+    """By the byte order mark that a file begins with, or the zero bytes of UTF-16 without one; UTF-8 otherwise."""
+    with open(path, "rb") as file:
+        start = file.read(2**10)
+    if start.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "utf-32"
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    low, high = start[::2].count(0), start[1::2].count(0)
+    if 4 * max(low, high) > len(start):
+        return "utf-16-le" if high > low else "utf-16-be"
+    return "utf-8-sig"
+
+
+def _guessed_encoding(path: str) -> str:
+    """What chardet takes the lines for that are not plain ASCII."""
+    sample = bytearray()
+    with open(path, "rb") as file:
+        for line in file:
+            if not line.isascii():
+                sample += line
+            if len(sample) > 2**16:
+                break
+    return chardet.detect(bytes(sample))["encoding"] or "cp1252"
 
 
 _PIECE = 2**14  # A tar's last 10 kB may be padding.

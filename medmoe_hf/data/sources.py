@@ -1,35 +1,38 @@
 """Sources of training data: what a YAML says about one, and the shards that it becomes."""
 
+import codecs
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
-from glob import glob, has_magic
+from collections.abc import Iterable, Iterator, Sequence
+from glob import escape, glob, has_magic
 from itertools import product
+from math import prod
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from string import Formatter
+from typing import Annotated, Any, Literal, get_args
 
 import datasets
-import yaml
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from medmoe_hf.data.captions import CAPTION_RULES
 from medmoe_hf.data.shards import (
+    CAPTION_FIELDS,
+    IMAGE_FIELDS,
     DatasetShard,
     ParquetShard,
     PhantomShard,
     Shard,
+    ShardError,
     TableShard,
     TarShard,
     files_facts,
     read_table,
 )
-from medmoe_hf.model.medical_images_medmoe import WINDOWS
+from medmoe_hf.data.yaml_files import in_words, nearest, read_yaml
+from medmoe_hf.model.medical_images_medmoe import WINDOWS, is_medical_image
 from medmoe_hf.model.modalities_medmoe import MODALITIES
-
-IMAGE_FIELDS = ("image", "jpg", "jpeg", "png", "webp", "tif", "tiff", "dcm", "file_name", "path")
-CAPTION_FIELDS = ("caption", "txt", "text", "report")
 
 
 class _Fields(BaseModel):
@@ -50,8 +53,9 @@ class _Fields(BaseModel):
             channels; None: as the file says (see `read_medical_image`).
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
+    kind: str
     name: str | None = None
     weight: float = Field(default=1.0, gt=0)
     image: str | None = None
@@ -69,7 +73,53 @@ class _Fields(BaseModel):
         for name in (self.window,) if isinstance(self.window, str) else self.window or ():
             if isinstance(name, str) and name not in WINDOWS:
                 raise ValueError(f"there is no `window` {name}, but {', '.join(WINDOWS)}")
+        if self.caption_template is not None:
+            try:
+                _template_fields(self.caption_template)
+            except ValueError as error:
+                raise ValueError(
+                    f"`caption_template`: {error}; write fields as `{{label}}`, braces as `{{{{`"
+                ) from None
         return self
+
+    def check(self, shards: Sequence[Shard]) -> None:
+        """Looks for the fields that this source names, before a sample is read.
+
+        Args:
+            shards: what `shards` gave.
+
+        Raises:
+            SourceError: if no sample has a field that `image`, `caption`, `caption_template`, `modality` or `subject`
+                needs, or if there are no samples; says which fields there are, and the nearest one.
+        """
+        if all(isinstance(shard, (TableShard, DatasetShard)) and not len(shard) for shard in shards):
+            raise SourceError(f"{self.name or (shards[0].name if shards else self.kind)} holds no samples.")
+        there: dict[str, None] = {}
+        first = None
+        for shard in shards[:_CHECKED_SHARDS]:
+            try:
+                there.update(dict.fromkeys(name for name in shard.fields() if name is not None))
+            except (ShardError, OSError):
+                continue  # counted when it is read
+            first = first or shard.name
+            problems = [problem for key, names in self._needed() if (problem := _absent(key, names, there))]
+            if not problems:
+                return
+        if there:
+            known = list(there)
+            some = ", ".join(known[:_NAMED_FIELDS]) + (", ..." if len(known) > _NAMED_FIELDS else "")
+            raise SourceError(f"{first}: {'; '.join(problems)}. The columns are: {some}.")
+
+    def _needed(self) -> list[tuple[str, Sequence[str]]]:
+        """Keys, and the fields one of which each needs."""
+        needed: list[tuple[str, Sequence[str]]] = [("image", IMAGE_FIELDS if self.image is None else (self.image,))]
+        if self.caption_template is not None:
+            needed += [("caption_template", (name,)) for name in _template_fields(self.caption_template)]
+        else:
+            needed.append(("caption", CAPTION_FIELDS if self.caption is None else (self.caption,)))
+        said = [self.modality] if isinstance(self.modality, str) else self.modality or []
+        needed += [("modality", (one.removeprefix("field:"),)) for one in said if one.startswith("field:")]
+        return needed + ([] if self.subject is None else [("subject", (self.subject,))])
 
     def content_facts(self) -> list[Any]:
         """What tells the content of this source from another one, plain for JSON: an entry `[name, size, checksum]`
@@ -144,21 +194,50 @@ class TableSource(_FileSource):
 
     Attributes:
         root: folder that image paths start from.
+        delimiter: between the cells of a CSV; None finds out whether it is a comma, semicolon, tab or `|`.
+        encoding: of the text, as Python names it: `cp1252`, say; None finds out.
     """
 
     kind: Literal["csv", "jsonl"]
     root: str | None = None
+    delimiter: str | None = Field(default=None, min_length=1, max_length=1)
+    encoding: str | None = None
+
+    @model_validator(mode="after")
+    def _readable(self) -> "TableSource":
+        if self.kind == "jsonl" and self.delimiter is not None:
+            raise ValueError("`delimiter` is a CSV's; JSONL has none")
+        try:
+            codecs.lookup(self.encoding or "utf-8")
+        except LookupError:
+            raise ValueError(f"there is no `encoding` {self.encoding}; utf-8, utf-16 and cp1252 are some") from None
+        return self
 
     def shards(self) -> list[Shard]:
         shards: list[Shard] = []
         for path in self.paths():
-            rows = read_table(path)
-            key = field_of(rows[0], self.image, IMAGE_FIELDS) if rows else None
-            folder = Path(self.root or Path(path).parent)
-            if key is not None:
-                rows = [{**row, key: str(folder / row[key])} if row.get(key) else row for row in rows]
+            rows = read_table(path, self.kind, self.delimiter, self.encoding, keep_faults=True)
+            folder = Path(path).parent if self.root is None else Path(_with_environment(self.root))
+            self._join(rows, folder)
             shards.append(TableShard(path, rows))
         return shards
+
+    def _join(self, rows: list[dict[str, Any]], folder: Path) -> None:
+        """Makes image paths start from the folder; those of Windows are understood elsewhere."""
+        slashes: bool | None = None
+        for row in rows:
+            key = field_of(row, self.image, IMAGE_FIELDS)
+            if key is None:
+                continue
+            holder, name = (row[key], "path") if isinstance(row[key], dict) else (row, key)
+            path = holder.get(name)
+            if not isinstance(path, str) or not path:
+                continue
+            if "\\" in path and os.sep == "/":
+                if slashes is None:
+                    slashes = not (folder / path).exists()
+                path = path.replace("\\", "/") if slashes else path
+            holder[name] = str(folder / path)
 
     def content_facts(self) -> list[Any]:
         return files_facts(self.paths(), whole=True)
@@ -175,14 +254,14 @@ class FolderSource(_Fields):
     path: str
 
     def shards(self) -> list[Shard]:
-        root = Path(self.path)
+        root = Path(_with_environment(self.path))
         rows = [
             {"image": str(path), "label": path.parent.name if path.parent != root else ""} for path in self._images()
         ]
         return [TableShard(str(root), rows)]
 
     def content_facts(self) -> list[Any]:
-        root = Path(self.path)
+        root = Path(_with_environment(self.path))
         digest, size = hashlib.blake2b(digest_size=8), 0
         for path in self._images():
             bytes_of_one = path.stat().st_size
@@ -191,10 +270,10 @@ class FolderSource(_Fields):
         return [[root.resolve().name, size, digest.hexdigest()]]
 
     def _images(self) -> list[Path]:
-        root = Path(self.path)
+        root = Path(_with_environment(self.path))
         if not root.is_dir():
             raise FileNotFoundError(f'There is no folder "{root}" (`path` of an imagefolder source).')
-        return [path for path in sorted(root.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+        return sorted(Path(path) for path in _images_below(str(root), ()))
 
 
 class DatasetSource(_Fields):
@@ -219,9 +298,10 @@ class DatasetSource(_Fields):
     def _load(self) -> datasets.Dataset:
         if self.kind == "hub":
             return datasets.load_dataset(self.path, self.subset, split=self.split)
-        if not Path(self.path).is_dir():
-            raise FileNotFoundError(f'There is no folder "{self.path}" (`path` of a saved source).')
-        found = datasets.load_from_disk(self.path)
+        path = _with_environment(self.path)
+        if not Path(path).is_dir():
+            raise FileNotFoundError(f'There is no folder "{path}" (`path` of a saved source).')
+        found = datasets.load_from_disk(path)
         if isinstance(found, datasets.DatasetDict):
             if self.split not in found:
                 raise ValueError(f'"{self.path}" has no split "{self.split}", but {", ".join(found)}.')
@@ -235,7 +315,76 @@ Source = Annotated[
     Field(discriminator="kind"),
 ]
 _SOURCES: TypeAdapter[list[Any]] = TypeAdapter(list[Source])
-SOURCE_KINDS = ("phantom", "webdataset", "parquet", "csv", "jsonl", "imagefolder", "hub", "saved")
+SOURCE_SECTIONS = {
+    kind: list(model.model_fields)
+    for model in SOURCE_MODELS
+    for kind in get_args(model.model_fields["kind"].annotation)
+}
+"""The keys of each kind of source."""
+
+
+_PLAIN_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_RARE_SUFFIXES = (".avif", ".j2k", ".jp2", ".jpx", ".pbm", ".pgm", ".pnm", ".ppm", ".tga")
+_IMAGE_SUFFIXES = (*_PLAIN_SUFFIXES, *_RARE_SUFFIXES, ".dcm", ".dicom", ".ima", ".nii", ".nii.gz")
+_PLAIN_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP")
+"""Those that begin in a way that nothing else does."""
+
+
+def _images_below(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+    """Paths of the images in a folder and its subfolders, linked ones too; `above` are the folders on the way."""
+    status = os.stat(folder)
+    identity = status.st_dev, status.st_ino
+    if identity in above:
+        return  # a link that leads back
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            # hidden, and what NAS systems put beside images
+            if entry.name.startswith(".") or entry.name == "@eaDir":
+                continue
+            if entry.is_dir():
+                yield from _images_below(entry.path, (*above, identity))
+            # A link to nothing is an image that is missing.
+            elif _is_image(entry.path) and (entry.is_file() or entry.is_symlink()):
+                yield entry.path
+
+
+def _is_image(path: str) -> bool:
+    """By the name; files with another name, such as DICOM without one, by how they begin."""
+    if path.lower().endswith(_IMAGE_SUFFIXES):
+        return True
+    if not os.path.isfile(path):
+        return False
+    if is_medical_image(path):
+        return True
+    try:
+        with Image.open(path, formats=_PLAIN_FORMATS):
+            return True
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False
+
+
+_CHECKED_SHARDS = 20
+"""Opened at most, when a field is looked for: tars may differ in what they hold."""
+_NAMED_FIELDS = 20
+
+
+def _template_fields(template: str) -> list[str]:
+    """Raises ValueError for braces that do not fit together, and for `{}` and `{0}`, which name no field."""
+    names = [re.split(r"[.\[]", name)[0] for _, name, _, _ in Formatter().parse(template) if name is not None]
+    for name in names:
+        if not name or name.isdigit():
+            raise ValueError("`{" + name + "}` names no field")
+    return names
+
+
+def _absent(key: str, names: Sequence[str], there: Iterable[str]) -> str | None:
+    """What is wrong with a key whose value is one of these fields; None if one of them is there."""
+    if any(name in there for name in names):
+        return None
+    if len(names) > 1:
+        return f"no column for the {key}: name it with `{key}`"
+    near = nearest(names[0], there)
+    return f"no column `{names[0]}`" + (f"; did you mean `{near}`?" if near else "") + f" (`{key}`)"
 
 
 def field_of(row: Any, named: str | None, usual: Sequence[str]) -> str | None:
@@ -249,54 +398,81 @@ def expand(pattern: str) -> list[str]:
     """Paths behind a pattern.
 
     `::` separates several, `{000..012}` counts, `{a,b}` chooses, `*` and `?` glob, `$NAME` and `~` stand for the
-    environment's value and the home folder.
+    environment's value and the home folder. Brackets and braces in the name of a file or folder that exists are its
+    own.
 
     Raises:
         FileNotFoundError: if no file fits a pattern with `*` or `?`; other paths are taken as they are, to be missed
             when they are read.
+        ValueError: for braces in braces, or more than a million paths.
     """
     paths: list[str] = []
-    for part in os.path.expanduser(os.path.expandvars(pattern)).split("::"):
-        pieces = re.split(r"(\{[^{}]*\})", part)
-        for chosen in product(*(_choices(piece) for piece in pieces)):
+    for part in _with_environment(pattern).split("::"):
+        if os.path.lexists(part):
+            paths.append(part)
+            continue
+        choices = [_choices(piece) for piece in re.split(r"(\{[^{}]*\})", part)]
+        count = prod(len(some) for some in choices) + len(paths)
+        if count > _MOST_PATHS:
+            raise ValueError(f'"{_shortened(pattern)}" stands for {count} files; at most {_MOST_PATHS} are allowed.')
+        for chosen in product(*choices):
             path = "".join(chosen)
-            if not has_magic(path):
+            if not has_magic(path) or os.path.lexists(path):
                 paths.append(path)
                 continue
-            found = sorted(glob(path))
+            found = sorted(glob(_own_brackets(path)) or glob(path.replace("[", "[[]")))
             if not found:
                 raise FileNotFoundError(f'No file fits "{path}" (`files` of a source).')
             paths += found
     return paths
 
 
+_MOST_PATHS = 1_000_000
+
+
+def _with_environment(path: str) -> str:
+    return os.path.expanduser(os.path.expandvars(path))
+
+
+def _own_brackets(pattern: str) -> str:
+    """The pattern, in which folders that exist by the very name that is written stand for themselves alone."""
+    parts = pattern.split("/")
+    escaped = list(parts)
+    for index, part in enumerate(parts):
+        if has_magic(part):
+            if not os.path.isdir("/".join(parts[: index + 1])):
+                break
+            escaped[index] = escape(part)
+    return "/".join(escaped)
+
+
 def _choices(piece: str) -> list[str]:
+    """What a piece of a pattern stands for."""
     if not (piece.startswith("{") and piece.endswith("}")):
+        if "{" in piece or "}" in piece:
+            raise ValueError(
+                f'"{_shortened(piece)}": braces within braces, or that do not close; write the names out.'
+            )
         return [piece]
     inside = piece[1:-1]
-    counted = re.fullmatch(r"(\d+)\.\.(\d+)", inside)
-    if counted:
-        first, last = counted.groups()
-        return [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-    return inside.split(",")
+    counted = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", inside)
+    if counted is None:
+        return inside.split(",")
+    first, last = counted.groups()
+    if int(first) > int(last):
+        raise ValueError(f'"{piece}" counts down; write {{{last}..{first}}}.')
+    numbers = range(int(first), int(last) + 1)
+    if len(numbers) > _MOST_PATHS:
+        raise ValueError(f'"{piece}" stands for {len(numbers)} files; at most {_MOST_PATHS} are allowed.')
+    return [str(number).zfill(len(first)) for number in numbers]
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 class SourceError(ValueError):
     """A file of sources that cannot be used; the message names the key and how to mend it."""
-
-
-def read_yaml(path: str | Path, error: type[ValueError]) -> Any:
-    """What a YAML file holds.
-
-    Raises:
-        error: for a missing file or broken YAML, naming it.
-    """
-    try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as problem:
-        raise error(f"Cannot read {path}: {problem.strerror}.") from problem
-    except yaml.YAMLError as problem:
-        raise error(f"{path} is no valid YAML: {problem}") from problem
 
 
 def load_sources(path: str | Path) -> list[Any]:
@@ -311,23 +487,4 @@ def load_sources(path: str | Path) -> list[Any]:
     try:
         return _SOURCES.validate_python(content)
     except ValidationError as error:
-        known = sorted({name for model in SOURCE_MODELS for name in model.model_fields})
-        problems = "\n".join(f"  {explain(problem, known)}" for problem in error.errors())
-        raise SourceError(f"{path} cannot be used:\n{problems}") from error
-
-
-def explain(problem: Any, known_keys: Iterable[str]) -> str:
-    """One of pydantic's problems in words: which key, what is wrong, and the nearest key that exists."""
-    # A source's kind, and which of several forms a value was tried as, stand in pydantic's path; they are no keys.
-    parts = [
-        part
-        for part in problem["loc"]
-        if part not in SOURCE_KINDS and not (isinstance(part, str) and ("[" in part or part == "str"))
-    ]
-    path = ".".join(str(part) for part in parts)
-    if problem["type"] == "extra_forbidden":
-        near = get_close_matches(str(problem["loc"][-1]), list(known_keys), n=1)
-        return f"{path}: unknown key." + (f" Did you mean `{near[0]}`?" if near else "")
-    if problem["type"] == "missing":
-        return f"{path}: missing; it is needed."
-    return f"{path or 'file'}: {problem['msg']} (got {problem['input']!r})"
+        raise SourceError(f"{path} cannot be used:\n{in_words(error, SOURCE_SECTIONS)}") from error

@@ -241,6 +241,8 @@ class SampleStream:
             draft,
         )
         self.shards = [source.shards() for source in self.sources]
+        for source, shards in zip(self.sources, self.shards, strict=True):
+            source.check(shards)
         if part is None:
             part = "" if split is None else _PARTS[split.part]
         self.faults = FaultLog(part)

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from medmoe_hf.data.modality_words import modality_from_text
 from medmoe_hf.data.shards import ShardError, TarShard, read_table
-from medmoe_hf.data.sources import explain, read_yaml
+from medmoe_hf.data.yaml_files import in_words, read_yaml
 from medmoe_hf.model.modalities_medmoe import MODALITIES, UNKNOWN_MODALITY, modality_id
 
 Box: TypeAlias = tuple[float, float, float, float]
@@ -302,6 +302,11 @@ class Recipe(BaseModel):
             raise ValueError("retrieval needs `caption` in `layout`")
 
 
+_SECTIONS = {
+    "": list(Recipe.model_fields),
+    "join": list(JoinedTable.model_fields),
+    **{get_args(layout.model_fields["kind"].annotation)[0]: list(layout.model_fields) for layout in LAYOUTS},
+}
 _FOLDER = resources.files("medmoe_hf.evaluation") / "recipe_files"
 
 
@@ -335,9 +340,7 @@ def _parsed(path: Path) -> Recipe:
     try:
         return Recipe(**content)
     except ValidationError as error:
-        known = sorted({key for model in (Recipe, JoinedTable, *LAYOUTS) for key in model.model_fields})
-        problems = "\n".join(f"  {explain(problem, known)}" for problem in error.errors())
-        raise RecipeError(f"{path} cannot be used:\n{problems}") from error
+        raise RecipeError(f"{path} cannot be used:\n{in_words(error, _SECTIONS)}") from error
 
 
 WARNING = "warning: "

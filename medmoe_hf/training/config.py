@@ -5,7 +5,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from medmoe_hf.data.sources import SOURCE_MODELS, Source, SourceError, explain, load_sources, read_yaml
+from medmoe_hf.data.sources import SOURCE_SECTIONS, Source, SourceError, load_sources
+from medmoe_hf.data.yaml_files import in_words, read_yaml
 from medmoe_hf.training.adapters import LoraSection
 
 
@@ -219,15 +220,14 @@ class TrainConfig(BaseModel):
         try:
             return cls.model_validate(content)
         except ValidationError as error:
-            problems = "\n".join(f"  {explain(problem, _KNOWN_KEYS)}" for problem in error.errors())
-            raise ConfigError(f"{where} cannot be used:\n{problems}") from error
+            raise ConfigError(f"{where} cannot be used:\n{in_words(error, _SECTIONS)}") from error
 
 
-# Every key that may stand somewhere in a YAML, for suggestions.
-_KNOWN_KEYS = sorted(
-    {
-        name
-        for section in (TrainConfig, ModelSection, DataSection, CheckpointSection, LoraSection, *SOURCE_MODELS)
-        for name in section.model_fields
-    }
-)
+_SECTIONS = {
+    "": list(TrainConfig.model_fields),
+    "model": list(ModelSection.model_fields),
+    "data": list(DataSection.model_fields),
+    "checkpoints": list(CheckpointSection.model_fields),
+    "lora": list(LoraSection.model_fields),
+    **SOURCE_SECTIONS,
+}

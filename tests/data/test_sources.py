@@ -1,5 +1,6 @@
 """The ready-made YAML, through the whole stream: every caption rule on a shard in its layout."""
 
+import csv
 import io
 import json
 import os
@@ -15,10 +16,13 @@ from typer.testing import CliRunner
 from medmoe_hf.cli import app
 from medmoe_hf.data import write_webdataset
 from medmoe_hf.data.inspection import inspect_sources
-from medmoe_hf.data.sources import SourceError, load_sources
-from medmoe_hf.data.stream import SampleStream
+from medmoe_hf.data.shards import ShardError, read_table
+from medmoe_hf.data.sources import SourceError, expand, load_sources
+from medmoe_hf.data.stream import SampleStream, Split
+from medmoe_hf.training import ConfigError, TrainConfig
 
 READY = Path(__file__).parents[2] / "examples" / "sources"
+CASES = Path(__file__).parents[1] / "fixtures" / "cases"
 run = CliRunner().invoke
 
 
@@ -116,6 +120,384 @@ def test_wrong_files_are_explained(tmp_path, content, message):
         path.write_text(content)
     with pytest.raises(SourceError, match=message):
         load_sources(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "- {kind: webdataset, files: [a], root: b}",
+            r"0\.root: unknown key\. It belongs where `kind` is `csv` or `jsonl`",
+        ),
+        ("- {kind: csvs, files: [a]}", r"0\.kind: must be one of .*'jsonl'.* \(got 'csvs'\)\. Did you mean `csv`\?"),
+        ("- {files: [a]}", r"0\.kind: missing"),
+        ("- {kind: csv, files: [a], weight: .inf}", r"0\.weight: .*finite"),
+        ("- {kind: csv, files: [a], encoding: cp12520}", "there is no `encoding` cp12520"),
+        ("- {kind: jsonl, files: [a], delimiter: ';'}", "`delimiter` is a CSV's"),
+        ("- {kind: csv, files: [a], caption_template: 'a {} b'}", "`caption_template`: `{}` names no field"),
+        ("- {kind: csv, files: [a], caption_template: 'a {b'}", "`caption_template`: expected '}'"),
+        ("- {kind: csv, files: [a], caption_rule: none}", r"  0: `caption_rule` must be one of [\w, ]+ or auto$"),
+    ],
+)
+def test_wrong_sources_are_explained_shortly(tmp_path, content, message):
+    path = tmp_path / "sources.yaml"
+    path.write_text(content)
+    with pytest.raises(SourceError, match=message) as error:
+        load_sources(path)
+    assert "Value error" not in str(error.value)
+
+
+def test_an_unknown_key_of_a_run_is_sent_to_its_section():
+    """Case 24."""
+    with pytest.raises(ConfigError) as error:
+        TrainConfig.from_yaml(CASES / "24-unknown-key-that-suggests-itself" / "run.yaml")
+    assert str(error.value).endswith("cannot be used:\n  num_workers: unknown key. It belongs under `data`.")
+
+
+def test_a_run_that_contradicts_itself_is_told_in_a_line(tmp_path):
+    content = {"output_dir": "x", "model": {"preset": "tiny"}, "data": {"train": {"kind": "phantom"}}, "max_steps": 1}
+    with pytest.raises(ConfigError) as error:
+        TrainConfig.from_dict({**content, "batch_size": 1})
+    assert str(error.value) == (
+        "the configuration cannot be used:\n"
+        "  a pair needs another one to be contrasted with: raise `batch_size` to 2 or more"
+    )
+    # one source or a list of them: only the form that was meant is spoken of
+    with pytest.raises(ConfigError) as error:
+        TrainConfig.from_dict({**content, "data": {"train": {"kind": "csv", "fils": ["a"]}}})
+    assert str(error.value).split("\n")[1:] == [
+        "  data.train.files: missing; it is needed.",
+        "  data.train.fils: unknown key. Did you mean `files`?",
+    ]
+
+
+# Fields that are not there are told before anything is read
+
+
+def table(tmp_path, text, name="a.csv", encoding="utf-8"):
+    (tmp_path / "x.png").write_bytes(png(9))
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    return tmp_path / name
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "saved", "webdataset"])
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ("image: Path", "no column `Path`; did you mean `path`? (`image`)"),
+        ("caption: reports", "no column `reports`; did you mean `report`? (`caption`)"),
+        ("subject: PATIENT", "no column `PATIENT`; did you mean `patient`? (`subject`)"),
+        ("modality: 'field:device'", "no column `device` (`modality`)"),
+        ("modality: [dicom, 'field:patent']", "no column `patent`; did you mean `patient`? (`modality`)"),
+        ("caption_template: 'a {lable} of {patient}'", "no column `lable` (`caption_template`)"),
+    ],
+)
+def test_fields_that_are_not_there(tmp_path, kind, fields, message):
+    import datasets
+
+    row = {"path": "x.png", "report": "r", "patient": "p"}
+    if kind == "csv":
+        where = f"files: ['{table(tmp_path, 'path,report,patient' + chr(10) + 'x.png,r,p')}']"
+    elif kind == "jsonl":
+        where = f"files: ['{table(tmp_path, json.dumps(row), 'a.jsonl')}']"
+    elif kind == "parquet":
+        datasets.Dataset.from_list([row]).to_parquet(tmp_path / "a.parquet")
+        where = f"files: ['{tmp_path}/a.parquet']"
+    elif kind == "saved":
+        datasets.Dataset.from_list([row]).save_to_disk(tmp_path / "a")
+        where = f"path: '{tmp_path}/a'"
+    else:
+        write(tmp_path / "a.tar", [{"path": png(1), "report": b"r", "patient": b"p"}])
+        where = f"files: ['{tmp_path}/none.tar', '{tmp_path}/a.tar']"
+    text = f"- {{kind: {kind}, {where}, {fields}}}"
+    with pytest.raises(SourceError) as error:
+        SampleStream(load_sources_of(text, tmp_path))
+    assert message in str(error.value)
+    assert str(error.value).endswith("The columns are: path, report, patient.")
+    assert str(tmp_path / "a") in str(error.value)
+    result = run(app, ["data", "inspect", str(tmp_path / "s.yaml"), "--sheet", str(tmp_path / "sheet.png")])
+    assert (result.exit_code, message in result.output) == (1, True)
+
+
+def test_fields_need_not_be_in_every_sample(tmp_path):
+    """In one row of a JSONL, or one of the tars, is enough; without a name, one of the usual ones."""
+    path = table(tmp_path, '{"image": "x.png", "text": "a"}\n{"path": "x.png", "text": "b", "site": 1}', "a.jsonl")
+    sources = load_sources_of(f"- {{kind: jsonl, files: ['{path}'], modality: ['field:site']}}", tmp_path)
+    assert [sample["caption"] for sample in SampleStream(sources, shuffle=False)] == ["a", "b"]
+    write(tmp_path / "1.tar", [{"jpg": png(1), "txt": b"a"}])
+    write(tmp_path / "2.tar", [{"jpg": png(1), "report": b"b"}])
+    sources = load_sources_of(f"- {{kind: webdataset, files: ['{tmp_path}/*.tar'], caption: report}}", tmp_path)
+    assert [sample["caption"] for sample in SampleStream(sources, max_bad_fraction=1)] == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "picture,caption\nx.png,a",
+            "no column for the image: name it with `image`. The columns are: picture, caption.",
+        ),
+        ("image,finding\nx.png,a", "no column for the caption: name it with `caption`"),
+        ("image,caption\n", "holds no samples"),
+        ("image,caption,caption\nx.png,a,b", 'more than one column "caption"'),
+    ],
+)
+def test_tables_that_cannot_be_a_source(tmp_path, text, message):
+    path = table(tmp_path, text)
+    with pytest.raises((SourceError, ShardError), match=message):
+        SampleStream(load_sources_of(f"- {{kind: csv, files: ['{path}']}}", tmp_path))
+
+
+# Tables as hospitals have them
+
+GERMAN = "Röntgen Thorax in zwei Ebenen: Kein Erguss, Herzgröße normal; keine Stauung."
+POLISH = "RTG klatki piersiowej: bez płynu w jamach opłucnowych, sylwetka serca w normie."
+SPANISH = "Radiografía de tórax: sin derrame pleural, silueta cardíaca de tamaño normal."
+RUSSIAN = "Рентгенография грудной клетки: выпота нет, сердце не увеличено."
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        (GERMAN, "utf-8"),
+        (GERMAN, "utf-8-sig"),
+        (GERMAN, "utf-16"),
+        (GERMAN, "utf-16-le"),
+        (GERMAN, "utf-16-be"),
+        (GERMAN, "cp1252"),
+        (SPANISH, "iso-8859-1"),
+        (POLISH, "cp1250"),
+        (RUSSIAN, "cp1251"),
+    ],
+)
+def test_delimiter_and_encoding_are_found_out(tmp_path, caplog, text, encoding, delimiter):
+    """With decimal commas, and with the other delimiters in the reports."""
+    rows = [
+        ["image", "Größe" if "utf" in encoding else "size", "caption"],
+        *[["x.png", f"{i},5", f"{text} {i}"] for i in range(9)],
+    ]
+    content = io.StringIO()
+    csv.writer(content, delimiter=delimiter).writerows(rows)
+    path = table(tmp_path, content.getvalue(), encoding=encoding)
+    source = load_sources_of(f"- {{kind: csv, files: ['{path}']}}", tmp_path)[0]
+    assert [list(row.values())[1:] for row in source.shards()[0].rows] == [row[1:] for row in rows[1:]]
+    assert ("is no UTF-8; read as" in caplog.text) == ("utf" not in encoding)
+
+
+def test_delimiter_and_encoding_can_be_stated(tmp_path, caplog):
+    path = table(tmp_path, "image:caption\nx.png:größer, kleiner; gleich\n", encoding="cp850")
+    text = f"- {{kind: csv, files: ['{path}'], delimiter: ':', encoding: cp850}}"
+    assert [sample["caption"] for sample in SampleStream(load_sources_of(text, tmp_path))] == [
+        "größer, kleiner; gleich"
+    ]
+    assert not caplog.text
+    text = f"- {{kind: csv, files: ['{path}'], encoding: utf-8}}"
+    with pytest.raises(ShardError, match=r"a\.csv is no text in utf-8"):
+        SampleStream(load_sources_of(text, tmp_path))
+
+
+def test_a_semicolon_in_reports_is_no_delimiter(tmp_path):
+    """A header and rows of one cell too."""
+    path = table(tmp_path, 'image,caption\nx.png,"a; b; c"\nx.png,"d; e; f"\n')
+    assert [row["caption"] for row in read_table(str(path))] == ["a; b; c", "d; e; f"]
+    path = table(tmp_path, "image\nx;y.png\nx.png\n")
+    assert read_table(str(path)) == [{"image": "x;y.png"}, {"image": "x.png"}]
+    path = table(tmp_path, 'image, caption\nx.png, "a, b"\nx.png, c\n')
+    assert read_table(str(path)) == [{"image": "x.png", "caption": "a, b"}, {"image": "x.png", "caption": "c"}]
+
+
+def test_long_fields_and_the_reader_s_own_limit(tmp_path):
+    """Case 20; the limit of csv is the process's, and others may count on it."""
+    before = csv.field_size_limit()
+    report = "word " * 40000
+    path = table(tmp_path, f'image,caption\nx.png,"{report}"\nx.png,short\n')
+    assert [row["caption"] for row in read_table(str(path))] == [report, "short"]
+    assert csv.field_size_limit() == before
+
+
+def test_rows_that_cannot_be_trusted_are_counted(tmp_path):
+    """A comma without quotation marks cuts a report short, a mark that is not closed swallows the next rows."""
+    lines = ["image,caption", "x.png,no effusion, no oedema", "x.png,good,", 'x.png,"a 5" tube"', "x.png"]
+    lines += ['x.png,"open', 'x.png,"closed"', "", "x.png,last"]
+    path = table(tmp_path, "\n".join(lines))
+    source = load_sources_of(f"- {{kind: csv, files: ['{path}']}}", tmp_path)
+    stream = SampleStream(source, shuffle=False, max_bad_fraction=1)
+    assert [sample["caption"] for sample in stream] == ["good", 'a 5 tube"', "last"]
+    counts = Counter({cause: count for (_, cause), count in stream.faults.counts.items()})
+    assert counts["row with more cells than columns"] == 1
+    assert counts["row with a misplaced quotation mark"] == 2
+    assert sum(counts.values()) == 4  # and the row without a caption
+    path = table(tmp_path, 'image,caption\nx.png,a\nx.png,"b\nx.png,c\n')
+    with pytest.raises(
+        ShardError, match=r"a\.csv is no table: a quotation mark in line 3 or soon after is never closed"
+    ):
+        source[0].shards()
+
+
+def test_paths_of_windows_and_names_with_brackets(tmp_path):
+    folder = tmp_path / "study [1] {a}"
+    (folder / "img").mkdir(parents=True)
+    (folder / "img" / "1.png").write_bytes(png(1))
+    path = table(folder, "image,caption\nimg\\1.png,a\n")
+    for pattern in (str(path), f"{tmp_path}/study [1] {{a}}/*.csv".replace("{a}", "?a?")):
+        assert expand(pattern) == [str(path)]
+    (tmp_path / "study [1]").mkdir()
+    path.rename(tmp_path / "study [1]" / "b.csv")
+    path = tmp_path / "study [1]" / "b.csv"
+    assert expand(f"{tmp_path}/study [1]/*.csv") == expand(f"{tmp_path}/study?[[]1]/b.csv") == [str(path)]
+    for kind in ("csv", "jsonl"):
+        if kind == "jsonl":
+            path = table(tmp_path, json.dumps({"image": "img\\1.png", "caption": "a"}), "b.jsonl")
+        source = load_sources_of(f"- {{kind: {kind}, files: ['{path}'], root: '{folder}'}}", tmp_path)
+        assert [sample["image"].getpixel((0, 0)) for sample in SampleStream(source)] == [(1, 1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("a{0..999999999}.tar", "stands for 1000000000 files; at most 1000000"),
+        ("{0..999}{0..999}{0..999}.tar", "stands for 1000000000 files; at most 1000000"),
+        ("{a,{b,c}}.tar", "braces within braces"),
+        ("{" * 100_000, "braces within braces"),
+        ("a{9..0}.tar", r"counts down; write \{0..9\}"),
+    ],
+)
+def test_patterns_out_of_bounds(pattern, message):
+    with pytest.raises(ValueError, match=message) as error:
+        expand(pattern)
+    assert len(str(error.value)) < 300
+
+
+def test_jsonl_names_its_image_row_by_row(tmp_path):
+    """Image keys that change, images in a dictionary, images that are no path (case 13), lines that are no object."""
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "x.png").write_bytes(png(3))
+    rows = [{"caption": "a"}, {"file_name": "d/x.png", "caption": "b"}, {"image": {"path": "d/x.png"}, "caption": "c"}]
+    rows += [{"image": ["x.png"], "caption": "d"}, {"image": 5, "caption": "e"}, {"path": "d/x.png", "caption": "f"}]
+    path = table(tmp_path, "\n".join([*map(json.dumps, rows), "[1]", '{"image": "x', "[" * 100_000]), "a.jsonl")
+    stream = SampleStream(
+        load_sources_of(f"- {{kind: jsonl, files: ['{path}']}}", tmp_path), shuffle=False, max_bad_fraction=1
+    )
+    assert [sample["caption"] for sample in stream] == ["b", "c", "f"]
+    assert stream.faults.bad == 6
+    assert {cause: n for (_, cause), n in stream.faults.counts.items()}["row that is no JSON object"] == 3
+
+
+# Tars, parquet, folders
+
+
+def members(path, *files):
+    with tarfile.open(path, "w") as archive:
+        for name, content in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+def served(path, tmp_path):
+    stream = SampleStream(
+        load_sources_of(f"- {{kind: webdataset, files: ['{path}']}}", tmp_path), shuffle=False, max_bad_fraction=1
+    )
+    return [(sample["caption"], sample["image"].getpixel((0, 0))[0]) for sample in stream], stream.faults.bad
+
+
+@pytest.mark.parametrize(
+    ("names", "pairs", "faults"),
+    [
+        # images first, then captions: no key comes twice
+        ("a1.jpg b2.jpg a1.txt b2.txt", "1 2", 0),
+        # joined shards, next to each other or not, of the same extension or another
+        ("a1.jpg a1.txt b2.jpg b2.txt a3.png a3.txt", "1 2 3", 0),
+        ("a1.png a1.txt b2.jpg b2.txt a3.jpg a3.txt", "1 2 3", 0),
+        ("a1.jpg a1.txt a2.jpg a2.txt", "1 2", 0),
+        ("a1.png a1.txt a2.jpg a2.txt", "1 2", 0),
+        ("a1.txt a1.png a2.txt a2.jpg", "1 2", 0),
+        # two images in a sample: the first one that is usually looked for, as without joining
+        ("a1.jpg a8.png a1.txt", "1", 0),
+        ("a1.jpg a8.png a1.txt a2.jpg a9.png a2.txt", "1 2", 0),
+        # something was lost on the way: counted, and nothing else is put in its place
+        ("a1.jpg b2.jpg b2.txt a3.jpg a3.txt", "2 3", 1),
+        ("a1.jpg a1.txt b2.jpg b2.txt a3.txt", "1 2", 1),
+        ("a1.png a1.txt b2.jpg b2.txt a3.jpg", "1 2", 1),
+        ("a1.jpg a1.txt a2.png b3.jpg b3.txt a4.txt", "1 3", 1),
+    ],
+)
+def test_pairs_of_a_tar_are_true_pairs(tmp_path, names, pairs, faults):
+    """`a1.jpg` is the image of number 1 under the key a, `a1.txt` the caption that belongs to it."""
+    files = []
+    for name in names.split():
+        number, extension = name[1:].split(".")
+        files.append((f"{name[0]}.{extension}", number.encode() if extension == "txt" else png(int(number))))
+    members(tmp_path / "a.tar", *files)
+    expected = [(number, int(number)) for number in pairs.split()]
+    assert served(tmp_path / "a.tar", tmp_path) == (expected, faults)
+
+
+def test_the_tar_of_two_joined_shards(tmp_path):
+    """Case 14."""
+    pairs, faults = served(CASES / "14-tar-keys-that-come-twice" / "a.tar", tmp_path)
+    assert (sorted(pairs), faults) == ([("first", 10), ("second", 20), ("third", 30)], 0)
+
+
+def test_a_parquet_file_that_is_written_again(tmp_path):
+    """Case 18: the new rows under the old name, even with more of them."""
+    import datasets
+
+    for texts in (["old"], ["new"], ["a", "b", "c"]):
+        datasets.Dataset.from_dict({"image": [png(1)] * len(texts), "caption": texts}).to_parquet(
+            tmp_path / "a.parquet"
+        )
+        source = load_sources_of(f"- {{kind: parquet, files: ['{tmp_path}/a.parquet']}}", tmp_path)
+        assert [sample["caption"] for sample in SampleStream(source, shuffle=False)] == texts
+
+
+def test_nifti_columns_can_be_split(tmp_path):
+    """Case 17: by the file's bytes, as in a table with the same files."""
+    datasets = pytest.importorskip("datasets", minversion="4.4")
+    nibabel = pytest.importorskip("nibabel")
+    names = []
+    for number in range(8):
+        names.append(str(tmp_path / f"{number}.nii.gz"))
+        nibabel.save(nibabel.Nifti1Image(np.full((6, 6, 1), number, np.float32), np.eye(4)), names[-1])
+    data = datasets.Dataset.from_dict({"image": names, "caption": [f"c{number}" for number in range(8)]})
+    data.cast_column("image", datasets.Nifti()).save_to_disk(tmp_path / "saved")
+    (tmp_path / "t.csv").write_text("image,caption\n" + "\n".join(f"{name},c{i}" for i, name in enumerate(names)))
+    found = []
+    for text in (f"- {{kind: saved, path: '{tmp_path}/saved'}}", f"- {{kind: csv, files: ['{tmp_path}/t.csv']}}"):
+        source = load_sources_of(text, tmp_path)
+        parts = [SampleStream(source, shuffle=False, split=Split(part, 0.4)) for part in ("train", "validation")]
+        found.append([[sample["caption"] for sample in part] for part in parts])
+    assert found[0] == found[1]
+    assert sorted(found[0][0] + found[0][1]) == [f"c{number}" for number in range(8)]
+    assert all(found[0])
+
+
+def test_folders_of_images_as_they_lie_about(tmp_path):
+    """Case 21: other files are left out, links are followed and do not lead in circles; DICOM needs no suffix."""
+    pydicom = pytest.importorskip("pydicom")
+    root, elsewhere = tmp_path / "f", tmp_path / "real"
+    for folder in (root / "cyst" / ".hidden", root / "cyst" / "@eaDir", elsewhere):
+        folder.mkdir(parents=True)
+        (folder / "1.png").write_bytes(png(1))
+    for name in ("1.png", "2.PNG", "photo", "3.dat"):
+        (root / "cyst" / name).write_bytes(png(2))
+    for name in ("Thumbs.db", "desktop.ini", "readme.txt", "labels.csv", "IM0002"):
+        (root / "cyst" / name).write_bytes(b"P5 some text, image,caption")
+    dicom = Path(pydicom.data.get_testdata_file("CT_small.dcm"))
+    (root / "cyst" / "IM0001").write_bytes(dicom.read_bytes())
+    (root / "linked").symlink_to(elsewhere)
+    (root / "cyst" / "back").symlink_to(root)
+    elsewhere.joinpath("gone.png").symlink_to(tmp_path / "nowhere.png")
+    source = load_sources_of(f"- {{kind: imagefolder, path: '{root}', caption_template: '{{label}}'}}", tmp_path)
+    found = {f"{row['label']}/{Path(row['image']).name}" for row in source[0].shards()[0].rows}
+    assert found == {f"cyst/{name}" for name in ("1.png", "2.PNG", "photo", "3.dat", "IM0001")} | {
+        "linked/1.png",
+        "linked/gone.png",
+    }
+    stream = SampleStream(source, max_bad_fraction=1)
+    assert Counter(sample["caption"] for sample in stream) == {"cyst": 5, "linked": 1}
+    assert [cause for _, cause in stream.faults.counts] == ["missing image"]
 
 
 # medmoe data inspect
