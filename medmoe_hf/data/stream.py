@@ -544,11 +544,16 @@ class SampleStream:
     # Resuming
 
     @cached_property
+    def content(self) -> list[list[Any]]:
+        """What tells the content of each source from another one: its `content_facts`."""
+        return [source.content_facts() for source in self.sources]
+
+    @cached_property
     def fingerprint(self) -> str:
         """A hash of all that the order depends on: the configuration, and the content of the sources."""
         facts = {
             "sources": [source.model_dump(mode="json") for source in self.sources],
-            "content": [source.content_facts() for source in self.sources],
+            "content": self.content,
             "seed": self.seed,
             "world_size": self.world_size,
             "mixing": [self.mixing, self.once, self.shuffle, self.buffer],

@@ -475,7 +475,7 @@ def _held_out(record: dict[str, Any] | None) -> list[list[Any]]:
         return []
     last = dict(record["evaluations"][-1])
     step = int(last.pop("step"))
-    return [[step, name, f"{value:.3f}"] for name, value in last.items()]
+    return [[step, name, value if isinstance(value, int) else f"{value:.3f}"] for name, value in last.items()]
 
 
 def _measured(results: Sequence["Result"], routing: bool) -> list[list[Any]]:

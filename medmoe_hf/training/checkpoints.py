@@ -7,12 +7,15 @@ A checkpoint `step-00000100` is the model's folder (or the adapter's) with a fol
     weights.safetensors   of a model with adapters, what is trained, and the buffers
     ema.safetensors       the moving average
     random.safetensors    `<rank>/<generator>`
+    manifest.json         size and CRC-32 of every other file of the checkpoint; written last
 """
 
 import json
 import os
 import random
+import re
 import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +26,89 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 STATE = "training_state"
+MANIFEST = "manifest.json"
 # A run may go on with other values of these: nothing that is learned depends on them.
 _FREE = ("output_dir", "log_every", "trackers", "checkpoints", "data.num_workers", "data.max_bad_fraction")
+
+
+_NAMED = 10  # files that a message names
 
 
 class ResumeError(ValueError):
     """A checkpoint that a run cannot go on from; the message says why and what to do."""
 
 
-def find_checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    found = [path for path in folder.glob("step-*") if (path / STATE / "state.json").is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+def step_name(step: int) -> str:
+    """The name of a checkpoint's folder."""
+    return f"step-{step:08d}"
+
+
+def find_checkpoints(folder: Path, up_to: float = float("inf")) -> list[Path]:
+    """The checkpoints of a run up to a step, oldest first; `check` says whether one is whole."""
+    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
+    return sorted((path for path in found if _step(path) <= up_to), key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def check(folder: Path) -> None:
+    """Compares a checkpoint with its manifest.
+
+    Raises:
+        ResumeError: if a file is missing, cut off or changed; names each.
+    """
+    try:
+        listed = json.loads((folder / STATE / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except FileNotFoundError:
+        raise ResumeError(
+            f"{folder} has no {STATE}/{MANIFEST}, which lists its files: it is not whole, or of an older version."
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ResumeError(f"{folder}: {STATE}/{MANIFEST} cannot be read ({error}).") from error
+    problems = []
+    for name, expected in listed.items():
+        try:
+            found = _facts(folder / name)
+        except OSError as error:
+            missing = isinstance(error, FileNotFoundError)
+            problems.append(f"{name} is missing" if missing else f"{name} cannot be read ({error.strerror})")
+            continue
+        if found["size"] != expected["size"]:
+            problems.append(f"{name} has {found['size']} bytes in place of {expected['size']}")
+        elif found != expected:
+            problems.append(f"{name} is damaged (its checksum differs)")
+    problems += [
+        f"{STATE}/{path.name} does not belong to it"
+        for path in sorted((folder / STATE).glob("*.safetensors"))
+        if f"{STATE}/{path.name}" not in listed
+    ]
+    if problems:
+        raise ResumeError(f"{folder} is not whole: {'; '.join(problems)}.")
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint of a run that is whole, and what is wrong with each newer one.
+
+    Raises:
+        ResumeError: if there are checkpoints, and none is whole.
+    """
+    problems: list[str] = []
+    for path in reversed(find_checkpoints(folder)):
+        try:
+            check(path)
+        except ResumeError as error:
+            problems.append(str(error))
+            continue
+        return path, problems
+    if problems:
+        listed = "\n".join(f"  {problem}" for problem in problems)
+        raise ResumeError(
+            f"{folder} holds no checkpoint that is whole:\n{listed}\nRemove them to begin anew; where the weights are "
+            "whole, a new run with another `output_dir` can begin from them by `model.from_pretrained`."
+        )
+    return None, problems
 
 
 def clean(folder: Path) -> None:
@@ -43,10 +117,14 @@ def clean(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def rotate(folder: Path, keep_last: int, best: int | None) -> None:
-    """Removes all but the newest checkpoints, and the best."""
-    for path in find_checkpoints(folder)[:-keep_last]:
-        if best is None or path.name != f"step-{best:08d}":
+def rotate(folder: Path, keep_last: int, best: int | None, step: int) -> None:
+    """Removes all but the newest checkpoints up to this step, and the best.
+
+    Later ones are of before the run was taken up at an older checkpoint, and may be damaged: they neither count nor
+    go.
+    """
+    for path in find_checkpoints(folder, step)[:-keep_last]:
+        if _step(path) != best:
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -54,7 +132,7 @@ def write_state(folder: Path, state: dict[str, Any], tensors: dict[str, dict[str
     """Writes `training_state` into a checkpoint, and makes sure that the disk has it all.
 
     Args:
-        folder: the checkpoint, not yet in its place.
+        folder: the checkpoint, not yet in its place; whatever is in it already is listed in the manifest.
         state: for `state.json`.
         tensors: by name of a file, without its ending.
     """
@@ -67,23 +145,38 @@ def write_state(folder: Path, state: dict[str, Any], tensors: dict[str, dict[str
                 place / f"{name}.safetensors",
             )
     (place / "state.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    listed = {path.relative_to(folder).as_posix(): _facts(path) for path in paths}
+    manifest = place / MANIFEST
+    manifest.write_text(json.dumps({"files": listed}, indent=1) + "\n", encoding="utf-8")
+    for path in (*paths, manifest):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """A file's size and checksum."""
+    # CRC-32 finds what disks and copies do to a file, and nobody forges a checkpoint; a cryptographic hash takes two
+    # to five times as long, and checkpoints have gigabytes.
+    size = checksum = 0
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            size += len(piece)
+            checksum = zlib.crc32(piece, checksum)
+    return {"size": size, "crc32": f"{checksum:08x}"}
 
 
 def read_state(
     folder: Path, config: dict[str, Any], world_size: int
 ) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """What `write_state` wrote, if it is of the same run.
+    """What `write_state` wrote, if it is of the same run. `check` first whether it is whole.
 
     Args:
         config: of the run that wants to go on, as JSON.
         world_size: its number of processes.
 
     Raises:
-        ResumeError: if there is none, or it belongs to another configuration; names each key that differs.
+        ResumeError: if it cannot be read, or belongs to another configuration; names each key that differs.
     """
     place = folder / STATE
     try:
@@ -107,6 +200,45 @@ def read_state(
             f"`model.from_pretrained: {folder}`."
         )
     return state, tensors
+
+
+def compare_content(checkpoint: Path, part: str, then: list[list[Any]], now: list[list[Any]]) -> None:
+    """Compares the files behind the data of a checkpoint with those that are there now.
+
+    Args:
+        part: what the data are called.
+        then, now: for each source its `content_facts`.
+
+    Raises:
+        ResumeError: if they differ; names the files.
+    """
+    lines: list[str] = []
+    for old, new in zip(then, now, strict=False):
+        if old == new:
+            continue
+        before, after = ({name: facts for name, *facts in files} for files in (old, new))
+        lines += [f"  {name}: not there any more" for name in before if name not in after]
+        lines += [f"  {name}: new" for name in after if name not in before]
+        lines += [
+            f"  {name}: {_in_words(before[name])} then, {_in_words(after[name])} now"
+            for name in before
+            if name in after and before[name] != after[name]
+        ]
+        if not lines:
+            lines.append("  the same files in another order, or some of them twice")
+    if lines:
+        more = [f"  ... and {len(lines) - _NAMED} more"] if len(lines) > _NAMED else []
+        raise ResumeError(
+            f"{checkpoint} is of other {part} data: its place in them would mean other samples. Files differ:\n"
+            + "\n".join([*lines[:_NAMED], *more])
+            + "\nBring them back; or begin a new run with another `output_dir`, from these weights by "
+            f"`model.from_pretrained: {checkpoint}`."
+        )
+
+
+def _in_words(facts: list[Any]) -> str:
+    size, checksum = facts
+    return "missing" if size is None else f"{size} bytes (checksum {checksum})"
 
 
 def _flat(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -3,8 +3,10 @@
 import errno
 import importlib.util
 import json
+import logging
 import os
 import signal
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator
@@ -24,13 +26,16 @@ from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 from torch import Tensor, distributed
 from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import get_scheduler
 
 from medmoe_hf.data.atomic import whole_folder
 from medmoe_hf.data.collate import ContrastiveCollator
 from medmoe_hf.data.places import without_places
+from medmoe_hf.data.reading import Fault, Place, Reader
+from medmoe_hf.data.shards import ShardError
 from medmoe_hf.data.stream import Sample, SampleStream, Split, StreamError
-from medmoe_hf.evaluation.validation import LOSS_PARTS, validate
+from medmoe_hf.evaluation.validation import LOSS_PARTS, RECALLS, describe, validate
 from medmoe_hf.model.modeling_medmoe import in_process_group
 from medmoe_hf.training import checkpoints
 from medmoe_hf.training.adapters import add_lora, save_adapter
@@ -39,6 +44,8 @@ from medmoe_hf.training.cached import cached_step
 from medmoe_hf.training.checkpoints import ResumeError
 from medmoe_hf.training.config import TrainConfig
 from medmoe_hf.training.negatives import gather_rows
+
+_TRIED = 4  # samples of each source that are read before the first step
 
 
 class TrainingError(RuntimeError):
@@ -62,7 +69,7 @@ class TrainingRecord:
         samples: pairs seen, over all processes.
         seconds: of training, evaluations left out.
         log: every `log_every` steps: step, learning rate, loss parts, gradient norm.
-        evaluations: step and the metrics of `medmoe_hf.evaluation.validate`.
+        evaluations: step and the metrics of `medmoe_hf.evaluation.validate`, with the numbers of pairs behind them.
         best_step: of the evaluation with the lowest loss, None before the first.
         skipped: samples of the main process that could not be read, by source and cause.
         resumed: steps at which the run was taken up again.
@@ -87,18 +94,22 @@ def train(config: TrainConfig, resume: str | Path | None = None) -> TrainingReco
     the step that is under way, with a checkpoint.
 
     Args:
-        resume: a checkpoint to go on from, or `auto`: the newest of `config.run_dir`, if there is one. On a CPU, with
-            as many processes as before, the run comes to the same weights, bit for bit, as one that was never stopped.
+        resume: a checkpoint to go on from, or `auto`: the newest of `config.run_dir` that is whole, if there are any.
+            On a CPU, with as many processes as before, the run comes to the same weights, bit for bit, as one that was
+            never stopped.
 
     Returns:
         The record that was also written to `training.json`.
 
     Raises:
         FileExistsError: if `output_dir` is there already, or checkpoints of a run that is not to be resumed.
-        ResumeError: if there is no such checkpoint, or it is of another configuration.
-        TrainingError: if the loss is no number any more, there are no data, or a checkpoint cannot be written.
+        ResumeError: if there is no such checkpoint, it is not whole, or of another configuration or other data.
+        TrainingError: if the loss is no number any more, there are no data, or nothing can be written.
         Interrupted: after a signal.
-        StreamError: if too many samples cannot be read; the last step's state is then in a checkpoint.
+        StreamError: if too many samples cannot be read.
+
+    Whatever ends a run early (of several processes, whatever they can notice together), the last step's state is in a
+    checkpoint.
     """
     run = TrainingRun(config, resume)
     try:
@@ -110,6 +121,21 @@ def train(config: TrainConfig, resume: str | Path | None = None) -> TrainingReco
         raise
     run.accelerator.end_training()
     return run.record
+
+
+@dataclass
+class _Moment:
+    """Where a run stands between two steps, beside the weights and the optimiser's state.
+
+    Attributes:
+        stream: the stream's state.
+        random: of `checkpoints.random_state`.
+        running: running statistics.
+    """
+
+    stream: dict[str, Any]
+    random: tuple[dict[str, Any], dict[str, Tensor]]
+    running: list[Tensor]
 
 
 class TrainingRun:
@@ -135,7 +161,7 @@ class TrainingRun:
         self.record = TrainingRecord(config=config.model_dump(mode="json"))
         self.last: dict[str, float] = {}
         self._check_trackers()
-        checkpoint = self._checkpoint_to_resume(resume)
+        checkpoint, damaged = self._checkpoint_to_resume(resume)
         self.accelerator = accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
@@ -146,6 +172,11 @@ class TrainingRun:
         )
         _share_cores(accelerator, config.data.num_workers)
         self._check_strategy()
+        self._check_folders()
+        for problem in damaged:
+            accelerator.print(f"Skipped: {problem}")
+        if damaged:
+            accelerator.print(f"Going on from {checkpoint}, the newest checkpoint that is whole.")
         set_seed(config.seed)
         state: dict[str, Any] | None = None
         tensors: dict[str, dict[str, Tensor]] = {}
@@ -186,14 +217,24 @@ class TrainingRun:
                 # torch is about to rename `broadcast_buffers`, which Accelerate passes on.
                 warnings.simplefilter("ignore", FutureWarning)
                 self.model, self.optimizer = accelerator.prepare(whole, optimizer)
+        self._running = [
+            buffer for name, buffer in self.inner.named_buffers() if "running_" in name or "num_batches" in name
+        ]
         self.scheduler = self._scheduler(optimizer)
         self.collator = ContrastiveCollator(self.processor)
         self.stream = self._stream()
+        self._held_out_stream = self._make_held_out_stream() if config.evaluates else None
+        self._held_out_state = None if self._held_out_stream is None else self._held_out_stream.state_dict()
         self._held_out: list[tuple[dict[str, Any], bool]] | None = None
+        self._evaluation_due = False
+        self._before_step: _Moment | None = None
+        self._updating = False
+        # Steps whose checkpoints are of this run. Others may be there, if it was taken up at an older one.
+        self._written: set[int] = set()
         self._signal = 0
         self._saved = time.monotonic()
-        if state is not None:
-            self._restore(state, tensors)
+        if checkpoint is not None and state is not None:
+            self._restore(checkpoint, state, tensors)
 
     # What a run may not be
 
@@ -213,21 +254,37 @@ class TrainingRun:
         if sharded and config.ema_decay is not None:
             raise TrainingError("`ema_decay` needs whole weights in every process; use examples/accelerate/ddp.yaml.")
 
-    def _checkpoint_to_resume(self, resume: str | Path | None) -> Path | None:
+    def _check_folders(self) -> None:
+        """Whether the main process can write where it will have to, hours from now."""
+        problem: str | None = None
+        if self.accelerator.is_main_process:
+            for folder in (self.config.output_dir.parent, self.config.run_dir, self.folder):
+                try:
+                    existing = next(path for path in (folder, *folder.parents) if path.exists())
+                    with tempfile.TemporaryDirectory(prefix=".medmoe-", dir=existing):
+                        pass
+                except OSError as error:
+                    problem = f"{folder} cannot be written to ({error.strerror}); choose another `output_dir`."
+                    break
+        if self._highest(problem is not None):
+            raise TrainingError(problem or "The main process cannot write to `output_dir`; its message says why.")
+
+    def _checkpoint_to_resume(self, resume: str | Path | None) -> tuple[Path | None, list[str]]:
+        """The checkpoint to go on from, and what is wrong with newer ones."""
         if resume is not None and str(resume) != "auto":
             if not (Path(resume) / checkpoints.STATE).is_dir():
                 raise ResumeError(
                     f"{resume} is no checkpoint of a run. Those of this configuration are in {self.folder}; "
                     "`--resume auto` takes the newest. To begin a new run from weights, set `model.from_pretrained`."
                 )
-            return Path(resume)
-        found = checkpoints.find_checkpoints(self.folder)
-        if found and resume is None:
+            checkpoints.check(Path(resume))
+            return Path(resume), []
+        if resume is None and checkpoints.find_checkpoints(self.folder):
             raise FileExistsError(
                 f"{self.folder} holds checkpoints of a run. Go on from the newest with `--resume auto`, remove them, "
                 "or choose another `output_dir`."
             )
-        return found[-1] if found else None
+        return checkpoints.newest_whole(self.folder)
 
     # Parts
 
@@ -256,7 +313,22 @@ class TrainingRun:
             num_workers=data.num_workers,
             prepare=self.collator.prepare,
             draft=self.collator.side if data.reduced_decode else None,
+            part="",  # said in front of every message
         )
+
+    def _make_held_out_stream(self) -> SampleStream:
+        data = self.config.data
+        return SampleStream(
+            _sources(data.train if data.evaluation is None else data.evaluation),
+            shuffle=False,
+            split=Split("validation", data.validation_share) if data.evaluation is None else None,
+            max_bad_fraction=data.max_bad_fraction,
+            prepare=self.collator.prepare,
+            part="",
+        )
+
+    def _streams(self) -> dict[str, SampleStream | None]:
+        return {"training": self.stream, "held-out": self._held_out_stream}
 
     def batches(self) -> Iterator[tuple[dict[str, Any], list[str]]]:
         """Full batches with what their samples are called, epoch after epoch; one that an epoch leaves unfinished is
@@ -281,6 +353,7 @@ class TrainingRun:
         config, accelerator, record = self.config, self.accelerator, self.record
         if accelerator.is_main_process:
             checkpoints.clean(self.folder)
+        self.check_data()
         self._start_trackers()
         bar = tqdm(
             total=config.max_steps,
@@ -289,24 +362,38 @@ class TrainingRun:
             unit="step",
             disable=not accelerator.is_main_process,
         )
+        try:
+            # Closed before an error is printed, so that the error has a line of its own.
+            with bar, logging_redirect_tqdm([logging.getLogger(name) for name in (None, "transformers", "datasets")]):
+                self._train(bar)
+        except (TrainingError, StreamError):
+            raise
+        except Exception as error:
+            self._stop_for_the_unexpected(error)
+            raise
+        record.skipped = {f"{source}: {cause}": count for (source, cause), count in self.stream.faults.counts.items()}
+        if record.skipped and accelerator.is_main_process:
+            tqdm.write(f"training data: {self.stream.faults}")
+        state_dict = self._state_dict()
+        with self._written_by_main("The model", or_a_checkpoint=True):
+            if accelerator.is_main_process:
+                self._save_model(config.output_dir, state_dict)
+
+    def _train(self, bar: Any) -> None:
+        config, record = self.config, self.record
         batches = self.batches()
+        if self._evaluation_due:  # when the run was stopped
+            self._save_if_due(self._evaluate(bar))
         while record.steps < config.max_steps:
             self.step(batches)
             bar.update()
             last = record.steps == config.max_steps
+            due = bool(config.evaluate_every) and record.steps % config.evaluate_every == 0
+            self._evaluation_due = config.evaluates and (due or last)
             if record.steps % config.log_every == 0 or last:
                 self._log(bar)
-            due = bool(config.evaluate_every) and record.steps % config.evaluate_every == 0
-            best = config.evaluates and (due or last) and self._evaluate(bar)
+            best = self._evaluation_due and self._evaluate(bar)
             self._save_if_due(best)
-        bar.close()
-        record.skipped = {f"{source}: {cause}": count for (source, cause), count in self.stream.faults.counts.items()}
-        if record.skipped and accelerator.is_main_process:
-            bar.write(f"data: {self.stream.faults}")
-        state_dict = self._state_dict()
-        with self._written_by_main("The model"):
-            if accelerator.is_main_process:
-                self._save_model(config.output_dir, state_dict)
 
     def step(self, batches: Iterator[tuple[dict[str, Any], list[str]]]) -> None:
         """One optimiser step.
@@ -316,21 +403,25 @@ class TrainingRun:
             TrainingError: if the loss is no number.
         """
         started = time.monotonic()
-        before = self.stream.state_dict()
-        error: StreamError | None = None
+        # What a step changes before the weights are updated.
+        self._before_step = _Moment(
+            self.stream.state_dict(), checkpoints.random_state(), [buffer.clone() for buffer in self._running]
+        )
+        error: Exception | None = None
         taken: list[tuple[dict[str, Any], list[str]]] = []
         try:
             taken = list(islice(batches, self.config.gradient_accumulation_steps))
-        except StreamError as problem:
+        except Exception as problem:
             error = problem
         if self._highest(error is not None):
-            self._stop_for_data(error, before)
+            self._stop_for_data(error)
         train_mode(self.model)
         losses, counts = self._backward([batch for batch, _ in taken])
         if self._highest(not torch.isfinite(losses["loss"])):
             self._stop_for_numbers(losses["loss"].item(), [key for _, keys in taken for key in keys])
         self._forget_idle_experts(counts)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        self._before_step, self._updating = None, True
         self.optimizer.step()
         self.optimizer.zero_grad()
         record = self.record
@@ -344,6 +435,7 @@ class TrainingRun:
         record.samples += sum(len(keys) for _, keys in taken) * self.accelerator.num_processes
         record.seconds += time.monotonic() - started
         self.last = {"gradient_norm": float(norm), **{name: losses[name].item() for name in LOSS_PARTS}}
+        self._updating = False
 
     def _backward(self, batches: list[dict[str, Any]]) -> tuple[dict[str, Tensor], Tensor]:
         """Gradients of a step: the losses, and (K,) how many images each expert computed on all processes."""
@@ -432,19 +524,24 @@ class TrainingRun:
                 self._signal or signal.SIGTERM,
             )
 
-    def _stop_for_data(self, error: StreamError | None, before: dict[str, Any]) -> None:
-        said = error if error is not None else "Another process cannot read its data any more."
-        if not self.record.steps:
-            raise StreamError(str(said)) from error
-        self.save_checkpoint(before)
-        raise StreamError(
-            f"{said} All that was learned in {self.record.steps} steps is in {self._place()}."
-        ) from error
+    def _stop_for_data(self, error: Exception | None) -> None:
+        saved = ""
+        if self.record.steps:
+            self._save_state_before_step()
+            saved = f" All that was learned in {self.record.steps} steps is in {self._place()}."
+        if error is not None and not isinstance(error, (TrainingError, StreamError)):
+            self.accelerator.print(f"Training data: {type(error).__name__}.{saved}")
+            raise error
+        stop = TrainingError if isinstance(error, TrainingError) else StreamError
+        raise stop(f"Training data: {error or 'another process cannot read on.'}{saved}") from error
 
     def _stop_for_numbers(self, loss: float, keys: list[str]) -> None:
+        if self.record.steps and not self._highest(not _all_finite(self.inner)):
+            # Beside the ones before, which may be the better start: what makes no number may have begun earlier.
+            self._save_state_before_step(rotate=False)
         if loss == loss and abs(loss) != float("inf"):
             raise TrainingError("The loss is no number in another process; its message says of which samples.")
-        found = checkpoints.find_checkpoints(self.folder)
+        found = checkpoints.find_checkpoints(self.folder, self.record.steps)
         raise TrainingError(
             f"The loss is {loss} at step {self.record.steps + 1}; lower `learning_rate`"
             + (" or use `mixed_precision: bf16`" if self.config.mixed_precision == "fp16" else "")
@@ -452,19 +549,47 @@ class TrainingRun:
             + (f" The newest checkpoint is {found[-1]}." if found else "")
         )
 
+    def _stop_for_the_unexpected(self, error: Exception) -> None:
+        """Writes a checkpoint for an error that nobody foresaw: memory that does not suffice, a tracker that fails."""
+        # Several processes would have to fail together, and one alone cannot know whether they did. Within an update
+        # of the weights there is no state to go on from.
+        steps = self.record.steps
+        if in_process_group() or not steps or self._updating or steps in self._written:
+            return
+        try:
+            self._save_state_before_step()
+        except Exception as second:
+            self.accelerator.print(f"{type(error).__name__}, and no checkpoint could be written: {second}")
+        else:
+            self.accelerator.print(
+                f"{type(error).__name__}: the run ends; all that was learned in {steps} steps is in {self._place()}."
+            )
+
+    def _save_state_before_step(self, rotate: bool = True) -> None:
+        """Writes a checkpoint of the last step that was done, though the next one has begun."""
+        moment = self._before_step
+        if moment is None:
+            self.save_checkpoint(rotate=rotate)
+            return
+        checkpoints.set_random_state(*moment.random)
+        for buffer, value in zip(self._running, moment.running, strict=True):
+            buffer.copy_(value)
+        self.save_checkpoint(moment.stream, rotate)
+
     # Writing and reading
 
     def _place(self) -> Path:
-        return self.folder / f"step-{self.record.steps:08d}"
+        return self.folder / checkpoints.step_name(self.record.steps)
 
     def _state_dict(self) -> dict[str, Tensor]:
         return checkpoints.arrived(self.accelerator.get_state_dict(self.model))
 
-    def save_checkpoint(self, stream_state: dict[str, Any] | None = None) -> None:
+    def save_checkpoint(self, stream_state: dict[str, Any] | None = None, rotate: bool = True) -> None:
         """Writes a checkpoint of the last step; every process calls this.
 
         Args:
             stream_state: where the data stand, if not where the stream is now.
+            rotate: whether older ones go, as the configuration says.
 
         Raises:
             TrainingError: if it cannot be written, a full disk for example; those before it are as they were.
@@ -499,20 +624,31 @@ class TrainingRun:
             },
             "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
             "ranks": ranks,
+            "evaluation_due": self._evaluation_due,
+            "held_out": self._held_out_state,
+            "content": {part: None if stream is None else stream.content for part, stream in self._streams().items()},
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }
         with self._written_by_main(f"The checkpoint of step {self.record.steps}"):
-            if accelerator.is_main_process and not self._place().exists():
-                with whole_folder(self._place()) as partial:
+            if accelerator.is_main_process and self.record.steps not in self._written:
+                with whole_folder(self._place(), force=True) as partial:
                     self._write_model(partial, weights, averaged=False)
                     checkpoints.write_state(partial, state, tensors)
-            if accelerator.is_main_process:
-                checkpoints.rotate(self.folder, self.config.checkpoints.keep_last, self.record.best_step)
+            if accelerator.is_main_process and rotate:
+                rhythm = self.config.checkpoints
+                best = self.record.best_step if rhythm.keep_best else None
+                checkpoints.rotate(self.folder, rhythm.keep_last, best, self.record.steps)
+        self._written.add(self.record.steps)
         self._saved = time.monotonic()
 
     @contextmanager
-    def _written_by_main(self, what: str) -> Iterator[None]:
-        """Turns what can go wrong with a disk into an error that every process raises."""
+    def _written_by_main(self, what: str, or_a_checkpoint: bool = False) -> Iterator[None]:
+        """Turns what can go wrong with a disk into an error that every process raises.
+
+        Args:
+            what: is written.
+            or_a_checkpoint: whether a checkpoint is written in its place, if that is possible.
+        """
         problem: Exception | None = None
         try:
             yield
@@ -520,8 +656,10 @@ class TrainingRun:
             problem = error
         if not self._highest(problem is not None):
             return
+        if or_a_checkpoint:
+            self.save_checkpoint()
         full = getattr(problem, "errno", None) == errno.ENOSPC or "No space left" in str(problem)
-        found = checkpoints.find_checkpoints(self.folder)
+        found = checkpoints.find_checkpoints(self.folder, self.record.steps)
         raise TrainingError(
             f"{what} could not be written: {'the disk is full' if full else problem}. "
             + (f"The newest whole checkpoint is {found[-1]}; " if found else "There is no checkpoint yet; ")
@@ -533,14 +671,15 @@ class TrainingRun:
         model = self.accelerator.unwrap_model(self.model)
         if averaged and self.ema is not None:
             model, weights = self.ema.module, dict(self.ema.module.state_dict())
-        if self.config.lora is None:
-            model.save_pretrained(folder, state_dict=weights)
-            self.processor.save_pretrained(folder)
-        elif averaged and self.config.lora.merge:
-            model.merge_and_unload(safe_merge=True).save_pretrained(folder)
-            self.processor.save_pretrained(folder)
-        else:
-            save_adapter(model, self.processor, folder, weights)
+        with _no_foreign_bars():
+            if self.config.lora is None:
+                model.save_pretrained(folder, state_dict=weights)
+                self.processor.save_pretrained(folder)
+            elif averaged and self.config.lora.merge:
+                model.merge_and_unload(safe_merge=True).save_pretrained(folder)
+                self.processor.save_pretrained(folder)
+            else:
+                save_adapter(model, self.processor, folder, weights)
 
     def _save_model(self, place: Path, weights: dict[str, Tensor]) -> None:
         with whole_folder(place) as partial:
@@ -548,7 +687,17 @@ class TrainingRun:
             text = json.dumps(without_places(asdict(self.record)), indent=1) + "\n"
             (partial / "training.json").write_text(text, encoding="utf-8")
 
-    def _restore(self, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
+    def _restore(self, checkpoint: Path, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
+        rank = self.accelerator.process_index
+        own = state["ranks"][rank]
+        for part, stream in self._streams().items():
+            if stream is None:
+                continue
+            checkpoints.compare_content(checkpoint, part, state["content"][part], stream.content)
+            try:
+                stream.load_state_dict(own["stream"] if stream is self.stream else state["held_out"])
+            except StreamError as error:
+                raise ResumeError(f"{checkpoint} is of other {part} data. {error}") from error
         record = dict(state["record"], config=self.record.config)
         self.record = TrainingRecord(**record)
         self.record.resumed.append(self.record.steps)
@@ -558,9 +707,8 @@ class TrainingRun:
             group["lr"] = rate
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        rank = self.accelerator.process_index
-        own = state["ranks"][rank]
-        self.stream.load_state_dict(own["stream"])
+        self._written.add(self.record.steps)
+        self._evaluation_due = state["evaluation_due"]
         prefix = f"{rank}/"
         generators = {
             name.removeprefix(prefix): value for name, value in tensors["random"].items() if name.startswith(prefix)
@@ -587,13 +735,20 @@ class TrainingRun:
 
     def _evaluate(self, bar: Any) -> bool:
         """Measures on the held-out pairs, the moving average where there is one; whether the loss is the lowest."""
+        self.read_held_out()
+        assert self._held_out is not None
         model = self.model if self.ema is None else self.ema.module
-        if self._held_out is None:
-            self._held_out = list(self._own_held_out())
+        shown = tqdm(
+            self._held_out,
+            desc=f"measuring at step {self.record.steps}",
+            unit="batch",
+            leave=False,
+            disable=not self.accelerator.is_main_process,
+        )
         with self.accelerator.autocast():
             metrics = validate(
                 model,
-                (self.collator.normalise(_to_device(batch, self.accelerator.device)) for batch, _ in self._held_out),
+                (self.collator.normalise(_to_device(batch, self.accelerator.device)) for batch, _ in shown),
                 [counts for _, counts in self._held_out],
                 gather_rows,
             )
@@ -604,38 +759,134 @@ class TrainingRun:
             record.best_step = record.steps
         if self.config.schedule == "plateau" and record.steps > self.config.warmup_steps:
             self.scheduler.step(metrics["loss"])
+        self._evaluation_due = False
         self.accelerator.log({f"held-out/{name}": value for name, value in metrics.items()}, step=record.steps)
-        shown = ("routing_image", "routing_report", "image_to_text_r1", "text_to_image_r1")
-        listed = ", ".join(f"{name} {metrics[name]:.3f}" for name in shown if name in metrics)
         if self.accelerator.is_main_process:
-            bar.write(f"step {record.steps}: held-out loss {metrics['loss']:.3f}, {listed}")
+            bar.write(f"step {record.steps}: {describe(metrics)}")
         return best
 
-    def _own_held_out(self) -> Iterator[tuple[dict[str, Any], bool]]:
-        """This process's share of the held-out batches, pixels still in 8 bits: read once and kept.
+    def check_data(self) -> None:
+        """Looks for what would stop the run later: sources of which nothing can be used, held-out data that fail.
 
-        Every process gets as many, since sharded weights are gathered by all at a time; one that is there only for
-        that is marked by False.
+        Every process calls this.
+
+        Raises:
+            StreamError: as the stream and `read_held_out` raise it.
+            TrainingError: of `read_held_out`.
         """
-        data, config = self.config.data, self.config
-        stream = SampleStream(
-            _sources(data.train if data.evaluation is None else data.evaluation),
-            shuffle=False,
-            split=Split("validation", data.validation_share) if data.evaluation is None else None,
-            max_bad_fraction=data.max_bad_fraction,
-            prepare=self.collator.prepare,
+        problem: str | None = None
+        if self.accelerator.is_main_process:
+            problem = next(filter(None, map(self._unusable, range(len(self.stream.sources)))), None)
+            for warning in self.stream.order_warnings():
+                tqdm.write(f"training data: {warning}")
+        if self._highest(problem is not None):
+            raise StreamError(f"Training data: {problem or 'unusable; the message of the main process says why.'}")
+        self.read_held_out()
+
+    def _unusable(self, source: int) -> str | None:
+        """What is wrong with a source, if none of a few samples from here and there can be used."""
+        stream, shards = self.stream, self.stream.shards[source]
+        reader = Reader(
+            stream.sources, stream.shards, stream.split, stream.prepare, stream.draft, (stream.seed, stream.epoch)
         )
-        samples = list(islice(stream, config.evaluation_samples))
-        if not samples:
-            raise TrainingError("There was nothing to evaluate: the stream of held-out samples is empty.")
+        faults: list[Fault] = []
+        for part in range(_TRIED):
+            number = part * len(shards) // _TRIED
+            try:
+                shard, rows = shards[number], len(shards[number])
+            except (ShardError, OSError):
+                continue  # counted when it is read
+            if not rows:
+                continue
+            row = part * rows // _TRIED
+            found = reader[Place(0, source, number, shard.locate(row), row)]
+            if not isinstance(found, Fault):
+                return None
+            faults.append(found)
+        if not faults:
+            return None
+        listed = "\n".join(
+            dict.fromkeys(f"  {one.path}: {one.cause}" + (f" ({one.reason})" if one.reason else "") for one in faults)
+        )
+        return f"of {stream.names[source]} none of the samples that were tried can be used:\n{listed}"
+
+    def read_held_out(self) -> None:
+        """Reads this process's share of the held-out batches, pixels still in 8 bits, and keeps it.
+
+        Before the first step, so that whatever is wrong with them is found then. Every process gets as many batches,
+        since sharded weights are gathered by all at a time; one that is there only for that is marked by False.
+
+        Raises:
+            StreamError: if too many of them cannot be read.
+            TrainingError: if there are fewer than two.
+        """
+        if self._held_out_stream is None or self._held_out is not None:
+            return
+        wanted, main = self.config.evaluation_samples, self.accelerator.is_main_process
+        samples: list[Sample] = []
+        error: Exception | None = None
+        try:
+            read = islice(self._held_out_stream, wanted)
+            samples += tqdm(read, desc="held-out data", total=wanted, unit="pair", leave=False, disable=not main)
+        except StreamError as problem:
+            error = problem
+        if self._highest(error is not None):
+            said = error or "another process cannot read them."
+            raise StreamError(f"Held-out data: {said} Nothing was trained yet.") from error
+        if len(samples) < 2:
+            raise TrainingError(
+                f"Held-out data: {'one pair' if samples else 'no pair'} in all, and a loss needs at least two to tell "
+                "from each other. Give more to `data.evaluation`, or raise `data.validation_share`."
+            )
         # In one step as many pairs are contrasted as in training, as far as one process can hold them.
-        size = max(2, config.batch_size)
+        size = max(2, self.config.batch_size)
         starts = list(range(0, len(samples), size))
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        self._held_out = []
         for first in range(0, len(starts), world):
             number = first + rank
             start = starts[min(number, len(starts) - 1)]
-            yield self.collator.assemble(samples[start : start + size]), number < len(starts)
+            batch = self.collator.assemble(samples[start : start + size])
+            self._held_out.append((batch, number < len(starts)))
+        if main:
+            if self._held_out_stream.faults.bad:
+                tqdm.write(f"held-out data: {self._held_out_stream.faults}")
+            for line in _on_held_out(len(samples), size):
+                tqdm.write(line)
+
+
+def _on_held_out(pairs: int, batch: int) -> Iterator[str]:
+    """What is to be known of measurements on so many pairs, this many at a time."""
+    if pairs < batch:
+        yield (
+            f"held-out data: {pairs} pairs, fewer than `batch_size` {batch}: told from fewer others than in training, "
+            "they have a lower loss; it compares with itself alone."
+        )
+    elif rest := pairs % batch:
+        yield (
+            f"held-out data: {pairs} pairs, of which the loss leaves out {rest}, as it needs batches of equal size "
+            f"({batch}); routing and retrieval are measured on all."
+        )
+    if left_out := [k for k in RECALLS if k >= pairs]:
+        listed = " and ".join(f"R@{k}" for k in left_out)
+        yield f"held-out data: {pairs} pairs are too few for {listed}, which would always be 1."
+
+
+def _all_finite(model: Any) -> bool:
+    parts = (value.to_local() if hasattr(value, "to_local") else value for value in model.parameters())
+    return all(bool(torch.isfinite(part).all()) for part in parts)
+
+
+@contextmanager
+def _no_foreign_bars() -> Iterator[None]:
+    """transformers' bars of writing weights would land in the middle of ours."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
 
 
 def _share_cores(accelerator: Accelerator, num_workers: int) -> None:

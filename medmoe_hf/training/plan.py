@@ -93,6 +93,7 @@ def plan(config: TrainConfig) -> Plan:
         run = TrainingRun(dry)
         if run.accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
+        run.check_data()
         batches = run.batches()
         losses, seconds = [], 0.0
         for _ in range(_STEPS):

@@ -1,6 +1,7 @@
 """The training loop on a few steps of a very small model."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -122,13 +123,17 @@ def test_bad_samples_are_skipped_counted_and_reported(tmp_path, capsys):
     assert record.samples == 24
     assert record.skipped == {"mine: missing image": 1}
     assert json.loads((tmp_path / "out" / "training.json").read_text())["skipped"] == record.skipped
-    assert "1 skipped (mine: 1 missing image)" in capsys.readouterr().out
+    assert re.search(
+        r"training data: 24 samples, 1 skipped\n  mine: 1 missing image \(.*none0.png\)", capsys.readouterr().out
+    )
 
 
 def test_too_many_bad_samples_stop_the_run_with_a_checkpoint(tmp_path):
     source = bad_table(tmp_path, good=24, bad=6)
     run = config(tmp_path / "out", data={"train": source, "num_workers": 0}, max_steps=8)
-    with pytest.raises(StreamError, match=r"6 of 30 samples are faulty.*in 4 steps is in .*step-00000004"):
+    with pytest.raises(
+        StreamError, match=r"(?s)^Training data: 6 of 30 samples are faulty.*in 4 steps is in .*step-00000004"
+    ):
         train(run)
     assert not (tmp_path / "out").exists()
     MedMoEModel.from_pretrained(tmp_path / "out-run" / "checkpoints" / "step-00000004")

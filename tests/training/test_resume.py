@@ -5,6 +5,8 @@ import json
 import multiprocessing
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,8 +20,8 @@ from small_models import SMALL
 from test_loop import config
 
 from medmoe_hf import MedMoEModel
-from medmoe_hf.data import phantom_sample
-from medmoe_hf.training import Interrupted, ResumeError, TrainingError, checkpoints, train
+from medmoe_hf.data import phantom_sample, write_webdataset
+from medmoe_hf.training import Interrupted, ResumeError, TrainConfig, TrainingError, checkpoints, loop, train
 from medmoe_hf.training.checkpoints import find_checkpoints
 from medmoe_hf.training.loop import TrainingRun
 
@@ -117,14 +119,30 @@ def test_workers_may_be_others_after_a_resume(tmp_path, monkeypatch):
     assert_same(weights(tmp_path / "straight"), weights(tmp_path / "stopped"))
 
 
-def test_checkpoints_come_in_their_rhythm_and_only_the_last_and_the_best_stay(tmp_path):
-    rhythm = {"every_steps": 2, "keep_last": 2}
-    run = run_of(tmp_path / "out", table(tmp_path / "data"), checkpoints=rhythm, max_steps=9, learning_rate=1e-2)
+def measuring(monkeypatch, *held_out):
+    """Evaluations give these losses, one after another, whatever the model; the last one again and again."""
+    real, rest = loop.validate, list(held_out)
+
+    def scripted(*arguments):
+        return {**real(*arguments), "loss": rest.pop(0) if len(rest) > 1 else rest[0]}
+
+    monkeypatch.setattr(loop, "validate", scripted)
+
+
+@pytest.mark.parametrize(("held_out", "kept"), [((2.0, 3.0), [4, 6, 8]), ((3.0, 2.0), [6, 8])])
+def test_checkpoints_come_in_their_rhythm_and_only_the_last_and_the_best_stay(tmp_path, monkeypatch, held_out, kept):
+    """The best is that of step 4, or that of step 8, which is among the last two."""
+    measuring(monkeypatch, *held_out)
+    run = run_of(
+        tmp_path / "out",
+        {"kind": "phantom", "image_size": 64},
+        checkpoints={"every_steps": 2, "keep_last": 2},
+        max_steps=9,
+    )
     record = train(run)
-    steps = [int(path.name[5:]) for path in find_checkpoints(run.run_dir / "checkpoints")]
-    before_last = [entry for entry in record.evaluations if entry["step"] < 9]
-    best = min(before_last, key=lambda entry: entry["loss"])["step"]
-    assert steps == sorted({6, 8, best})
+    assert [entry["step"] for entry in record.evaluations] == [4, 8, 9]
+    assert record.best_step == kept[0] if kept[0] == 4 else 8
+    assert [int(path.name[5:]) for path in find_checkpoints(run.run_dir / "checkpoints")] == kept
     newest = run.run_dir / "checkpoints" / "step-00000008"
     assert torch.isfinite(MedMoEModel.from_pretrained(newest).vision_model.router.fc2.weight).all()
 
@@ -157,10 +175,8 @@ def test_another_configuration_is_refused_with_each_difference(tmp_path):
     assert "  learning_rate: 0.001 then, 0.002 now\n  seed: 0 then, 5 now\n" in str(error.value)
     assert "log_every" not in str(error.value)
     place = find_checkpoints(run.run_dir / "checkpoints")[0]
-    state = json.loads((place / "training_state" / "state.json").read_text())
-    (place / "training_state" / "state.json").write_text(json.dumps({**state, "world_size": 4}))
-    with pytest.raises(ResumeError, match="processes: 4 then, 1 now"):
-        train(run, place)
+    with pytest.raises(ResumeError, match="processes: 1 then, 4 now"):
+        checkpoints.read_state(place, run.model_dump(mode="json"), 4)
 
 
 def test_a_run_is_not_begun_over_another_and_resume_needs_a_checkpoint(tmp_path):
@@ -169,11 +185,172 @@ def test_a_run_is_not_begun_over_another_and_resume_needs_a_checkpoint(tmp_path)
         train(run)
     with pytest.raises(ResumeError, match="is no checkpoint of a run"):
         train(run, tmp_path / "nothing")
-    (find_checkpoints(run.run_dir / "checkpoints")[0] / "training_state" / "optimizer.safetensors").write_bytes(b"cut")
-    with pytest.raises(ResumeError, match=r"step-00000001 is no checkpoint that training can go on from"):
-        train(run, "auto")
     fresh = run.model_copy(update={"output_dir": tmp_path / "fresh"})
     assert train(fresh, "auto").steps == 6  # nothing to resume: from the beginning
+
+
+DAMAGES = {
+    "no optimizer": ("training_state/optimizer.safetensors", None, "is missing"),
+    "no average": ("training_state/ema.safetensors", None, "is missing"),
+    "no random numbers": ("training_state/random.safetensors", None, "is missing"),
+    "no state": ("training_state/state.json", None, "is missing"),
+    "no weights": ("model.safetensors", None, "is missing"),
+    "no tokenizer": ("tokenizer.json", None, "is missing"),
+    "weights cut off": ("model.safetensors", lambda content: content[:-1000], r"has \d+ bytes in place of \d+"),
+    "a flipped bit": (
+        "training_state/optimizer.safetensors",
+        lambda content: content[:-9] + bytes([content[-9] ^ 1]) + content[-8:],
+        r"is damaged \(its checksum differs\)",
+    ),
+    "another state": (
+        "training_state/state.json",
+        lambda content: content.replace(b'"step": 4', b'"step": 5'),
+        r"is damaged \(its checksum differs\)",
+    ),
+    "a foreign file": ("training_state/weights.safetensors", lambda _: b"x", "does not belong to it"),
+    "no manifest": ("training_state/manifest.json", None, "which lists its files: it is not whole"),
+    "manifest cut off": ("training_state/manifest.json", lambda content: content[:-20], "cannot be read"),
+}
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory):
+    """Of a run that was stopped after step 4; and the weights of one that was not."""
+    folder = tmp_path_factory.mktemp("two")
+    source = {"kind": "phantom", "image_size": 64}
+    changes = {"max_steps": 6, "checkpoints": {"every_steps": 2, "keep_best": False}}
+    train(run_of(folder / "straight", source, **changes))
+    run = run_of(folder / "out", source, **changes)
+    part = TrainingRun(run)
+    step = part.step
+
+    def and_stop(batches):
+        step(batches)
+        part._signal = signal.SIGTERM if part.record.steps == 4 else 0
+
+    part.step = and_stop
+    with pytest.raises(Interrupted):
+        part.to_the_end()
+    return run, weights(folder / "straight")
+
+
+@pytest.fixture
+def copied(tmp_path, two_checkpoints):
+    """The stopped run in a folder of its own: it, its two checkpoints, and the weights it is to end with."""
+    run, expected = two_checkpoints
+    shutil.copytree(run.run_dir, tmp_path / "out-run")
+    run = run.model_copy(update={"output_dir": tmp_path / "out"})  # which may change
+    older, newest = find_checkpoints(run.run_dir / "checkpoints")
+    assert (older.name, newest.name) == ("step-00000002", "step-00000004")
+    return run, older, newest, expected
+
+
+def damaged(newest, damage):
+    name, change, said = DAMAGES[damage]
+    file = newest / name
+    before = file.read_bytes() if file.exists() else b""
+    if change is None:
+        file.unlink()
+    else:
+        file.write_bytes(change(before))
+        assert file.read_bytes() != before
+    return f"step-00000004.*{name}.*{said}"
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_refused_by_name(copied, damage):
+    run, older, newest, _ = copied
+    checkpoints.check(newest)
+    said = damaged(newest, damage)
+    with pytest.raises(ResumeError, match=said):
+        train(run, newest)
+    found, problems = checkpoints.newest_whole(run.run_dir / "checkpoints")
+    assert found == older
+    assert len(problems) == 1
+    assert re.search(said, problems[0])
+
+
+def test_auto_takes_the_newest_checkpoint_that_is_whole_and_says_so(copied, capsys):
+    run, _, newest, expected = copied
+    said = damaged(newest, "no average")
+    assert train(run, "auto").resumed == [2]
+    out = capsys.readouterr().out
+    assert re.search(f"Skipped: .*{said}", out)
+    assert re.search("Going on from .*step-00000002, the newest checkpoint that is whole", out)
+    assert_same(weights(run.output_dir), expected)
+    checkpoints.check(newest)  # written anew on the way
+
+
+def test_without_a_whole_checkpoint_nothing_begins_anew_by_itself(copied):
+    run, older, newest, _ = copied
+    (older / "model.safetensors").unlink()
+    (newest / "training_state" / "ema.safetensors").write_bytes(b"")
+    with pytest.raises(ResumeError) as error:
+        train(run, "auto")
+    said = str(error.value)
+    assert "step-00000002 is not whole: model.safetensors is missing" in said
+    assert "step-00000004 is not whole: training_state/ema.safetensors has 0 bytes in place of" in said
+
+
+def test_a_run_taken_up_at_an_older_checkpoint_loses_none_and_writes_later_ones_anew(copied):
+    """With one kept, the checkpoint of step 4 of before must not push out that of step 3."""
+    run, older, newest, _ = copied
+    rhythm = run.checkpoints.model_copy(update={"every_steps": 1, "keep_last": 1})
+    run = run.model_copy(update={"checkpoints": rhythm})
+    (newest / "left.txt").write_text("of before")
+    part, seen = TrainingRun(run, older), []
+    save = part.save_checkpoint
+
+    def and_look(*arguments, **options):
+        save(*arguments, **options)
+        names = [int(path.name[5:]) for path in find_checkpoints(run.run_dir / "checkpoints")]
+        seen.append((names, (newest / "left.txt").exists()))
+
+    part.save_checkpoint = and_look
+    part.to_the_end()
+    assert seen == [([3, 4], True), ([4], False), ([5], False)]
+
+
+CHANGES = {
+    "row added": r"of other training data.*t\.csv: \d+ bytes .* then, \d+ bytes .* now",
+    "held-out row added": r"of other held-out data.*held\.csv: \d+ bytes .* then, \d+ bytes .* now",
+    "tar removed": r"of other training data.*phantom-000001\.tar: not there any more",
+    "tar added": r"of other training data.*zz\.tar: new",
+    "tar swapped": r"of other training data.*phantom-000001\.tar: \d+ bytes .* then, \d+ bytes .* now",
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_other_data_behind_the_same_names_are_refused(tmp_path, kind):
+    data = tmp_path / "data"
+    source = table(data, rows=12)
+    lines = (data / "t.csv").read_text().split("\n")
+    (data / "held.csv").write_text("\n".join([lines[0], *lines[2:8]]))
+    if kind.startswith("tar"):
+        write_webdataset(data / "tars", shards=3, samples_per_shard=6, image_size=64)
+        write_webdataset(data / "more", shards=1, samples_per_shard=6, image_size=64, seed=7)
+        source = {"kind": "webdataset", "files": [str(data / "tars" / "*.tar")]}
+    held_out = {"kind": "csv", "files": [str(data / "held.csv")], "image": "path", "caption": "report"}
+    run = run_of(tmp_path / "out", source, max_steps=6)
+    run = TrainConfig.from_dict(
+        run.model_dump(mode="json") | {"data": run.data.model_dump(mode="json") | {"evaluation": held_out}}
+    )
+    part = TrainingRun(run)
+    part._signal = signal.SIGTERM
+    with pytest.raises(Interrupted):
+        part.to_the_end()
+    tars = sorted((data / "tars").glob("*.tar"))
+    if kind == "tar removed":
+        tars[1].unlink()
+    elif kind == "tar added":
+        shutil.copy(tars[0], data / "tars" / "zz.tar")
+    elif kind == "tar swapped":
+        shutil.copy(next((data / "more").glob("*.tar")), tars[1])
+    else:
+        with (data / ("held.csv" if kind.startswith("held") else "t.csv")).open("a") as file:
+            file.write(f"\n{lines[2]}")
+    with pytest.raises(ResumeError, match=f"(?s)step-00000001 is {CHANGES[kind]}"):
+        train(run, "auto")
 
 
 def killed_while_writing(run):
