@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from medmoe_hf.console import close_bars, hide_foreign_bars
+
 app = typer.Typer(
     help="MedMoE for Hugging Face: train, publish and evaluate modality-specialised medical image-text models.",
     no_args_is_help=True,
@@ -45,6 +47,7 @@ def train(
         try:
             record = run(read, resume)
         except Interrupted as interruption:
+            close_bars()
             if _main_process():
                 typer.echo(f"medmoe train: {interruption}", err=True)
             raise typer.Exit(128 + interruption.signal) from interruption
@@ -150,9 +153,11 @@ def _main_process() -> bool:
 def _errors_of(command: str, *others: type[Exception]) -> Iterator[None]:
     """What a user can mend, in a line and without a traceback; `others` are a command's own."""
     mendable: tuple[type[Exception], ...] = (ValueError, ImportError, OSError, *others)
+    hide_foreign_bars()
     try:
         yield
     except mendable as error:
+        close_bars()
         raise SystemExit(f"medmoe {command}: {error}") from error
 
 
@@ -444,20 +449,21 @@ def search(
     out: Annotated[Path, typer.Argument(help="Folder that `medmoe encode` wrote.")],
     text: Annotated[str | None, typer.Option(help="What to look for, in words.")] = None,
     image: Annotated[Path | None, typer.Option(help="Or an image to find the like of.")] = None,
-    among: Annotated[Literal["images", "reports"], typer.Option(help="What is compared with it.")] = "images",
+    among: Annotated[
+        Literal["images", "reports"],
+        typer.Option(help="What is compared with it; reports are shown if `encode` kept them (--keep-captions)."),
+    ] = "images",
     modality: Annotated[str | None, typer.Option(help="Only images that are routed to this expert.")] = None,
-    k: Annotated[int, typer.Option("-k", min=1, help="How many.")] = 10,
+    k: Annotated[int, typer.Option("-k", "--k", min=1, help="How many.")] = 10,
     model: Annotated[str | None, typer.Option(help="Where the model is now, if it was moved.")] = None,
 ) -> None:
     """Find the pairs nearest to a text or an image. Captions, if they were kept, are printed: mind who reads along."""
+    from medmoe_hf.search import hits_table
     from medmoe_hf.search import search as find
 
     with _errors_of("search"):
         hits = find(out, text, image, among=among, modality=modality, k=k, model=model)
-    for hit in hits:
-        typer.echo(str(hit))
-    if not hits:
-        typer.echo("Nothing was routed there.")
+    typer.echo(hits_table(hits, among) if hits else f"No image of {out} is routed to {modality}.")
 
 
 evaluation = typer.Typer(help="Measure models on a copy of a known data set.", no_args_is_help=True)

@@ -1,12 +1,18 @@
 """The `medmoe` command: what a person types and reads."""
 
+import io
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
 import pytest
+from huggingface_hub.utils import are_progress_bars_disabled
+from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner
 
-from medmoe_hf.cli import app
+from medmoe_hf.cli import _errors_of, app
 
 run = CliRunner().invoke
 
@@ -86,3 +92,25 @@ def test_convert_and_init_write_folders_and_explain_errors(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"out", "new"}
     result = run(app, ["init", str(tmp_path / "other"), "--preset", "paper"])
     assert "--tokenizer" in str(result.exception)
+
+
+def test_an_error_begins_on_its_own_line_below_a_bar():
+    stream = io.StringIO()
+    bar = tqdm(total=3, file=stream)
+    bar.update()
+    assert not stream.getvalue().endswith("\n")
+    with pytest.raises(SystemExit, match="medmoe train: the disk is full"), _errors_of("train"):
+        raise OSError("the disk is full")
+    assert stream.getvalue().endswith("\n")
+
+
+def test_bars_of_transformers_are_hidden_and_those_of_downloads_are_not(monkeypatch):
+    monkeypatch.setattr(transformers_logging, "_tqdm_active", True)
+    with _errors_of("train"):
+        assert not transformers_logging.is_progress_bar_enabled()
+        assert not are_progress_bars_disabled()
+
+
+def test_importing_the_package_prints_nothing():
+    imported = subprocess.run([sys.executable, "-c", "import medmoe_hf"], capture_output=True, text=True, check=True)
+    assert imported.stdout + imported.stderr == ""

@@ -1,6 +1,15 @@
 """Bulk encoding of image-report pairs, and search in what was encoded."""
 
 from medmoe_hf.search.encode import EncodeError, EncodeRecord, encode_sources, encode_texts
-from medmoe_hf.search.index import EmbeddingIndex, Hit, search
+from medmoe_hf.search.index import EmbeddingIndex, Hit, hits_table, search
 
-__all__ = ["EmbeddingIndex", "EncodeError", "EncodeRecord", "Hit", "encode_sources", "encode_texts", "search"]
+__all__ = [
+    "EmbeddingIndex",
+    "EncodeError",
+    "EncodeRecord",
+    "Hit",
+    "encode_sources",
+    "encode_texts",
+    "hits_table",
+    "search",
+]

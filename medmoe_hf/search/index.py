@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from medmoe_hf.console import text_table
 from medmoe_hf.data.atomic import whole_folder
 from medmoe_hf.model import MedMoEModel, MedMoEProcessor
 from medmoe_hf.search.encode import (
@@ -64,9 +65,36 @@ class Hit:
     probability: float
     caption: str | None = None
 
+    @property
+    def place(self) -> str:
+        """The image's file, or the shard and the row where it has none of its own."""
+        return f"{self.shard}, row {self.row}" if self.key == self.shard else self.key
+
     def __str__(self) -> str:
         said = "" if self.caption is None else f"  {self.caption}"
-        return f"{self.score:.3f}  {self.modality} ({self.probability:.2f})  {self.source}  {self.key}{said}"
+        return f"{self.score:.3f}  {self.modality} ({self.probability:.2f})  {self.place}{said}"
+
+
+def hits_table(hits: Sequence[Hit], among: Among) -> str:
+    """Hits in columns under a header, and what a reader has to know about them.
+
+    Args:
+        hits: at least one.
+        among: what was searched.
+    """
+    # A source is called by its path unless it has a name, and then the images' paths say it too.
+    named = not all(hit.place.startswith(hit.source) for hit in hits)
+    captions = hits[0].caption is not None
+    rows = [["cosine", "routed to", *["source"] * named, "image", *["report"] * captions]]
+    for hit in hits:
+        routed = f"{hit.modality} ({hit.probability:.2f})"
+        said = [] if hit.caption is None else [" ".join(hit.caption.split())]
+        rows.append([f"{hit.score:.3f}", routed, *[hit.source] * named, hit.place, *said])
+    lines = [text_table(rows)]
+    if among == "reports" and not captions:
+        lines.append("These are the images of the reports. The reports themselves were not kept: encode with")
+        lines.append("--keep-captions to see them here.")
+    return "\n".join(lines)
 
 
 class EmbeddingIndex:
@@ -246,14 +274,16 @@ def search(
     k: int = 10,
     model: str | Path | None = None,
 ) -> list[Hit]:
-    """The pairs whose image (or report) is nearest to a text or an image.
+    """The images that are nearest to a text or an image, or whose report is; each image file once.
+
+    An image that stands in several pairs, with a report each, is given with the nearest of them.
 
     Args:
         out: a folder that `encode_sources` wrote.
         text, image: the query, one of the two: a sentence, or an image file (DICOM and NIfTI too).
         among: whether images or reports are compared with it.
         modality: name, alias or id of the expert that the pairs' images are sent to; None for all.
-        k: how many.
+        k: how many images.
         model: folder or Hub id; None takes the one that the embeddings were made with, where it was then.
 
     Raises:
@@ -279,4 +309,12 @@ def search(
         with torch.inference_mode():
             outputs = loaded.get_image_features(**processor(images=str(image), return_tensors="pt"), local=False)
             query = nn.functional.normalize(outputs.pooler_output[0].float(), dim=-1)
-    return index.search(query.numpy(), k, modality)
+    asked = k
+    while True:
+        hits = index.search(query.numpy(), asked, modality)
+        images: dict[tuple[str, str], Hit] = {}
+        for hit in hits:
+            images.setdefault((hit.source, hit.place), hit)
+        if len(images) >= k or len(hits) < asked:
+            return list(images.values())[:k]
+        asked *= 2

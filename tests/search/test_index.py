@@ -8,11 +8,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from encoding_process import add_samples, model_folder, png
+from typer.testing import CliRunner
 
 from medmoe_hf import MedMoEModel, MedMoEProcessor
+from medmoe_hf.cli import app
 from medmoe_hf.data import MODALITIES, phantom_sample, write_webdataset
-from medmoe_hf.data.sources import PhantomSource, WebDatasetSource
-from medmoe_hf.search import EmbeddingIndex, EncodeError, encode_sources, index, search
+from medmoe_hf.data.sources import PhantomSource, TableSource, WebDatasetSource
+from medmoe_hf.search import EmbeddingIndex, EncodeError, Hit, encode_sources, hits_table, index, search
 
 faiss = pytest.importorskip("faiss")
 
@@ -305,6 +307,73 @@ def test_a_folder_of_an_earlier_version_is_searched(copied):
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(EncodeError, match=f"{path.name} is damaged"):
         EmbeddingIndex(copied)
+
+
+@pytest.fixture(scope="module")
+def several_reports(tmp_path_factory, model):
+    """Three images, the first of them with three reports; without captions."""
+    folder = tmp_path_factory.mktemp("several")
+    rows = ["path,report"]
+    for number, times in ((0, 3), (1, 1), (2, 1)):
+        phantom_sample(0, number, image_size=64)["image"].save(folder / f"{number}.png")
+        rows += [f"{number}.png,report {number} {time}" for time in range(times)]
+    (folder / "reports.csv").write_text("\n".join(rows) + "\n")
+    source = TableSource(kind="csv", files=[str(folder / "reports.csv")], name=str(folder))
+    encode_sources([source], folder / "out", model)
+    return folder
+
+
+@pytest.mark.parametrize("among", ["images", "reports"])
+def test_an_image_with_several_reports_is_found_once_by_its_nearest(several_reports, among):
+    folder = several_reports
+    pairs = EmbeddingIndex(folder / "out", among)
+    assert len(pairs) == 5
+    hits = search(folder / "out", image=folder / "0.png", among=among, k=2)
+    assert len({hit.key for hit in hits}) == 2
+    hits = search(folder / "out", image=folder / "0.png", among=among, k=5)
+    assert {hit.key for hit in hits} == {str(folder / f"{number}.png") for number in range(3)}
+    assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+    if among == "reports":
+        table = pyarrow.parquet.read_table(sorted((folder / "out").glob("*.parquet"))[0])
+        query = np.stack(table["image_embeds"].to_numpy())[0].astype(np.float32)
+        scores = np.stack(table["text_embeds"].to_numpy()).astype(np.float32) @ query
+        (first,) = (hit for hit in hits if hit.key.endswith("0.png"))
+        assert first.score == pytest.approx(scores[:3].max(), abs=1e-3)
+        assert scores[:3].max() - scores[:3].min() > 2e-3
+
+
+def test_what_the_command_prints(several_reports, planted):
+    folder = several_reports
+    arguments = ["search", str(folder / "out"), "--image", str(folder / "0.png")]
+    result = CliRunner().invoke(app, [*arguments, "--k", "2"])
+    header, *lines = result.stdout.splitlines()
+    assert header.split() == ["cosine", "routed", "to", "image"]
+    assert len(lines) == 2
+    assert lines[0].endswith(f"  {folder}/0.png")
+    assert lines[0].startswith("1.000  ")
+    assert "--keep-captions" not in result.stdout
+    result = CliRunner().invoke(app, [*arguments, "-k", "2", "--among", "reports"])
+    assert "--keep-captions" in result.stdout
+
+    folder, caption = planted
+    result = CliRunner().invoke(app, ["search", str(folder / "out"), "--text", caption, "--among", "reports"])
+    header, *lines = result.stdout.splitlines()
+    assert header.split() == ["cosine", "routed", "to", "source", "image", "report"]
+    assert len(lines) == 10
+    assert lines[0].endswith(f"  {caption}")
+    assert "  mine    " in lines[0]
+    assert len({line.index("mine") for line in lines} | {header.index("source")}) == 1
+    assert "--keep-captions" not in result.stdout
+
+
+def test_rows_of_a_file_that_holds_images_are_told_apart(planted):
+    hits = [Hit(0.5, "a.parquet", "a.parquet", row, "a.parquet", "ct", 0.9) for row in (3, 17)]
+    assert [hit.place for hit in hits] == ["a.parquet, row 3", "a.parquet, row 17"]
+    assert hits_table(hits, "images").splitlines() == [
+        "cosine  routed to  image",
+        "0.500   ct (0.90)  a.parquet, row 3",
+        "0.500   ct (0.90)  a.parquet, row 17",
+    ]
 
 
 def test_without_faiss_it_says_what_to_install(planted, monkeypatch):
