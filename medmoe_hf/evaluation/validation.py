@@ -28,6 +28,9 @@ def validate(
     last batch that is not full, counts for routing and retrieval. Retrieval is by the global embeddings, among all
     pairs of all batches.
 
+    Losses have the positives of training (`config.positives`): where several pairs mean the same, they fall no lower
+    than the entropy of the targets.
+
     Args:
         model: a `MedMoEModel`; it is put back into the mode it was in.
         batches: on the model's device, at least one.
@@ -88,10 +91,17 @@ def validate(
     }
 
 
-def describe(metrics: Mapping[str, float]) -> str:
-    """What `validate` measured in a line, each number with what it is of."""
+def describe(metrics: Mapping[str, float], positives: str = "none") -> str:
+    """What `validate` measured in a line, each number with what it is of.
+
+    Args:
+        metrics: of `validate`.
+        positives: the model's `config.positives`; losses are named as such unless it is `"none"`.
+    """
+    told = "" if positives == "none" else f", positives by {positives.replace('_', ' ')}"
     parts = [
-        f"held-out loss {metrics['loss']:.3f} ({metrics['loss_pairs']} pairs, {metrics['loss_batch_size']} at a time)"
+        f"held-out loss {metrics['loss']:.3f} ({metrics['loss_pairs']} pairs, {metrics['loss_batch_size']} at a time"
+        f"{told})"
     ]
     for names, of in (
         (("routing_image", "routing_report"), f"of {metrics['routing_pairs']}"),

@@ -310,6 +310,11 @@ class MedMoEConfig(MedMoETextConfig):
         learned_scale: whether the global loss has an inverse temperature of its own that is trained (`logit_scale`,
             from 1/0.07, at most 100) in the place of `temp3`.
         contrast: whether the two directions of a contrastive loss are added (`"sum"`) or averaged (`"mean"`).
+        positives: which pairs of a batch are positives of each other, in the global loss and in GLoRIA's local one:
+            `"none"` (every pair its own), those of an equal `"caption"` or `"label"` (the `positive_groups` that
+            `ContrastiveCollator` makes and the model is given; UniCL, Yang et al., CVPR 2022), or all in the measure
+            of `"text_similarity"`, a softmax over the cosines of report embeddings (MedCLIP, Wang et al., EMNLP 2022).
+        positives_temperature: temperature of that softmax; the lower, the less two texts may differ.
         aux_loss_on: what the auxiliary cross-entropy is given: the routers' `"logits"`, or their `"probabilities"`
             (the official code: a second softmax, which never falls below 1.04 for six experts).
         aux_label_smoothing: share of the auxiliary target that is spread over all modalities.
@@ -339,6 +344,8 @@ class MedMoEConfig(MedMoETextConfig):
     temp3: float | int = 10.0
     learned_scale: bool = False
     contrast: Literal["sum", "mean"] = "sum"
+    positives: Literal["none", "caption", "label", "text_similarity"] = "none"
+    positives_temperature: float | int = 0.05
     aux_loss_on: Literal["logits", "probabilities"] = "logits"
     aux_label_smoothing: float | int = 0.0
     global_loss_weight: float | int = 1.0
@@ -396,7 +403,7 @@ class MedMoEConfig(MedMoETextConfig):
             raise ValueError(f"Without `projection_dim` the widths must agree, got {listed}. Set `projection_dim`.")
 
     def validate_temperatures(self) -> None:
-        _positive(self, "temp1", "temp2", "temp3")
+        _positive(self, "temp1", "temp2", "temp3", "positives_temperature")
         if self.temp1_regions is not None:
             _positive(self, "temp1_regions")
 

@@ -32,21 +32,73 @@ def cosine_logits(image_embeds: Tensor, text_embeds: Tensor, scale: float) -> Te
         return scale * image @ text.t()
 
 
-def contrastive_loss(logits_per_image: Tensor, contrast: str = "sum") -> Tensor:
-    """InfoNCE in both directions (section 4.4); image i and caption i belong together.
+def group_targets(groups: Tensor) -> Tensor:
+    """Multi-positive targets: row i is uniform over P(i) = {j : g_j = g_i}, the positives of pair i.
+
+    UniCL (Yang et al., "Unified Contrastive Learning in Image-Text-Label Space", CVPR 2022).
 
     Args:
-        logits_per_image: (B, B).
+        groups: (B,) integers, the same for pairs that mean the same; a negative one is unknown and makes a pair its
+            own only positive.
+
+    Returns:
+        (B, B) float32, rows that sum to 1. Symmetric.
+    """
+    positive = (groups.unsqueeze(1) == groups) & (groups >= 0)
+    positive.fill_diagonal_(True)
+    return positive.float() / positive.sum(dim=1, keepdim=True)
+
+
+def text_similarity_targets(text_embeds: Tensor, temperature: float) -> Tensor:
+    """Soft targets: T_ij = softmax_j(cos(t_i, t_j) / temperature), the cosine of a text with itself being 1.
+
+    MedCLIP (Wang et al., "MedCLIP: Contrastive Learning from Unpaired Medical Images and Text", EMNLP 2022), which
+    takes the cosines of extracted entities at a temperature of 1. As the temperature approaches 0 this becomes
+    `group_targets` of equal texts.
+
+    Args:
+        text_embeds: (B, D), what the texts are compared by. No gradient flows into it.
+        temperature: greater than 0.
+
+    Returns:
+        (B, B) float32, rows that sum to 1.
+    """
+    with torch.autocast(text_embeds.device.type, enabled=False):
+        text = nn.functional.normalize(text_embeds.detach().float(), dim=-1)
+        cosines = (text @ text.t()).fill_diagonal_(1.0)
+        return (cosines / temperature).softmax(dim=-1)
+
+
+def contrastive_loss(logits_per_image: Tensor, contrast: str = "sum", targets: Tensor | None = None) -> Tensor:
+    """The contrastive loss in both directions: InfoNCE (section 4.4), or its multi-positive form.
+
+    With s = `logits_per_image` and T = `targets` the direction from images to captions is
+    -1/B Σ_i Σ_j T_ij log softmax_j(s_ij), and the other one the same of the transposed s. Where T is the identity,
+    value and gradient equal those without targets bit for bit.
+
+    Args:
+        logits_per_image: (B, B), image i and caption i being a pair.
         contrast: whether the directions are added (`"sum"`) or averaged (`"mean"`).
+        targets: (B, B), rows that sum to 1: how much caption j is a positive of image i, and image j of caption i.
+            See `group_targets` and `text_similarity_targets`. None: each pair is its own only positive.
     """
     if logits_per_image.shape[0] != logits_per_image.shape[1]:
         rows, columns = logits_per_image.shape
         raise ValueError(f"A contrastive loss needs a caption for each image, got {rows} images, {columns} captions.")
-    target = torch.arange(logits_per_image.shape[0], device=logits_per_image.device)
-    both = nn.functional.cross_entropy(logits_per_image, target) + nn.functional.cross_entropy(
-        logits_per_image.t(), target
-    )
+    both = _cross_entropy(logits_per_image, targets) + _cross_entropy(logits_per_image.t(), targets)
     return both if contrast == "sum" else both / 2
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor | None) -> Tensor:
+    """-1/B Σ_i Σ_j T_ij log softmax_j(s_ij), T the identity if there are no targets."""
+    own = torch.arange(logits.shape[0], device=logits.device)
+    loss = nn.functional.cross_entropy(logits, own)
+    if targets is None:
+        return loss
+    # Against T_i instead of the own column it is larger by Σ_j (δ_ij - T_ij) s_ij. These weights sum to 0 in a row, so
+    # s_ii may be taken off s_ij for precision, and they are all exactly 0 where a pair is its own only positive.
+    weights = torch.eye(len(logits), device=logits.device) - targets
+    return loss + (weights * (logits - logits.detach().diagonal().unsqueeze(1))).sum() / len(logits)
 
 
 # Elements of the largest intermediate tensor: small enough to stay in the caches' and the allocator's reach, large
@@ -518,10 +570,11 @@ def local_terms(
     return local_logits(config, local_embeds, word_embeds, word_mask)
 
 
-def _loss_of_terms(config: Any, terms: Tensor, has_words: Tensor) -> Tensor:
+def _loss_of_terms(config: Any, terms: Tensor, has_words: Tensor, targets: Tensor | None = None) -> Tensor:
     if config.local_loss == "token":
+        # A word is contrasted with the other words of its own report: no other pair is a negative.
         return terms.sum() / has_words.sum().clamp_min(1)
-    return contrastive_loss(terms, config.contrast)
+    return contrastive_loss(terms, config.contrast, targets)
 
 
 def local_loss(config: Any, local_embeds: Tensor, word_embeds: Tensor, word_mask: Tensor) -> Tensor:
@@ -534,17 +587,25 @@ def training_losses(
     scale: Any,
     image_embeds: Tensor,
     text_embeds: Tensor,
+    report_embeds: Tensor,
     terms: Tensor,
     has_words: Tensor,
     router_logits: Sequence[Tensor],
     modality_labels: Tensor | None,
     gather: Callable[[Tensor], Tensor] | None = None,
+    positive_groups: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The total loss and its parts (sections 4.4-4.6).
+
+    The positives of a pair, in the global loss and in GLoRIA's local one, are those of `positive_groups`; without
+    these, with `config.positives` `"text_similarity"`, they follow from the reports' cosines; else it is its own. The
+    `token` loss contrasts words within one report, and knows no other pair.
 
     Args:
         scale: inverse temperature of the global similarity.
         image_embeds, text_embeds: (b, D); pair i is row i of both.
+        report_embeds: (b, C), t_g before its projection, from which `"text_similarity"` takes the targets: what the
+            text tower knows of the reports, not what the contrast has made of it.
         terms: of `local_terms`.
         has_words: (b,) bool, whether a report has any.
         router_logits: (b, K) each, of the image router and of the report router where there is one.
@@ -552,17 +613,23 @@ def training_losses(
         gather: (b, ...) to (B, ...), the rows of all processes in the same order everywhere, its backward the sum of
             their gradients. The loss is then the same everywhere, and the *mean* of the processes' gradients is that
             of one process with all rows. None: B = b.
+        positive_groups: (b,), see `group_targets`.
 
     Returns:
         `loss`, and without their weights `loss_global`, `loss_local`, `loss_aux`.
     """
     together = gather if gather is not None else _alone
+    targets = None
+    if positive_groups is not None:
+        targets = group_targets(together(positive_groups))
+    elif config.positives == "text_similarity":
+        targets = text_similarity_targets(together(report_embeds.detach()), config.positives_temperature)
     losses = {
         "loss_global": contrastive_loss(
-            cosine_logits(together(image_embeds), together(text_embeds), scale), config.contrast
+            cosine_logits(together(image_embeds), together(text_embeds), scale), config.contrast, targets
         )
     }
-    losses["loss_local"] = _loss_of_terms(config, together(terms), together(has_words))
+    losses["loss_local"] = _loss_of_terms(config, together(terms), together(has_words), targets)
     losses["loss_aux"] = losses["loss_global"].new_zeros(())
     if modality_labels is not None:
         labels = together(modality_labels)

@@ -1348,6 +1348,7 @@ class MedMoEModel(MedMoEPreTrainedModel):
         modality: Any = None,
         return_loss: bool | None = None,
         gather: Callable[[Tensor], Tensor] | None = None,
+        positive_groups: Tensor | None = None,
         **kwargs: Any,
     ) -> MedMoEOutput | MedMoEVisionOutput | MedMoETextOutput:
         """Compares images with texts; with only one of the two, gives `get_image_features` or `get_text_features`.
@@ -1363,6 +1364,9 @@ class MedMoEModel(MedMoEPreTrainedModel):
             return_loss: whether to compute the losses.
             gather: puts a tensor's rows (b, ...) of all processes together, (B, ...), differentiably; the losses then
                 contrast over all of them. None contrasts within this batch.
+            positive_groups: (B,) integers, the same for pairs that mean the same: they are positives of each other in
+                the losses (see `losses_medmoe.contrastive_loss`). -1 is unknown: a pair of its own. None: all are,
+                unless `config.positives` is `"text_similarity"`.
             **kwargs: `modality_labels`, (B,), what the routers should have said, for the auxiliary loss; -100 is
                 ignored. The rest goes to the towers.
         """
@@ -1381,12 +1385,18 @@ class MedMoEModel(MedMoEPreTrainedModel):
         vision, config = self.vision_model, self.config
         text = self._encode_text(input_ids, attention_mask, token_type_ids, word_ids, **kwargs)
         report_logits = None if self.report_router is None else self.report_router(text.pooler_output)
+        report_embeds = text.pooler_output
         text = self._project_text(text)
         backbone_output = vision.encode(pixel_values, **kwargs)
         router_logits = vision.router(backbone_output.pooler_output)
         if return_loss and len(pixel_values) != len(input_ids):
             raise ValueError(
                 f"`return_loss` needs one text for each image, got {len(pixel_values)} images, {len(input_ids)} texts."
+            )
+        if return_loss and positive_groups is not None and positive_groups.shape != input_ids.shape[:1]:
+            raise ValueError(
+                f"`positive_groups` needs one id for each of {len(input_ids)} pairs, got the shape "
+                f"{tuple(positive_groups.shape)}."
             )
         # With `router="both"` reports have a router too, but it selects nothing.
         selecting = report_logits if config.router == "report" else None
@@ -1415,11 +1425,13 @@ class MedMoEModel(MedMoEPreTrainedModel):
                 self.global_scale,
                 image_embeds,
                 text.pooler_output,
+                report_embeds,
                 local_terms(config, local, text.word_embeds, text.word_mask, gather),
                 text.word_mask.any(dim=1),
                 [logits for logits in (router_logits, report_logits) if logits is not None],
                 modality_labels,
                 gather,
+                positive_groups,
             )
         return MedMoEOutput(
             logits_per_image=logits_per_image,

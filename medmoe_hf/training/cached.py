@@ -44,6 +44,7 @@ class _Part:
         expert_ids: (b,).
         mixture: (b, K) or None.
         modality: the caller's, which overrules the routers.
+        report_embeds: (b, C), before their projection.
     """
 
     texts: dict[str, Any]
@@ -56,6 +57,7 @@ class _Part:
     expert_ids: Tensor
     mixture: Tensor | None
     modality: Any
+    report_embeds: Tensor
 
     def rows(self, expert: int) -> Tensor | slice:
         """The images that an expert computes."""
@@ -106,11 +108,13 @@ def cached_step(
             model.global_scale,
             column["image"],
             column["text"],
+            torch.cat([part.report_embeds for part in parts]),
             column["terms"],
             mask.any(dim=1),
             [column[name] for name in ("router", "report_router") if name in column],
             torch.cat([batch["modality_labels"] for batch in batches]),
             gather_rows,
+            torch.cat([batch["positive_groups"] for batch in batches]) if "positive_groups" in batches[0] else None,
         )
         backward(losses["loss"])
         _back_through_experts(model, parts, every, norms, autocast)
@@ -127,10 +131,10 @@ def _encode(model: MedMoEModel, batch: dict[str, Any]) -> _Part:
     texts = {
         name: value
         for name, value in batch.items()
-        if name not in ("pixel_values", "modality", "modality_labels", "return_loss")
+        if name not in ("pixel_values", "modality", "modality_labels", "positive_groups", "return_loss")
     }
     state = _random_state(batch["pixel_values"].device)
-    outputs, word_mask = _text_outputs(model, texts)
+    outputs, word_mask, report_embeds = _text_outputs(model, texts)
     backbone = vision.encode(batch["pixel_values"])
     outputs["router"] = vision.router(backbone.pooler_output)
     selecting = outputs["report_router"] if model.config.router == "report" else outputs["router"]
@@ -145,14 +149,17 @@ def _encode(model: MedMoEModel, batch: dict[str, Any]) -> _Part:
         expert_ids=vision.select_experts(selecting, batch.get("modality")),
         mixture=vision.mixture_weights(outputs["router"], batch.get("modality")),
         modality=batch.get("modality"),
+        report_embeds=report_embeds,
     )
 
 
-def _text_outputs(model: MedMoEModel, texts: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
+def _text_outputs(model: MedMoEModel, texts: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """What the loss needs of texts: outputs with gradients, the mask of their words, reports before projection."""
     text = model._encode_text(**{"attention_mask": None, "token_type_ids": None, "word_ids": None, **texts})
     outputs = {} if model.report_router is None else {"report_router": model.report_router(text.pooler_output)}
+    report_embeds = text.pooler_output
     text = model._project_text(text)
-    return outputs | {"text": text.pooler_output, "words": text.word_embeds}, text.word_mask
+    return outputs | {"text": text.pooler_output, "words": text.word_embeds}, text.word_mask, report_embeds
 
 
 def _experts(model: MedMoEModel, part: _Part, every: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -344,7 +351,7 @@ def _back_through_towers(
     for part in parts:
         _set_random_state(part.random_state)
         with autocast():
-            outputs, _ = _text_outputs(model, part.texts)
+            outputs = _text_outputs(model, part.texts)[0]
         _backward(list(outputs.values()), [part.outputs[name].grad for name in outputs])
         with autocast():
             backbone = vision.encode(part.pixel_values)

@@ -115,6 +115,9 @@ class TrainConfig(BaseModel):
         negatives: what a pair is contrasted with: its `micro_batch`, those of all processes at a time (`ranks`), or
             everything in the step (`global`, which caches gradients where they are accumulated); see
             `medmoe_hf.training.negatives` for what each costs.
+        positives: which of these mean the same as the pair and are no negatives: those of an equal `caption` or
+            `label`, or all in the measure of `text_similarity`; `none`: no other. Replaces `MedMoEConfig.positives`,
+            which is described there and saved with the model; None leaves it as it is. Held-out losses use it too.
         learning_rate: at the top of the schedule.
         layer_decay: factor on it from each layer of a tower to the next below; 1 for the same everywhere.
         schedule: `cosine`, `linear`, `constant_with_warmup`, or `plateau`, where the rate falls when the held-out loss
@@ -150,6 +153,7 @@ class TrainConfig(BaseModel):
     batch_size: int = Field(default=32, ge=1)
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     negatives: Literal["micro_batch", "ranks", "global"] = "global"
+    positives: Literal["none", "caption", "label", "text_similarity"] | None = None
     learning_rate: float = Field(default=5e-5, gt=0)
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     schedule: Literal["cosine", "linear", "constant_with_warmup", "plateau"] = "cosine"
@@ -182,6 +186,8 @@ class TrainConfig(BaseModel):
                 "`schedule: plateau` follows the held-out loss: give `evaluate_every`, and `data.evaluation` or "
                 "`data.validation_share`"
             )
+        if self.positives is not None and self.model.overrides.get("positives", self.positives) != self.positives:
+            raise ValueError("`positives` and `model.overrides.positives` contradict each other: give one of them")
         if self.lora is not None and self.model.from_pretrained is None:
             raise ValueError("`lora` adapts a trained model: give `model.from_pretrained`")
         return self

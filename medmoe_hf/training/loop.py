@@ -183,6 +183,8 @@ class TrainingRun:
         if checkpoint is not None:
             state, tensors = checkpoints.read_state(checkpoint, self.record.config, accelerator.num_processes)
         model, self.processor = build_model(config.model)
+        if config.positives is not None:
+            model.config.positives = config.positives
         freeze(model, config.freeze)
         self.inner = model
         whole: Any = model if config.lora is None else add_lora(model, config.lora)
@@ -221,7 +223,7 @@ class TrainingRun:
             buffer for name, buffer in self.inner.named_buffers() if "running_" in name or "num_batches" in name
         ]
         self.scheduler = self._scheduler(optimizer)
-        self.collator = ContrastiveCollator(self.processor)
+        self.collator = ContrastiveCollator(self.processor, model.config.positives)
         self.stream = self._stream()
         self._held_out_stream = self._make_held_out_stream() if config.evaluates else None
         self._held_out_state = None if self._held_out_stream is None else self._held_out_stream.state_dict()
@@ -762,7 +764,7 @@ class TrainingRun:
         self._evaluation_due = False
         self.accelerator.log({f"held-out/{name}": value for name, value in metrics.items()}, step=record.steps)
         if self.accelerator.is_main_process:
-            bar.write(f"step {record.steps}: {describe(metrics)}")
+            bar.write(f"step {record.steps}: {describe(metrics, self.inner.config.positives)}")
         return best
 
     def check_data(self) -> None:

@@ -1,5 +1,7 @@
 """The three parts of a batch's making against the processor as a whole."""
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
@@ -52,3 +54,60 @@ def test_eight_bit_images_travel_in_eight_bits():
     samples = [{"image": collator.prepare(image), "caption": "x", "modality": 0} for image in pictures()[:3]]
     assert collator.assemble(samples)["pixel_values"].dtype == torch.uint8
     assert collator.side == 80
+
+
+def groups_of(positives, samples):
+    drawn = {"image": phantom_sample(0, 0, image_size=64)["image"], "caption": "x", "modality": 0}
+    groups = ContrastiveCollator(processor(), positives)([drawn | sample for sample in samples])["positive_groups"]
+    assert groups.dtype == torch.long
+    return groups.tolist()
+
+
+def partition(groups):
+    """[5, 7, 5, -1] to [0, 1, 0, -1]."""
+    known = list(dict.fromkeys(group for group in groups if group != -1))
+    return [-1 if group == -1 else known.index(group) for group in groups]
+
+
+@pytest.mark.parametrize("positives", ["none", "text_similarity"])
+def test_batches_without_groups(positives):
+    samples = [{"image": pictures()[0], "caption": "x", "modality": 0, "label": "a"}]
+    assert "positive_groups" not in ContrastiveCollator(processor(), positives)(samples)
+
+
+def test_pairs_of_equal_captions_are_a_group():
+    captions = ["Normal chest.", " normal\n chest", "NORMAL CHEST", "No normal chest", "...", "Normal  chest ."]
+    groups = groups_of("caption", [{"caption": caption} for caption in captions])
+    assert partition(groups) == [0, 0, 0, 1, -1, 0]
+    # The same number in every process and run, whatever Python's own hashes are.
+    digest = hashlib.blake2b(b"caption\0normal chest", digest_size=8).digest()
+    assert groups[0] == int.from_bytes(digest, "big") // 2 < 2**63
+
+
+def test_pairs_of_equal_labels_are_a_group():
+    """Within a modality; a number within its source; a `group` everywhere; unknown labels are nobody else's."""
+    samples = [
+        {"label": "Pneumonia", "source": 0},
+        {"label": "pneumonia ", "source": 1},
+        {"label": "pneumonia", "modality": 1},
+        {"label": 1, "source": 0},
+        {"label": 1.0, "source": 0},
+        {"label": "1", "source": 1},
+        {"label": np.int64(1), "source": 0},
+        {"label": None},
+        {"label": ""},
+        {"label": float("nan")},
+        {},
+        {"group": "pneumonia"},
+        {"group": "pneumonia", "label": "other", "modality": 3},
+        {"group": None, "label": "pneumonia"},
+        {"label": 0.5, "source": 0},
+        {"label": 0.5, "source": 1},
+    ]
+    expected = [0, 0, 1, 2, 2, 3, 2, -1, -1, -1, -1, 4, 4, 0, 5, 6]
+    assert partition(groups_of("label", samples)) == expected
+
+
+def test_labels_that_are_nowhere_are_an_error():
+    with pytest.raises(ValueError, match="no sample of the batch has a `label` or `group`"):
+        groups_of("label", [{}, {}])

@@ -47,6 +47,29 @@ def slow_contrast(logits):
     return -sum(images) / size - sum(texts) / size
 
 
+def positives_of(groups, pair):
+    """P(i), the pairs of the same group; a group of -1 is unknown, and nobody else's."""
+    return [other for other, group in enumerate(groups) if other == pair or (group == groups[pair] and group != -1)]
+
+
+def shares_of(groups):
+    """Targets: row i gives each of P(i) the same share."""
+    return [
+        [1 / len(positives_of(groups, i)) if j in positives_of(groups, i) else 0 for j in range(len(groups))]
+        for i in range(len(groups))
+    ]
+
+
+def slow_multi_positive_contrast(logits, targets):
+    """-1/B Σ_i Σ_j T_ij log softmax_j(s_ij), and the same over the columns: caption i against all images."""
+    size, total = len(logits), 0
+    for i in range(size):
+        of_image = softmax(list(logits[i]))
+        of_caption = softmax([logits[j][i] for j in range(size)])
+        total = total - sum(targets[i][j] * (of_image[j].log() + of_caption[j].log()) for j in range(size))
+    return total / size
+
+
 def slow_global(image_embeds, text_embeds):
     return slow_contrast([[TEMP3 * cosine(image, text) for text in text_embeds] for image in image_embeds])
 
@@ -362,3 +385,111 @@ def test_which_regions_a_word_s_context_averages(name, local, words, word_mask):
                 scores = [TEMP1 * softmax([dot(other, region) for other in own])[i] for region in regions]
             torch.testing.assert_close(attention[caption, i], torch.stack(softmax(scores)))
     assert not attention[~word_mask].any()
+
+
+GROUPS = [
+    (7, 2, 7),
+    (4, 9, 4, -1, 9, 4, -1),
+    (3,) * 5,
+    (2**62, 5, 2**62, 2**62 - 1, -1, 5, 5, 0, -100, 0, 5),  # identifiers are hashes of 63 bits
+]
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+def test_global_loss_with_several_positives(groups):
+    known = [max(group, -1) for group in groups]
+    assert_same_with_gradients(
+        lambda image, text: losses.contrastive_loss(
+            losses.cosine_logits(image, text, TEMP3), targets=losses.group_targets(torch.tensor(groups))
+        ),
+        lambda image, text: slow_multi_positive_contrast(
+            [[TEMP3 * cosine(one, other) for other in text] for one in image], shares_of(known)
+        ),
+        leaf(len(groups), WIDTH),
+        leaf(len(groups), WIDTH),
+    )
+
+
+@pytest.mark.parametrize("groups", [(7, 7, 2, 7, 2), (-1, 7, -1, 7, 2)])
+def test_gloria_loss_with_several_positives(groups):
+    """Five pairs whose captions have 2, 1, 0, 3 and 1 words."""
+    counts = [2, 1, 0, 3, 1]
+    mask = torch.arange(3) < torch.tensor(counts).unsqueeze(1)
+    targets = losses.group_targets(torch.tensor(groups))
+
+    def fast(local, words):
+        terms = losses.local_terms(config("gloria"), local, words, mask)
+        return losses.contrastive_loss(terms, targets=targets)
+
+    def slow(local, words):
+        captions = [[words[caption, word] for word in range(count)] for caption, count in enumerate(counts)]
+        logits = [[slow_gloria_similarity(regions_of(local, i), caption) for caption in captions] for i in range(5)]
+        return slow_multi_positive_contrast(logits, shares_of(groups))
+
+    words = (torch.randn(5, 3, WIDTH) * mask.unsqueeze(-1)).requires_grad_()
+    assert_same_with_gradients(fast, slow, leaf(5, WIDTH, SIDE, SIDE, scale=0.7), words)
+
+
+@pytest.mark.parametrize("contrast", ["sum", "mean"])
+@pytest.mark.parametrize("size", [1, 2, 7, 64, 131])
+def test_where_all_groups_differ_the_loss_is_that_of_single_positives_bit_for_bit(size, contrast):
+    groups = torch.randperm(size)
+    groups[::3] = -1
+    targets = losses.group_targets(groups)
+    assert torch.equal(targets, torch.eye(size))
+    for scale in (1, 80):
+        logits = leaf(size, size, scale=scale)
+        found, expected = losses.contrastive_loss(logits, contrast, targets), losses.contrastive_loss(logits, contrast)
+        assert torch.equal(found, expected)
+        gradients = [torch.autograd.grad(loss, logits)[0] for loss in (found, expected)]
+        assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+def test_text_similarity_targets(temperature):
+    """A softmax over the cosines of the texts, of which the contrast with them is a cross-entropy; no gradient."""
+    texts = leaf(7, WIDTH)
+    targets = losses.text_similarity_targets(texts, temperature)
+    assert not targets.requires_grad
+    doubles = texts.detach().double()
+    expected = [softmax([cosine(one, other) / temperature for other in doubles]) for one in doubles]
+    torch.testing.assert_close(
+        targets.double(), torch.stack([torch.stack(row) for row in expected]), rtol=1e-5, atol=0
+    )
+    assert (targets - targets.t()).abs().max() > 1e-3  # the captions' direction has targets of its own
+    assert_same_with_gradients(
+        lambda logits: losses.contrastive_loss(logits, targets=targets),
+        lambda logits: slow_multi_positive_contrast(logits, expected),
+        leaf(7, 7, scale=5),
+    )
+
+
+def test_text_similarity_of_equal_texts_at_a_low_temperature_is_a_group():
+    groups = torch.tensor([0, 1, 0, 2, 1, 0])
+    texts = torch.randn(3, WIDTH)[groups]
+    torch.testing.assert_close(losses.text_similarity_targets(texts, 0.01), losses.group_targets(groups))
+    # Texts of no words have no direction: each is its own.
+    targets = losses.text_similarity_targets(torch.zeros(3, WIDTH), 0.05)
+    torch.testing.assert_close(targets, torch.eye(3), rtol=0, atol=1e-8)
+
+
+def test_the_least_loss_is_the_entropy_of_the_targets():
+    """Logits of -log P(i)'s share and no mass elsewhere: 2 (3/5 log 3 + 2/5 log 2)."""
+    targets = losses.group_targets(torch.tensor([7, 7, 2, 7, 2]))
+    loss = losses.contrastive_loss(100 * (targets > 0).float(), targets=targets)
+    assert loss.item() == pytest.approx(2 * (0.6 * math.log(3) + 0.4 * math.log(2)), rel=1e-6)
+
+
+def test_captions_of_equal_embeddings_have_the_loss_of_single_positives():
+    """Then each of P(i) has the same column: what an image is told by one it is told by all."""
+    groups = torch.tensor([0, 1, 0, 2, 1, 0, 3])
+    images, texts = leaf(7, WIDTH), leaf(4, WIDTH)
+
+    def loss(targets):
+        return losses.contrastive_loss(losses.cosine_logits(images, texts[groups], TEMP3), targets=targets)
+
+    single, several = loss(None), loss(losses.group_targets(groups))
+    assert several.item() == pytest.approx(single.item(), rel=1e-6)
+    gradients = [torch.autograd.grad(value, (images, texts)) for value in (single, several)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)

@@ -680,6 +680,55 @@ def test_the_total_loss(small, changes):
     assert_same(other.loss, 0.5 * other.loss_global + 2 * other.loss_aux)
 
 
+def slow_contrast(logits, targets):
+    """-1/B Σ_i Σ_j T_ij log softmax_j(s_ij), plus the same of the transposed similarities."""
+    logits = logits.detach().double()
+    return -(targets * (logits.log_softmax(dim=1) + logits.t().log_softmax(dim=1))).sum() / len(logits)
+
+
+@pytest.mark.parametrize("local", ["gloria", "token"])
+@pytest.mark.parametrize("positives", ["label", "text_similarity"])
+def test_several_positives(small, positives, local):
+    """In the global loss and in GLoRIA's; `token` contrasts within a report and stays as it is."""
+    model = small(local_loss=local, positives=positives, positives_temperature=0.2, projection_dim=16)
+    reports = texts()
+    inputs = {"pixel_values": images(), **reports, "return_loss": True}
+    if positives == "label":
+        inputs["positive_groups"] = torch.tensor([5, -1, 5])
+        targets = torch.tensor([[0.5, 0, 0.5], [0, 1, 0], [0.5, 0, 0.5]]).double()
+    else:
+        # Of the reports before their projection, which the contrast trains.
+        embeds = nn.functional.normalize(model.text_model(**reports).pooler_output.detach().double(), dim=-1)
+        targets = (embeds @ embeds.t() / 0.2).softmax(dim=-1)
+    outputs = model(**inputs)
+    logits = 10 * outputs.image_embeds @ outputs.text_embeds.t()
+    assert_same(outputs.loss_global, slow_contrast(logits, targets).float(), 1e-5)
+    model.config.positives = "none"
+    alone = model(**inputs | {"positive_groups": None})
+    assert (outputs.loss_global - alone.loss_global).abs() > 1e-4
+    if local == "token":
+        assert torch.equal(outputs.loss_local, alone.loss_local)
+    else:
+        logits = local_logits(model.config, outputs.local_embeds, outputs.word_embeds, outputs.word_mask)
+        assert_same(outputs.loss_local, slow_contrast(logits, targets).float(), 1e-5)
+
+
+def test_groups_that_all_differ_change_no_bit(small):
+    model, inputs, found = small(), {"pixel_values": images(), **texts(), "return_loss": True}, []
+    for groups in (None, torch.tensor([3, -1, 2**62])):
+        model.zero_grad()
+        outputs = model(**inputs, positive_groups=groups)
+        outputs.loss.backward()
+        found.append({"loss": outputs.loss, **gradients(model)})
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+def test_groups_must_be_as_many_as_pairs(small):
+    with pytest.raises(ValueError, match=r"each of 3 pairs, got the shape \(1,\)"):
+        small()(pixel_values=images(), **texts(), return_loss=True, positive_groups=torch.tensor([1]))
+
+
 @pytest.mark.parametrize("labels", [None, torch.full((3,), -100)])
 def test_without_known_modalities_there_is_no_auxiliary_loss(small, labels):
     model = small()

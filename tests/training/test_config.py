@@ -47,6 +47,15 @@ def test_wrong_files_are_refused_with_the_key_and_the_mend(tmp_path, old, new, m
     assert "run.yaml" in str(error.value)
 
 
+def test_positives_are_said_once(tmp_path):
+    with pytest.raises(ConfigError, match="contradict each other"):
+        read(
+            tmp_path,
+            VALID.replace("preset: tiny", "preset: tiny, overrides: {positives: label}") + "positives: none\n",
+        )
+    assert read(tmp_path, VALID + "positives: text_similarity\n").positives == "text_similarity"
+
+
 def test_every_problem_is_named_at_once(tmp_path):
     with pytest.raises(ConfigError) as error:
         read(tmp_path, VALID.replace("max_steps: 4", "max_step: 4\nbatch_size: 0"))

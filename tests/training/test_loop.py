@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from small_models import SMALL
 
@@ -195,3 +196,35 @@ def test_training_reads_the_tars_that_phantom_writes(tmp_path):
     assert [entry["loss"] for entry in from_tars.log] == pytest.approx(
         [entry["loss"] for entry in drawn.log], rel=1e-5
     )
+
+
+def test_positives_of_a_run_are_saved_with_the_model_and_used_on_held_out_pairs(tmp_path, capsys):
+    """Four captions in turn, 12 pairs: each pair has two other positives, in training and in the held-out loss."""
+    words = ["effusion", "mass", "cyst", "fracture"]
+    # Full stops: captions of equal tokens would have the same loss without positives.
+    captions = [words[index % 4] + "." * (index // 4) for index in range(12)]
+    rows = ["path,report", *(f"{index}.png,{caption}" for index, caption in enumerate(captions))]
+    for index in range(12):
+        phantom_sample(0, index, image_size=64)["image"].save(tmp_path / f"{index}.png")
+    (tmp_path / "t.csv").write_text("\n".join(rows) + "\n")
+    source = {"kind": "csv", "files": [str(tmp_path / "t.csv")], "image": "path"}
+    data = {"train": source, "evaluation": source, "num_workers": 0, "shuffle_buffer": 0}
+    # A rate so low that the model stays as it was initialised.
+    changes = {"data": data, "batch_size": 12, "max_steps": 1, "warmup_steps": 0, "learning_rate": 1e-12}
+    record = train(config(tmp_path / "out", **changes, positives="caption"))
+    assert "(12 pairs, 12 at a time, positives by caption)" in capsys.readouterr().out
+    model = MedMoEModel.from_pretrained(tmp_path / "out").eval()
+    assert model.config.positives == "caption"
+
+    collator = ContrastiveCollator(MedMoEProcessor.from_pretrained(tmp_path / "out"))
+    samples = [
+        {"image": Image.open(tmp_path / f"{index}.png"), "caption": caption, "modality": -100}
+        for index, caption in enumerate(captions)
+    ]
+    with torch.no_grad():
+        output = model(**collator(samples))
+    logits = (model.global_scale * output.image_embeds @ output.text_embeds.t()).double()
+    same = torch.arange(12).unsqueeze(1) % 4 == torch.arange(12) % 4
+    expected = -(same / 3 * (logits.log_softmax(dim=1) + logits.t().log_softmax(dim=1))).sum() / 12
+    assert record.evaluations[-1]["loss_global"] == pytest.approx(expected.item(), rel=1e-4)
+    assert record.evaluations[-1]["loss_global"] != pytest.approx(output.loss_global.item(), rel=1e-3)

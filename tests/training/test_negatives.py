@@ -69,6 +69,14 @@ def test_micro_batches_equal_one_batch(whole, case, cuts):
             assert value == (0 if ".experts.4." in name else 1)
 
 
+def test_positives_change_the_step(whole):
+    """Else the cases above would compare what both sides ignore."""
+    name = "gradient vision_model.backbone.embeddings.patch_embeddings.projection.weight"
+    single = whole["gloria"][name]
+    for case in ("groups", "text similarity"):
+        assert (whole[case][name] - single).norm() > 0.2 * single.norm(), case
+
+
 def test_rows_of_unequal_size_are_padded_and_get_their_own_gradients(folder):
     for rank in (0, 1):
         found = load_file(folder / f"uneven {rank}.safetensors")

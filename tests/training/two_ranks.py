@@ -23,10 +23,14 @@ CASES = {
     "plus": ("plus", {"learned_scale": True}),
     "linear experts": ("official", {}),
     "paper": ("paper", {}),
+    "groups": ("tiny", {"positives": "label"}),
+    "text similarity": ("tiny", {"positives": "text_similarity", "positives_temperature": 0.02}),
 }
 # Rank 0 has the first half. Expert 0 and 2 are strange to rank 1, expert 4 to everybody.
 MODALITY = [0, 0, 1, 2, 1, 3, 3, 5]
 LABELS = [0, 0, 1, 2, -100, 3, 3, 5]
+# For the case "groups": a group of three and one of two over both ranks, one within a micro-batch, two unknown.
+GROUPS = ["a", None, "b", "a", "b", "a", None, "c"]
 
 
 def model_of(case):
@@ -36,11 +40,11 @@ def model_of(case):
     if preset == "official":
         small["vision_config"] = {**small["vision_config"], "mixture": "hard"}
     model, processor = build_model(ModelSection(preset=preset, overrides=small))
-    return model.train(), ContrastiveCollator(processor)
+    return model.train(), ContrastiveCollator(processor, model.config.positives)
 
 
 def batch_of(collator, rows):
-    batch = collator([phantom_sample(0, index, image_size=64) for index in range(8)])
+    batch = collator([{**phantom_sample(0, index, image_size=64), "group": GROUPS[index]} for index in range(8)])
     batch = {name: value[rows] if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
     batch["modality_labels"] = torch.tensor(LABELS)[rows]
     return batch | {"modality": MODALITY[rows]}
