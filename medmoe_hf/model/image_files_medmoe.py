@@ -27,6 +27,7 @@ from .medical_images_medmoe import (
     ImageError,
     ImageTooLargeError,
     MedicalImage,
+    check_size,
     is_medical_image,
     read_medical_image,
 )
@@ -83,11 +84,11 @@ def load_image(
         return _decode(lambda: source, "the PIL image", draft, max_pixels), None
     if isinstance(source, MedicalImage):
         return source.pixels, source.modality
-    name = "the file given as bytes"
+    name = "the image given as bytes"
     if isinstance(source, (str, os.PathLike)):
         name = os.fsdecode(source)
         source = _located(name, max_pixels, allow_urls)
-        name = repr(_shortened(name))
+        name = f"the image {_shortened(name)!r}"
     if is_medical_image(source):
         medical = read_medical_image(source, frame, window, max_pixels=max_pixels)
         return medical.pixels, medical.modality
@@ -144,7 +145,7 @@ def _decode(opened: Callable[[], Image.Image], name: str, draft: int | None, max
     """Any image that Pillow opens; `opened` may be called twice."""
     try:
         image = opened()
-        _check_size(image, name, max_pixels)
+        _check_image(image, name, max_pixels)
         if draft is not None:
             # Lets the JPEG decoder leave out resolution that a resize would throw away.
             image.draft(None, (draft, draft))
@@ -153,24 +154,21 @@ def _decode(opened: Callable[[], Image.Image], name: str, draft: int | None, max
         raise
     except Image.DecompressionBombError as error:
         raise ImageTooLargeError(
-            f"cannot read the image {name}: {error} (Pillow's own limit is PIL.Image.MAX_IMAGE_PIXELS)"
+            f"cannot read {name}: {error} (Pillow's own limit is PIL.Image.MAX_IMAGE_PIXELS)"
         ) from None
     except UnidentifiedImageError:
         raise ImageError(
-            f"cannot read the image {name}: it is no DICOM, NIfTI or image file in a format that Pillow reads"
+            f"cannot read {name}: it is no DICOM, NIfTI or image file in a format that Pillow reads"
         ) from None
     except Exception as error:  # Pillow's decoders raise a dozen types, SyntaxError and struct.error among them
-        raise ImageError(f"cannot read the image {name}: {error}") from error
+        raise ImageError(f"cannot read {name}: {error}") from error
 
 
-def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
+def _check_image(image: Image.Image, name: str, max_pixels: int) -> None:
     tags = getattr(image, "tag_v2", {})
     # A tile of a TIFF is decoded whole, also where it is larger than the image.
     for width, height in (image.size, (tags.get(_TILE_WIDTH, 0), tags.get(_TILE_HEIGHT, 0))):
-        if width * height > max_pixels:
-            raise ImageTooLargeError(
-                f"{name} has {width} x {height} pixels, more than `max_pixels` {max_pixels} allows; reduce it first"
-            )
+        check_size(width, height, name, max_pixels)
 
 
 def _exact(image: Image.Image, opened: Callable[[], Image.Image], name: str) -> Image.Image | np.ndarray:
@@ -184,7 +182,12 @@ def _exact(image: Image.Image, opened: Callable[[], Image.Image], name: str) -> 
         if tags.get(_PLANES) == _SEPARATE:
             raise ImageError(f"{name} holds 16-bit colours in separate planes; save it with interleaved channels")
         if ";16" in rawmode:
-            return _colours_of_16_bits(*_reopened(image, opened), rawmode)
+            colours = _colours_of_16_bits(*_reopened(image, opened), rawmode)
+            key = image.info.get("transparency")  # of a PNG: the colour that is transparent
+            if isinstance(key, tuple) and colours.shape[2] == 3:
+                alpha = (colours != key).any(axis=2, keepdims=True) * np.uint16(65535)
+                colours = np.concatenate([colours, alpha], axis=2)
+            return colours
     image.load()
     image = _upright(image)
     if tags and image.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
@@ -194,7 +197,7 @@ def _exact(image: Image.Image, opened: Callable[[], Image.Image], name: str) -> 
 
 def _reopened(image: Any, opened: Callable[[], Image.Image]) -> tuple[Callable[[], Image.Image], int]:
     """How to open the image once more, and which frame of it to take."""
-    again = opened()
+    again: Any = opened()
     if again is image:  # opened by the caller, and not decoded yet
         image.fp.seek(0)
         content = image.fp.read()

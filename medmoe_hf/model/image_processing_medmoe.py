@@ -111,7 +111,7 @@ def _range(values: torch.Tensor) -> tuple[float, float]:
     return low, high
 
 
-def _eight_bit_range(values: torch.Tensor, stretch: bool) -> torch.Tensor:
+def _eight_bit_range(values: torch.Tensor, stretch: bool, keep_floats: bool) -> torch.Tensor:
     """Values in 0..255: uint8 where they were 8-bit or bool, float32 otherwise. `stretch`: min-max also on floats."""
     if values.dtype == torch.uint8:
         return values
@@ -120,6 +120,8 @@ def _eight_bit_range(values: torch.Tensor, stretch: bool) -> torch.Tensor:
     if values.is_floating_point():
         values = values if values.element_size() >= 4 else values.to(torch.float32)
         low, high = _range(values)
+        if keep_floats and not stretch:
+            return values.to(torch.float32)
         if not stretch and low >= 0 and high <= 255:
             return (values * 255 if high <= 1 else values).to(torch.float32)
         values = values.to(torch.float64)
@@ -151,6 +153,7 @@ def to_rgb(
     input_data_format: str | ChannelDimension | None = None,
     do_convert_rgb: bool = True,
     device: str | torch.device | None = None,
+    keep_floats: bool = False,
 ) -> torch.Tensor:
     """One picture as RGB in 0..255, by the rules that `MedMoEImageProcessor` documents.
 
@@ -159,6 +162,7 @@ def to_rgb(
         input_data_format: `"channels_first"` or `"channels_last"` for arrays; guessed from the shape when None.
         do_convert_rgb: False refuses, with a `ValueError`, pictures that do not have exactly three channels.
         device: where the result lives; None keeps a tensor where it is.
+        keep_floats: whether the values of float arrays and tensors stay as they are.
 
     Returns:
         (3, H, W), uint8 when the picture has 8 bits (or 1) per channel, float32 otherwise.
@@ -195,7 +199,7 @@ def to_rgb(
     if channels != 3 and not do_convert_rgb:
         raise ValueError(f"the image has {channels} channels, and do_convert_rgb=False allows nothing but 3")
 
-    colour = _eight_bit_range(pixels[:3], stretch)
+    colour = _eight_bit_range(pixels[:3], stretch, keep_floats)
     if channels == 4:
         eight_bit = colour.dtype == torch.uint8
         colour = colour.to(torch.float32) * _opacity(pixels[3:])
@@ -226,6 +230,10 @@ def _single_images(images: Any) -> list[Any]:
     if getattr(images, "ndim", 0) == 4 and not is_medical_image(images):
         return list(images)
     return [images]
+
+
+def _is_in_eight_bit_range(image: Any) -> bool:
+    return image.dtype in (np.uint8, torch.uint8) or bool(image.min() >= 0 and 1 < image.max() <= 255)
 
 
 def _padded_to_square(image: Any) -> Any:
@@ -342,7 +350,7 @@ class _MedMoEImages:
 
     def _preprocess(
         self,
-        images: list[torch.Tensor] | list[np.ndarray],
+        images: list[Any],
         disable_grouping: bool | None = None,
         return_tensors: Any = None,
         pad_to_square: bool | None = None,
@@ -350,6 +358,12 @@ class _MedMoEImages:
     ) -> BatchFeature:
         if pad_to_square:
             images = [_padded_to_square(image) for image in images]
+        if kwargs.get("do_resize") and not kwargs.get("do_rescale"):
+            # Floats of a scale of their own: `resize` would clamp them to 0..255.
+            images = [
+                image if _is_in_eight_bit_range(image) else self._stretched(image, kwargs["size"], kwargs["resample"])  # type: ignore[attr-defined]
+                for image in images
+            ]
         # Stacking would turn an 8-bit picture into floats when its neighbour is one: its result must not depend on it.
         if len({image.dtype for image in images}) > 1:
             disable_grouping = True
@@ -385,9 +399,11 @@ class MedMoEImageProcessor(_MedMoEImages, TorchvisionBackend):
 
     Input: one or a (nested) list, mixed at will, of PIL images of any mode; numpy arrays and torch tensors (H, W),
     (H, W, C), (C, H, W) with C in 1, 3, 4, or batches of these with four dimensions; file names (str or Path),
-    http(s) addresses, base64 strings and bytes of files. Files are turned upright by their EXIF tag.
+    http(s) addresses, base64 strings and bytes of files, all read by `load_image`: files and PIL images are turned
+    upright by their EXIF tag, and an image with more than `max_pixels` pixels is refused before it is decoded.
     `input_data_format` tells the layout of arrays; without it a first axis of 1, 3 or 4 is the channels, else the
-    last.
+    last. `allow_urls=False` refuses addresses; others are fetched from public hosts only, within 60 seconds, and no
+    more than one byte for each pixel of `max_pixels`. Programs that take strings from strangers should refuse them.
 
     DICOM and NIfTI (names and bytes of files, `pydicom` datasets, `nibabel` images, and each `MedicalImage`) stand
     among them as any other picture; `read_medical_image` says how they are read. `window` (a name such as `"lung"`,
@@ -400,19 +416,24 @@ class MedMoEImageProcessor(_MedMoEImages, TorchvisionBackend):
     - 8 bits per channel: as they are. Gray is repeated, palettes are looked up, CMYK and the like are converted by
       Pillow.
     - bool and PIL mode `1`: 0 and 255.
-    - every other integer type, and the PIL modes `I`, `I;16`, `I;16B`, `F`: the picture's own minimum to 0 and its
-      own maximum to 255, linearly, over all colour channels together. A constant picture becomes zeros.
-    - float arrays: within [0, 1] times 255; within [0, 255] as they are; anything else by minimum and maximum.
+    - every other integer type (PNG and TIFF files with colours of 16 bits among them), and the PIL modes `I`, `I;16`,
+      `I;16B`, `F`: the picture's own minimum to 0 and its own maximum to 255, linearly, over all colour channels
+      together. A constant picture becomes zeros.
+    - float arrays: within [0, 1] times 255; within [0, 255] as they are; anything else by minimum and maximum. With
+      `do_rescale=False` they are left as they are, whatever their range, as by other image processors.
     - transparency (RGBA, LA, palettes and colour keys with transparency, arrays of 4 channels) is laid on black.
       Integer alpha is a fraction of its type's largest value, float alpha lies in 0..1 or 0..255.
 
-    8-bit pictures are resized in 8 bits, all others in float32 and then clamped to 0..255 as 8-bit resizing does.
+    8-bit pictures are resized in 8 bits, all others in float32 and then clamped to 0..255 as 8-bit resizing does;
+    floats that `do_rescale=False` left on another scale are not clamped.
 
     Raises:
         ValueError: NaN, infinite values, an empty picture, a shape without a channel axis (the message gives the
             position in the batch); a `size` without height or width; an unknown window; a DICOM or NIfTI file that
             is damaged, without pixels or without the frame asked for (the message gives its name).
-        OSError: a file that cannot be read (the message gives its name).
+        ImageError: a file that cannot be read or is no regular file, an address that must not be fetched; as
+            `ImageTooLargeError` one that exceeds `max_pixels` (the message gives name and position).
+        FileNotFoundError: a file that does not exist.
         ImportError: a DICOM or NIfTI file without the packages of `pip install "medmoe_hf[dicom]"`.
     """
 
@@ -422,17 +443,23 @@ class MedMoEImageProcessor(_MedMoEImages, TorchvisionBackend):
         do_convert_rgb: bool | None = None,
         input_data_format: str | ChannelDimension | None = None,
         device: str | torch.device | None = None,
+        do_rescale: bool | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """One picture as a tensor (3, H, W) in 0..255; the arguments are those of `to_rgb`."""
-        return to_rgb(image, input_data_format, do_convert_rgb is not False, device)
+        """One picture as a tensor (3, H, W) in 0..255, by `to_rgb`; without rescaling floats are left as they are."""
+        return to_rgb(image, input_data_format, do_convert_rgb is not False, device, keep_floats=do_rescale is False)
 
     def resize(
         self, image: torch.Tensor, size: SizeDict, resample: Any = None, antialias: bool = True, **kwargs: Any
     ) -> torch.Tensor:
         """Stretch (..., 3, h, w) to `size`, within 0..255."""
-        resized = super().resize(image, size, resample, antialias, **kwargs)
+        if image.shape[-2:] == (size.height, size.width):
+            return image
+        resized = self._stretched(image, size, resample, antialias, **kwargs)
         return resized.clamp(0, 255) if resized.is_floating_point() else resized
+
+    def _stretched(self, image: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return super().resize(image, *args, **kwargs)
 
 
 class MedMoEImageProcessorPil(_MedMoEImages, PilBackend):
@@ -447,33 +474,39 @@ class MedMoEImageProcessorPil(_MedMoEImages, PilBackend):
         image: Any,
         do_convert_rgb: bool | None = None,
         input_data_format: str | ChannelDimension | None = None,
+        do_rescale: bool | None = None,
         **kwargs: Any,
     ) -> np.ndarray:
-        """One picture as an array (3, H, W) in 0..255; the arguments are those of `to_rgb`."""
-        return to_rgb(image, input_data_format, do_convert_rgb is not False).detach().cpu().numpy()
+        """One picture as an array (3, H, W) in 0..255, by `to_rgb`; without rescaling floats are left as they are."""
+        rgb = to_rgb(image, input_data_format, do_convert_rgb is not False, keep_floats=do_rescale is False)
+        return rgb.detach().cpu().numpy()
 
     def resize(
         self, image: np.ndarray, size: SizeDict, resample: Any = None, reducing_gap: int | None = None, **kwargs: Any
     ) -> np.ndarray:
         """Stretch (3, h, w) to `size`, within 0..255."""
-        target = (int(size["height"]), int(size["width"]))
-        if image.shape[-2:] == target:
+        if image.shape[-2:] == (int(size["height"]), int(size["width"])):
             return image
+        resized = self._stretched(image, size, resample, reducing_gap, **kwargs)
+        return resized if resized.dtype == np.uint8 else resized.clip(0, 255)
+
+    def _stretched(
+        self, image: np.ndarray, size: SizeDict, resample: Any = None, reducing_gap: int | None = None, **kwargs: Any
+    ) -> np.ndarray:
+        target = (int(size["height"]), int(size["width"]))
         if resample in _TORCH_FILTERS:
-            resized = torch.nn.functional.interpolate(
+            return torch.nn.functional.interpolate(
                 torch.from_numpy(image)[None],
                 size=target,
                 mode=_TORCH_FILTERS[resample],
                 align_corners=False,
                 antialias=True,
             )[0].numpy()
-        elif image.dtype == np.uint8:
-            resized = super().resize(image, size, resample, reducing_gap, **kwargs)
-        else:
-            # The backend would round to 8 bits; Pillow's float mode has one channel.
-            planes = [Image.fromarray(plane).resize(target[::-1], resample) for plane in image]
-            resized = np.stack([np.asarray(plane) for plane in planes])
-        return resized if resized.dtype == np.uint8 else resized.clip(0, 255)
+        if image.dtype == np.uint8:
+            return super().resize(image, size, resample, reducing_gap, **kwargs)
+        # The backend would round to 8 bits; Pillow's float mode has one channel.
+        planes = [Image.fromarray(plane).resize(target[::-1], resample) for plane in image]
+        return np.stack([np.asarray(plane) for plane in planes])
 
 
 MedMoEImageProcessor.register_for_auto_class("AutoImageProcessor")

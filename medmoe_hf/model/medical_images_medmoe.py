@@ -3,6 +3,7 @@
 Warnings and errors name the file and never quote its header, which holds names and dates of patients.
 """
 
+import contextlib
 import copy
 import gzip
 import io
@@ -10,7 +11,7 @@ import math
 import os
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,8 +44,11 @@ WINDOWS: dict[str, tuple[float, float]] = {
 """Centre and width of the usual CT windows, in Hounsfield units."""
 
 MAX_PIXELS = 100_000_000
-"""Pixels of the largest image that is decoded by default; larger ones are taken for decompression bombs. A file may
-inflate to 16 bytes for each of them."""
+"""Pixels of the largest image that is decoded by default; a larger one is taken for a decompression bomb.
+
+It also limits what a compressed file may inflate to: 16 bytes for each of these pixels, thus 1.6 GB."""
+
+_BYTES_PER_PIXEL = 16  # the widest that any format stores: complex numbers of two float64
 
 _PERCENTILES = (1, 99)
 _HEAD = 1024  # bytes that tell the format; NIfTI's last mark ends at 348, also after decompression of this many
@@ -52,6 +56,12 @@ _DICOM_NAMES = (".dcm", ".dicom")
 _NIFTI_NAMES = (".nii", ".nii.gz")
 _MILLIMETRES = {"meter": 1000.0, "micron": 0.001}
 _CENTIMETRES = 3  # of the ultrasound regions' PhysicalUnits (PS3.3 C.8.5.5.1.15)
+_SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # and, with a dot and a number, its multi-frame forms
+_DEFLATED, _NOT_DEFLATED = b"1.2.840.10008.1.2.1.99", b"1.2.840.10008.1.2.1\0\0\0"  # equally long
+_DICOM_HEAD = 2**16  # bytes that hold the file meta information
+_LONG_LENGTHS = (b"OB", b"OW", b"UN", b"SQ", b"UT", b"UC", b"UR", b"OF", b"OD", b"OL", b"OV", b"SV", b"UV")
+_CHUNK = 2**20
+_CIFTI = range(3000, 3100)  # NIfTI's intent codes for data on surfaces
 _Windows = list[tuple[float, float]]
 
 
@@ -112,10 +122,24 @@ def read_medical_image(
     """Read one picture of a DICOM or NIfTI file, upright, with its contrast as a radiologist would set it.
 
     Gray DICOM goes through the modality LUT (or rescale slope and intercept) and then, without `window`: MR by
-    percentiles; others by the file's own VOI LUT or window (its first); CT without one by `"mediastinum"`; pictures of
-    8 bits or less as they are; the rest by percentiles. Percentiles are the 1st and 99th of the frame, padding left
-    out. MONOCHROME1 is inverted after that, and padding is black. Palettes and YBR become RGB, and no window changes
-    colours.
+    percentiles; others by the file's own VOI LUT or window (the first usable one); CT without one by `"mediastinum"`;
+    pictures of 8 bits or less as they are; the rest by percentiles. Percentiles are the 1st and 99th of the frame,
+    padding left out. MONOCHROME1 is inverted after that, and padding is black. Palettes and YBR become RGB, and no
+    window changes colours.
+
+    Where headers contradict the standard or themselves:
+
+    - Screenshots and scanned films with Modality CT (Secondary Capture or 8 bits, without rescale) hold no Hounsfield
+      units: they are shown like any other picture, and windows by name do not apply.
+    - RescaleSlope 0 would make every pixel equal: slope and intercept are ignored, and windows by name do not apply.
+    - PhotometricInterpretation alone decides whether a picture is inverted. A PresentationLUTShape that contradicts it
+      (INVERSE with MONOCHROME2) is ignored: the standard allows no such pair, and it is mostly left behind by software
+      that inverted the pixels.
+    - Without PhotometricInterpretation, one sample per pixel is MONOCHROME2 and three are RGB (YBR_FULL_422 in JPEG).
+    - A linear window narrower than 1 spreads from centre - width/2 to centre + width/2, and so does one of width 1
+      with a fractional RescaleSlope; the standard's formula, meant for integers, would make it a threshold.
+    - A VOI LUT whose entries use less than a quarter of their declared range is shown by the range that they use.
+    - Empty and unreadable numbers are taken for missing, and a decimal comma is read as a point.
 
     Slices are turned as radiologists look at them, by DICOM's ImageOrientationPatient and NIfTI's affine: head (of
     axial slices: front) on top, the patient's right (of sagittal slices: front) on the left. So are frontal
@@ -132,18 +156,24 @@ def read_medical_image(
             centre - width/2 to centre + width/2 spread from black to white. Or a name of `WINDOWS`: these are in
             Hounsfield units and hold for CT and NIfTI, while other DICOM is read as with None. Or three of either,
             for three channels.
+        max_pixels: a picture with more pixels is refused before it is decoded, and so is a compressed file (.nii.gz,
+            deflated or run-length encoded DICOM) that inflates to more than 16 bytes for each of them.
 
     Raises:
         ImportError: the package that reads the format, or this file's compression, is missing.
         OSError: the file is missing or may not be read.
-        ValueError: an unknown window; or (as `MedicalImageError`) a file that is neither DICOM nor NIfTI, damaged, cut
-            off or without pixels, or a frame that it does not have.
+        ImageTooLargeError: the picture or what its file inflates to exceeds `max_pixels`.
+        MedicalImageError: a file that is neither DICOM nor NIfTI, damaged, cut off or without pixels, or a frame that
+            it does not have.
+        ValueError: an unknown window.
     """
     windows, named = _windows(window)
     name = _name(source)
     kind = _kind(source)
     if kind is None:
         if isinstance(source, (str, os.PathLike)) and not os.path.isfile(source):
+            if os.path.exists(source):
+                raise MedicalImageError(f"{name} is a folder, device or pipe and not a file")
             raise FileNotFoundError(f"{name}: there is no such file")
         raise MedicalImageError(f"{name} is neither DICOM nor NIfTI")
     if kind == "dicom" and pydicom is None:
@@ -152,17 +182,33 @@ def read_medical_image(
         raise ImportError(_missing("NIfTI", "nibabel"))
     try:
         if kind == "nifti":
-            return _read_nifti(source, name, frame, windows)
+            return _read_nifti(source, name, frame, windows, max_pixels)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # pydicom's quote the header
-            return _read_dicom(source, name, frame, windows, named)
-    except (MedicalImageError, ImportError, FileNotFoundError, PermissionError):
+            return _read_dicom(source, name, frame, windows, named, max_pixels)
+    except (ImageError, ImportError, FileNotFoundError, PermissionError):
         raise
     except Exception as error:  # parsers raise a dozen types, and their messages quote the header: so no `from error`
         raise MedicalImageError(
             f"{name} cannot be read as {'DICOM' if kind == 'dicom' else 'NIfTI'} ({type(error).__name__}): "
             "it is damaged or cut off; export or copy it again"
         ) from None
+
+
+def check_size(width: int, height: int, name: str, max_pixels: int) -> None:
+    """Raises `ImageTooLargeError` for an image with more than `max_pixels` pixels."""
+    if width * height > max_pixels:
+        raise ImageTooLargeError(
+            f"{name} has {width} x {height} pixels, more than `max_pixels` {max_pixels} allows; "
+            "reduce it, or allow more"
+        )
+
+
+def _too_many_bytes(name: str, limit: int) -> ImageTooLargeError:
+    return ImageTooLargeError(
+        f"{name} inflates to more than {limit} bytes, {_BYTES_PER_PIXEL} for each pixel that `max_pixels` allows; "
+        "store it uncompressed or in parts, or allow more"
+    )
 
 
 def _missing(what: str, package: str) -> str:
@@ -278,31 +324,36 @@ def _finished(picture: np.ndarray) -> np.ndarray:
 # --- DICOM
 
 
-def _read_dicom(source: Any, name: str, frame: int | None, windows: _Windows, named: bool) -> MedicalImage:
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        source = io.BytesIO(source)
-    # Without `force` files of older devices, which lack the mark, would be refused.
-    dataset = source if isinstance(source, pydicom.Dataset) else pydicom.dcmread(source, force=True)
+def _read_dicom(
+    source: Any, name: str, frame: int | None, windows: _Windows, named: bool, max_pixels: int
+) -> MedicalImage:
+    dataset = source if isinstance(source, pydicom.Dataset) else _dataset(source, name, max_pixels)
     if not any(key in dataset for key in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
         raise MedicalImageError(
             f"{name} holds no pixel data: it is a report or a plan, or no DICOM file, or cut off; "
             "choose an image of the series, or export it again"
         )
     dataset = _with_syntax(dataset)
-    frames = int(dataset.get("NumberOfFrames") or 1)
+    frames = int(_first(_numbers(dataset, "NumberOfFrames", 0)) or 1)
     chosen = _chosen(frame, frames, name)
     modality = modality_of_dicom(dataset.get("Modality"))
-    stored = _stored(dataset, name, chosen)
+    photometric = _photometric(dataset)
+    stored = _stored(dataset, name, chosen, photometric, max_pixels)
 
-    photometric = str(dataset.get("PhotometricInterpretation", "")).strip().upper()
     if photometric == "PALETTE COLOR":
         pixels = _palette(dataset, stored)
     elif stored.ndim == 3:
-        pixels = _eight_bits_or_floats(stored[..., :3], 2 ** int(dataset.BitsStored) - 1)
+        colours = stored[..., :3]
+        white = 2 ** _bits_stored(dataset) - 1
+        if white == 2**16 - 1 and colours.max() < 2**12:  # 12 bits that are declared as 16, nearly black as such
+            white = 2**12 - 1
+        pixels = _eight_bits_or_floats(colours, white)
     else:
-        if named and modality != "ct":
+        rescale = _rescale(dataset, chosen, name)
+        hounsfield = modality == "ct" and _holds_hounsfield_units(dataset, rescale)
+        if named and not hounsfield:
             windows = []
-        pixels = _gray(dataset, stored, chosen, modality, windows, inverted=photometric == "MONOCHROME1")
+        pixels = _gray(dataset, stored, chosen, windows, rescale, hounsfield, modality == "mri", photometric)
     spacing = _spacing(dataset, chosen)
     directions = _directions(dataset, chosen)
     if directions is not None:
@@ -312,10 +363,56 @@ def _read_dicom(source: Any, name: str, frame: int | None, windows: _Windows, na
     return MedicalImage(pixels, modality, spacing, chosen, frames)
 
 
+def _dataset(source: Any, name: str, max_pixels: int) -> Any:
+    """pydicom's dataset of a file; a deflated one is inflated here, since pydicom would do it without a limit."""
+    with contextlib.ExitStack() as stack:
+        if isinstance(source, (bytes, bytearray, memoryview)):
+            file: Any = io.BytesIO(source)
+        else:
+            file = stack.enter_context(open(source, "rb"))
+        head = file.read(_DICOM_HEAD)
+        start = _start_of_deflated(head)
+        if start is not None:
+            file.seek(start)
+            inflated = io.BytesIO()
+            inflated.write(head[:start].replace(_DEFLATED, _NOT_DEFLATED))
+            limit = max_pixels * _BYTES_PER_PIXEL
+            inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+            while not inflater.eof:
+                chunk = inflater.unconsumed_tail or file.read(_CHUNK)
+                if not chunk:
+                    raise EOFError
+                inflated.write(inflater.decompress(chunk, _CHUNK))
+                if inflated.tell() > limit:
+                    raise _too_many_bytes(name, limit)
+            file = inflated
+        file.seek(0)
+        # Without `force` files of older devices, which lack the mark, would be refused.
+        return pydicom.dcmread(file, force=True)
+
+
+def _start_of_deflated(head: bytes) -> int | None:
+    """Where the deflated part of a DICOM file begins: behind the file meta information. None for other files."""
+    start = 132 if head[128:132] == b"DICM" else 0
+    deflated = False
+    while head[start : start + 2] == b"\x02\0":
+        # Group, element, type of value, length (of 2 bytes, or of 4 behind 2 reserved ones), value.
+        if head[start + 4 : start + 6] in _LONG_LENGTHS:
+            behind = start + 12
+            length = int.from_bytes(head[behind - 4 : behind], "little")
+        else:
+            behind = start + 8
+            length = int.from_bytes(head[behind - 2 : behind], "little")
+        if head[start + 2 : start + 4] == b"\x10\0":
+            deflated = head[behind : behind + length] == _DEFLATED
+        start = behind + length
+    return start if deflated else None
+
+
 def _directions(dataset: Any, frame: int) -> tuple[list[int], list[float]] | None:
     """Where growing rows and columns run to, as `_upright` takes it; None where that is unknown or in between."""
     cosines = _numbers(dataset, "ImageOrientationPatient", frame)
-    if len(cosines) == 6:
+    if len(cosines) == 6 and math.isfinite(sum(cosines)):
         # DICOM counts to the left and to the back; a step to the next row goes along the second triple.
         steps = np.array([cosines[3:], cosines[:3]]) * (-1, -1, 1)
         axes = np.abs(steps).argmax(axis=1)
@@ -339,7 +436,21 @@ def _with_syntax(dataset: Any) -> Any:
     return dataset
 
 
-def _stored(dataset: Any, name: str, frame: int) -> np.ndarray:
+def _photometric(dataset: Any) -> str:
+    photometric = str(dataset.get("PhotometricInterpretation") or "").strip().upper()
+    if photometric:
+        return photometric
+    if int(dataset.get("SamplesPerPixel") or 1) == 1:
+        return "MONOCHROME2"
+    uids = pydicom.uid
+    return "YBR_FULL_422" if dataset.file_meta.TransferSyntaxUID in uids.JPEGTransferSyntaxes[:2] else "RGB"
+
+
+def _bits_stored(dataset: Any) -> int:
+    return int(dataset.get("BitsStored") or dataset.get("BitsAllocated") or 16)
+
+
+def _stored(dataset: Any, name: str, frame: int, photometric: str, max_pixels: int) -> np.ndarray:
     """Pixels of one frame as stored: (H, W), or (H, W, 3) in RGB."""
     syntax = dataset.file_meta.TransferSyntaxUID
     try:
@@ -350,13 +461,104 @@ def _stored(dataset: Any, name: str, frame: int) -> np.ndarray:
         ) from None
     if not available:
         raise ImportError(f"{name} is stored as {syntax.name}; {_missing('that', 'pylibjpeg')}")
+    check_size(int(dataset.get("Columns") or 0), int(dataset.get("Rows") or 0), name, max_pixels)
+    # What the decoder is told in place of what the header lacks, or says in another spelling.
+    told: dict[str, Any] = {
+        "samples_per_pixel": int(dataset.get("SamplesPerPixel") or 1),
+        "photometric_interpretation": photometric,
+        "planar_configuration": int(dataset.get("PlanarConfiguration") or 0),
+        "pixel_representation": int(dataset.get("PixelRepresentation") or 0),
+        "bits_stored": _bits_stored(dataset),
+    }
+    # In old files the pixels are the upper of the allocated bits.
+    above = 0
+    if "PixelData" in dataset and (not syntax.is_encapsulated or syntax == pydicom.uid.RLELossless):
+        above = int(dataset.get("HighBit") or 0) + 1 - told["bits_stored"]
+        above = above if 0 < above <= int(dataset.get("BitsAllocated") or 0) - told["bits_stored"] else 0
     try:
-        return pydicom.pixels.pixel_array(dataset, index=frame)
+        if syntax.is_encapsulated:
+            _check_compressed(dataset, name, frame, max_pixels)
+        stored = pydicom.pixels.pixel_array(
+            dataset, index=frame, **{**told, "bits_stored": told["bits_stored"] + above}
+        )
+    except ImageError:
+        raise
     except Exception as error:  # here the message is about the pixels' format alone
         raise MedicalImageError(
             f"{name} is damaged or cut off; export or copy it again. "
             f"Its pixels ({syntax.name}) cannot be decoded: {error}"
         ) from error
+    if above:
+        low, high = _stored_range(dataset)
+        # Some headers only say so: then the lower bits are in use, and the upper ones are not.
+        if (stored & (2**above - 1)).any() and low <= stored.min() and stored.max() <= high:
+            return stored
+        return stored >> above
+    return stored
+
+
+def _stored_range(dataset: Any) -> tuple[int, int]:
+    bits = _bits_stored(dataset)
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if dataset.get("PixelRepresentation") else (0, 2**bits - 1)
+
+
+def _check_compressed(dataset: Any, name: str, frame: int, max_pixels: int) -> None:
+    """Refuses a frame that is larger in its own words than in the header's: decoders allocate by the former."""
+    offsets = [dataset.get(key) for key in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths")]
+    content = pydicom.encaps.get_frame(
+        dataset.PixelData,
+        frame,
+        number_of_frames=int(_first(_numbers(dataset, "NumberOfFrames", 0)) or 1),
+        extended_offsets=tuple(offsets) if all(offsets) else None,  # type: ignore[arg-type, unused-ignore]
+    )
+    if dataset.file_meta.TransferSyntaxUID == pydicom.uid.RLELossless:
+        limit = max_pixels * _BYTES_PER_PIXEL
+        # Two bytes give 128 at most. Larger frames are counted, which takes as long as decoding them.
+        if 64 * len(content) > limit and _run_lengths(content) > limit:
+            raise _too_many_bytes(name, limit)
+    else:
+        check_size(*_codestream_size(content), name, max_pixels)
+
+
+def _codestream_size(content: bytes) -> tuple[int, int]:
+    """Width and height that JPEG, JPEG-LS or JPEG 2000 data say; (0, 0) where they are not found."""
+    start = content.find(b"\xff\x4f\xff\x51")  # JPEG 2000: start of codestream, size
+    if start >= 0:
+        right, bottom, left, top = (
+            int.from_bytes(content[start + at : start + at + 4], "big") for at in (8, 12, 16, 20)
+        )
+        return max(right - left, 0), max(bottom - top, 0)
+    at = 2
+    while content[:2] == b"\xff\xd8" and at + 9 <= len(content):
+        marker = content[at + 1]
+        if content[at] != 0xFF:
+            break
+        # A frame header: of JPEG, but for tables (C4), an extension (C8) and arithmetic conditions (CC); of JPEG-LS.
+        if (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)) or marker == 0xF7:
+            return int.from_bytes(content[at + 7 : at + 9], "big"), int.from_bytes(content[at + 5 : at + 7], "big")
+        at += 1 if marker == 0xFF else 2 + int.from_bytes(content[at + 2 : at + 4], "big")
+    return 0, 0
+
+
+def _run_lengths(content: bytes) -> int:
+    """How many bytes a frame of DICOM's run-length encoding (PS3.5 annex G) decodes to."""
+    total, at = 0, 64
+    while at < len(content):
+        count = content[at]
+        if count < 128:
+            total, at = total + count + 1, at + count + 2
+        else:
+            total, at = total + (257 - count if count > 128 else 0), at + (2 if count > 128 else 1)
+    return total
+
+
+def _read(dataset: Any, keyword: str) -> Any:
+    """A value of a header; where pydicom cannot convert it, the text that stands there."""
+    try:
+        return dataset.get(keyword)
+    except Exception:
+        raw = dataset.get_item(keyword)
+        return bytes(raw.value or b"").decode("ascii", "replace")
 
 
 def _tag(dataset: Any, keyword: str, frame: int) -> Any:
@@ -365,64 +567,145 @@ def _tag(dataset: Any, keyword: str, frame: int) -> Any:
         groups = dataset.get(sequence) or []
         for element in groups[index] if index < len(groups) else ():
             if element.VR == "SQ" and element.value and keyword in element.value[0]:
-                return element.value[0][keyword].value
-    return dataset.get(keyword)
+                return _read(element.value[0], keyword)
+    return _read(dataset, keyword)
 
 
 def _numbers(dataset: Any, keyword: str, frame: int) -> list[float]:
+    """The values of a tag, NaN for those that are empty or no numbers."""
     value = _tag(dataset, keyword, frame)
     if value is None or value == "":
         return []
-    return [float(value)] if isinstance(value, (str, int, float)) else [float(one) for one in value]
+    if isinstance(value, str):
+        # Some writers separate values by a comma; in between points it is no decimal comma.
+        value = value.split("," if "," in value and "." in value and "\\" not in value else "\\")
+    return [_number(one) for one in ([value] if isinstance(value, (int, float)) else value)]
+
+
+def _number(value: Any) -> float:
+    text = str(value).strip("\0 ") if isinstance(value, str) else value
+    try:
+        return float(text.replace(",", ".") if isinstance(text, str) else text)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _first(numbers: Sequence[float]) -> float | None:
+    return next((number for number in numbers if math.isfinite(number)), None)
+
+
+def _rescale(dataset: Any, frame: int, name: str) -> tuple[float, float] | None:
+    """Slope and intercept; None where there are none, or a slope of 0, which would leave nothing of the picture."""
+    found = []
+    for keyword in ("RescaleSlope", "RescaleIntercept"):
+        numbers = _numbers(dataset, keyword, frame)
+        found.append(_first(numbers))
+        if numbers and found[-1] is None and str(_tag(dataset, keyword, frame)).strip("\\[]', "):
+            raise MedicalImageError(f"{name} cannot be read as DICOM (ValueError): its {keyword} is no number")
+    slope, intercept = found
+    if slope == 0 or (slope is None and intercept is None):
+        return None
+    return 1.0 if slope is None else slope, intercept or 0.0
+
+
+def _holds_hounsfield_units(dataset: Any, rescale: tuple[float, float] | None) -> bool:
+    """Whether the values of a CT, after its modality LUT, are Hounsfield units: those of screenshots are not."""
+    if rescale is not None or dataset.get("ModalityLUTSequence"):
+        return True
+    if _first(_numbers(dataset, "RescaleSlope", 0)) == 0:
+        return False
+    kinds = dataset.get("ImageType") or ()
+    captured = str(dataset.get("SOPClassUID", "")).startswith(_SECONDARY_CAPTURE) and (
+        dataset.get("ConversionType") or "SECONDARY" in ([kinds] if isinstance(kinds, str) else kinds)
+    )
+    return not captured and _bits_stored(dataset) > 8
 
 
 def _gray(
-    dataset: Any, stored: np.ndarray, frame: int, modality: str | None, windows: _Windows, inverted: bool
+    dataset: Any,
+    stored: np.ndarray,
+    frame: int,
+    windows: _Windows,
+    rescale: tuple[float, float] | None,
+    hounsfield: bool,
+    by_percentiles: bool,
+    photometric: str,
 ) -> np.ndarray:
     padding = _padding(dataset, stored)
-    values, changed = _in_units(dataset, stored, frame)
-    bits = int(dataset.get("BitsStored") or 16)
-    display_lut = dataset.get("VOILUTSequence")
-    centres, widths = (_numbers(dataset, key, frame)[:1] for key in ("WindowCenter", "WindowWidth"))
+    if dataset.get("ModalityLUTSequence"):
+        item = dataset.ModalityLUTSequence[0]
+        values, changed = _looked_up(stored, *_table(item.LUTDescriptor, item.LUTData, dataset)), True
+        whole_numbers = True
+    else:
+        slope, intercept = rescale or (1.0, 0.0)
+        values, changed = stored.astype(np.float64) * slope + intercept, (slope, intercept) != (1, 0)
+        whole_numbers = slope == int(slope)
+    bits = _bits_stored(dataset)
+    display_lut = None if windows or by_percentiles else _display_lut(dataset, frame)
+    window = _window_of_file(dataset, frame)
     if windows:
         picture = _through(values, windows)
-    elif modality == "mri":
+    elif by_percentiles:
         picture = _by_percentiles(values, ~padding)
-    elif display_lut:
-        item = display_lut[0]
-        picture = _looked_up(values, *_table(item.LUTDescriptor, item.LUTData, dataset))
-        picture = (picture / (2 ** int(item.LUTDescriptor[2]) - 1)).clip(0, 1)
-    elif centres and widths and widths[0] > 0:
+    elif display_lut is not None:
+        table, first, white = display_lut
+        picture = (_looked_up(values, table, first) / white).clip(0, 1)
+    elif window is not None:
         function = str(_tag(dataset, "VOILUTFunction", frame) or "LINEAR").strip().upper()
-        picture = _own_window(values, centres[0], widths[0], function)
-    elif modality == "ct":
+        picture = _own_window(values, *window, function, whole_numbers)
+    elif hounsfield:
         picture = _through(values, [WINDOWS["mediastinum"]])
     elif bits <= 8 and not changed and values.min() >= 0:
         picture = (values / (2**bits - 1)).clip(0, 1)
     else:
         picture = _by_percentiles(values, ~padding)
-    picture = 1 - picture if inverted else picture
+    picture = 1 - picture if photometric == "MONOCHROME1" else picture
     picture[padding] = 0
     return _finished(picture)
 
 
+def _window_of_file(dataset: Any, frame: int) -> tuple[float, float] | None:
+    """The first centre and width that are numbers."""
+    pairs = zip(_numbers(dataset, "WindowCenter", frame), _numbers(dataset, "WindowWidth", frame), strict=False)
+    return next((pair for pair in pairs if math.isfinite(sum(pair)) and pair[1] > 0), None)
+
+
+def _display_lut(dataset: Any, frame: int) -> tuple[np.ndarray, int, int] | None:
+    """The first VOI LUT that holds data: its entries, the value that the first stands for, and what is white."""
+    for item in _tag(dataset, "VOILUTSequence", frame) or ():
+        descriptor, data = item.get("LUTDescriptor"), item.get("LUTData")
+        if not descriptor or data is None or not len(data):
+            continue
+        table, first = _table(descriptor, data, dataset)
+        used = max(int(table.max()).bit_length(), 1)
+        declared = int(descriptor[2])
+        # Entries that leave the upper bits of their declared range unused would give a picture that is nearly black.
+        return table, first, 2 ** (declared if used <= declared <= used + 1 else used) - 1
+    return None
+
+
 def _padding(dataset: Any, stored: np.ndarray) -> np.ndarray:
     """(H, W) bool: the pixels that hold no measurement, such as those outside a CT's circle."""
-    bounds = [dataset.get(key) for key in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
-    ends = [int(bound) for bound in bounds if isinstance(bound, int)]
-    if not isinstance(bounds[0], int):
+    prefix = {"f4": "Float", "f8": "DoubleFloat"}.get(stored.dtype.str[1:], "")
+    ends = []
+    for keyword in (f"{prefix}PixelPaddingValue", f"{prefix}PixelPaddingRangeLimit"):
+        value = dataset.get(keyword)
+        if not isinstance(value, (int, float)):
+            break
+        ends.append(stored.dtype.type(value) if prefix else _as_stored(int(value), dataset))
+    if not ends:
         return np.zeros(stored.shape, dtype=bool)
     return (stored >= min(ends)) & (stored <= max(ends))
 
 
-def _in_units(dataset: Any, stored: np.ndarray, frame: int) -> tuple[np.ndarray, bool]:
-    """Pixels (H, W) float64 in the file's units (Hounsfield for CT), and whether those differ from what is stored."""
-    if dataset.get("ModalityLUTSequence"):
-        item = dataset.ModalityLUTSequence[0]
-        return _looked_up(stored, *_table(item.LUTDescriptor, item.LUTData, dataset)), True
-    slope = (_numbers(dataset, "RescaleSlope", frame) or [1.0])[0]
-    intercept = (_numbers(dataset, "RescaleIntercept", frame) or [0.0])[0]
-    return stored.astype(np.float64) * slope + intercept, (slope, intercept) != (1, 0)
+def _as_stored(value: int, dataset: Any) -> int:
+    """A padding value as pixels have it: some writers give it signed where they are unsigned, or the other way."""
+    low, high = _stored_range(dataset)
+    for period in (2**16, 2 ** _bits_stored(dataset)):
+        wrapped = (value - low) % period + low
+        if not low <= value <= high and low <= wrapped <= high:
+            return wrapped
+    return value
 
 
 def _table(descriptor: Any, data: Any, dataset: Any) -> tuple[np.ndarray, int]:
@@ -445,13 +728,14 @@ def _looked_up(values: np.ndarray, table: np.ndarray, first: int) -> np.ndarray:
     return table[(np.rint(values).astype(np.int64) - first).clip(0, len(table) - 1)].astype(np.float64)
 
 
-def _own_window(values: np.ndarray, centre: float, width: float, function: str) -> np.ndarray:
+def _own_window(values: np.ndarray, centre: float, width: float, function: str, whole_numbers: bool) -> np.ndarray:
     """The file's window by PS3.3 C.11.2.1.2 and C.11.2.1.3, in 0..1."""
     if function == "SIGMOID":
         return 1 / (1 + np.exp((-4 * (values - centre) / width).clip(-700, 700)))
-    if function == "LINEAR_EXACT":
+    # The standard's linear function counts whole numbers, and knows no width below 1.
+    if function == "LINEAR_EXACT" or width < 1 or (width == 1 and not whole_numbers):
         return _through(values, [(centre, width)])
-    if width <= 1:
+    if width == 1:
         return (values > centre - 0.5).astype(np.float64)
     return _through(values, [(centre - 0.5, width - 1)])
 
@@ -499,26 +783,27 @@ def _spacing(dataset: Any, frame: int) -> tuple[float, float] | None:
 # --- NIfTI
 
 
-def _read_nifti(source: Any, name: str, frame: int | None, windows: _Windows) -> MedicalImage:
-    image = source if isinstance(source, nibabel.spatialimages.SpatialImage) else _nifti_image(source)
-    shape = (*image.shape[:3], 1, 1)[:3]
-    if 0 in image.shape:
-        raise MedicalImageError(f"{name} holds no voxels")
-    # For each stored axis the axis of the patient that it runs along (0 to the right, 1 to the front, 2 to the head),
-    # and -1 where it runs the other way. Only the slice is read, so the volume is not turned as a whole.
-    axes, signs = nibabel.io_orientation(image.affine).T
-    if not np.isfinite(axes).all():
-        raise MedicalImageError(f"{name} has no valid orientation: its affine matrix is singular; mend the header")
-    single = [axis for axis in range(3) if shape[axis] == 1]
-    across = single[0] if len(single) == 1 else int(np.flatnonzero(axes == 2)[0])
-    frames = shape[across]
-    chosen = _chosen(frame, frames, name)
+def _read_nifti(source: Any, name: str, frame: int | None, windows: _Windows, max_pixels: int) -> MedicalImage:
+    with _opened_nifti(source, name, max_pixels * _BYTES_PER_PIXEL) as image:
+        shape = (*image.shape[:3], 1, 1)[:3]
+        if 0 in image.shape:
+            raise MedicalImageError(f"{name} holds no voxels")
+        # For each stored axis the axis of the patient that it runs along (0 to the right, 1 to the front, 2 to the
+        # head), and -1 where it runs the other way. Only the slice is read, so the volume is not turned as a whole.
+        axes, signs = nibabel.io_orientation(image.affine).T
+        if not np.isfinite(axes).all():
+            raise MedicalImageError(f"{name} has no valid orientation: its affine matrix is singular; mend the header")
+        single = [axis for axis in range(3) if shape[axis] == 1]
+        across = single[0] if len(single) == 1 else int(np.flatnonzero(axes == 2)[0])
+        frames = shape[across]
+        chosen = _chosen(frame, frames, name)
+        within = [axis for axis in range(3) if axis != across]
+        check_size(shape[within[0]], shape[within[1]], name, max_pixels)
 
-    index: list[Any] = [slice(None)] * min(3, image.ndim) + [0] * (image.ndim - 3)
-    if across < image.ndim:
-        index[across] = chosen if signs[across] > 0 else frames - 1 - chosen
-    plane = np.asanyarray(image.dataobj[tuple(index)])
-    within = [axis for axis in range(3) if axis != across]
+        index: list[Any] = [slice(None)] * min(3, image.ndim) + [0] * (image.ndim - 3)
+        if across < image.ndim:
+            index[across] = chosen if signs[across] > 0 else frames - 1 - chosen
+        plane = np.asanyarray(image.dataobj[tuple(index)])
     plane = plane.reshape([shape[axis] for axis in within])
     plane, turned = _upright(plane, axes[within].tolist(), signs[within].tolist())
 
@@ -533,7 +818,7 @@ def _read_nifti(source: Any, name: str, frame: int | None, windows: _Windows) ->
     values = plane.astype(np.float64)
     header: Any = image.header if isinstance(image, nibabel.Nifti1Pair) else {}  # other formats have no such range
     low, high = (float(header.get(key, 0)) for key in ("cal_min", "cal_max"))
-    if not windows and high > low:
+    if not windows and high > low and math.isfinite(high - low):
         windows = [((low + high) / 2, high - low)]
     picture = _through(values, windows) if windows else _by_percentiles(values)
     return MedicalImage(_finished(picture), None, spacing, chosen, frames)
@@ -543,12 +828,52 @@ def _unit(image: Any) -> str:
     return image.header.get_xyzt_units()[0] if hasattr(image.header, "get_xyzt_units") else "mm"
 
 
-def _nifti_image(source: Any) -> Any:
-    if isinstance(source, (str, os.PathLike)):
-        if os.fsdecode(source).lower().endswith(_NIFTI_NAMES):
-            return nibabel.load(source)  # leaves the voxels on the disk
-        with open(source, "rb") as file:
-            source = file.read()
-    data = bytes(source)
-    data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-    return (nibabel.Nifti2Image if data[4:8] == b"n+2\0" else nibabel.Nifti1Image).from_bytes(data)
+@contextlib.contextmanager
+def _opened_nifti(source: Any, name: str, limit: int) -> Iterator[Any]:
+    """A `nibabel` image whose voxels are read from the file when they are asked for.
+
+    A compressed file is inflated once and in parts, to its end, where its checksum is.
+    """
+    if isinstance(source, nibabel.spatialimages.SpatialImage):
+        _check_gzip_behind(source, name, limit)
+        yield source
+        return
+    with contextlib.ExitStack() as stack:
+        if isinstance(source, (bytes, bytearray, memoryview)):
+            file: Any = io.BytesIO(source)
+        else:
+            file = stack.enter_context(open(source, "rb"))
+        compressed = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        if compressed:
+            file = stack.enter_context(gzip.GzipFile(fileobj=file, mode="rb"))
+        head = file.read(_HEAD)
+        kind: Any = nibabel.Nifti2Image if head[4:8] == b"n+2\0" else nibabel.Nifti1Image
+        header = kind.header_class(head[: kind.header_class.template_dtype.itemsize], check=False)
+        if int(header["intent_code"]) in _CIFTI:
+            raise MedicalImageError(f"{name} is a CIFTI file: values on a surface, which are no picture")
+        voxels = math.prod(int(size) for size in header.get_data_shape()) * header.get_data_dtype().itemsize
+        if compressed and header.get_data_offset() + voxels > limit:
+            raise _too_many_bytes(name, limit)
+        file.seek(0)
+        yield kind.from_stream(file)
+        if compressed:
+            _read_to_the_end(file, name, limit)
+
+
+def _check_gzip_behind(image: Any, name: str, limit: int) -> None:
+    """Checks the compressed file of an image whose voxels are not read yet."""
+    path = getattr(image.file_map.get("image"), "filename", None)
+    if path is None or not nibabel.is_proxy(image.dataobj) or not os.path.isfile(path):
+        return
+    with open(path, "rb") as file:
+        if file.read(2) == b"\x1f\x8b":
+            file.seek(0)
+            with gzip.GzipFile(fileobj=file, mode="rb") as inflated:
+                _read_to_the_end(inflated, name, limit)
+
+
+def _read_to_the_end(file: gzip.GzipFile, name: str, limit: int) -> None:
+    while file.read(_CHUNK):
+        if file.tell() > limit:
+            raise _too_many_bytes(name, limit)

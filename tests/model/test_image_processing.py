@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import io
+import itertools
 import json
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
+from transformers import CLIPImageProcessor
 
 from medmoe_hf.model import image_files_medmoe
 from medmoe_hf.model.image_processing_medmoe import (
@@ -49,7 +51,8 @@ def photo():
 
 def raw(processor, images, **kwargs):
     """The pixels in 0..255, before geometry and normalisation: (B, 3, H, W)."""
-    kwargs = {"do_resize": False, "do_rescale": False, "do_normalize": False, "return_tensors": "pt", **kwargs}
+    # By a factor of 1: without rescaling, floats are left on the scale that they have.
+    kwargs = {"do_resize": False, "rescale_factor": 1.0, "do_normalize": False, "return_tensors": "pt", **kwargs}
     pixels = processor(images, **kwargs).pixel_values
     assert pixels.dtype == torch.float32
     return pixels.numpy()
@@ -210,6 +213,70 @@ def test_constant_wide_pictures_become_zeros(processor, value):
     assert not raw(processor, constant).any()
     assert not raw(processor, Image.fromarray(constant)).any()
     assert not raw(processor, Image.new("F", (5, 4), float(value))).any()
+
+
+STOCK = CLIPImageProcessor(size={"height": 40, "width": 30}, do_center_crop=False)
+
+
+def on_range(low, high, dtype):
+    """An edge and a slope from one bound to the other: (50, 60, 3)."""
+    values = np.linspace(low, high, 50 * 60 * 3).reshape(50, 60, 3)
+    values[:, 40:] = low
+    values[:10, 45:] = high
+    return values.astype(dtype)
+
+
+@pytest.mark.parametrize("do_rescale", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "bounds"),
+    [
+        *itertools.product(["uint8", "int8", "int32"], [(0, 1), (3, 120)]),
+        *itertools.product(["uint8", "uint16"], [(0, 255), (3, 200)]),
+        *itertools.product(["int16", "int64"], [(-1, 1), (-1024, 3071)]),
+        *itertools.product(
+            ["float16", "float32", "float64"],
+            [(0, 1), (0.2, 0.9), (0, 255), (3, 200), (-1, 1), (-1024, 3071), (0, 4095)],
+        ),
+    ],
+)
+def test_rescaling_is_that_of_other_image_processors(processor, dtype, bounds, do_rescale):
+    """What CLIP's makes of the same array, but for what is documented: integers of other than 8 bits, and floats that
+    are to be rescaled though they are not in 0..255, are brought to 0..255 first."""
+    image = on_range(*bounds, dtype)
+    low, high = float(image.min()), float(image.max())
+    given = image if dtype == "uint8" else image.astype(np.float32)
+    in_range = low >= 0 and high <= 255
+    if dtype != "uint8" and (not dtype.startswith("float") or (do_rescale and not in_range)):
+        given = ((image.astype(np.float64) - low) / (high - low) * 255).astype(np.float32)
+        in_range = True
+    elif do_rescale and dtype != "uint8" and high <= 1:
+        given = given * 255
+    for do_resize, do_normalize in itertools.product([False, True], repeat=2):
+        options = {"do_rescale": do_rescale, "do_resize": do_resize, "do_normalize": do_normalize, "resample": 3}
+        options |= {"size": {"height": 40, "width": 30}, "image_mean": STOCK.image_mean, "image_std": STOCK.image_std}
+        options |= {"input_data_format": "channels_last", "return_tensors": "np"}
+        resized = given
+        if do_resize and dtype != "uint8" and in_range and given.max() > 1:
+            # What overshoots 0..255 is clamped, as in 8 bits.
+            resized = STOCK(given, **{**options, "do_rescale": False, "do_normalize": False}).pixel_values[0]
+            resized, do_resize = resized.clip(0, 255).transpose(1, 2, 0), False
+        expected = STOCK(resized, **{**options, "do_resize": do_resize}).pixel_values
+        pixels = processor(image, **options).pixel_values
+        assert pixels.dtype == np.float32
+        np.testing.assert_allclose(pixels, expected, rtol=1e-5, atol=1e-5 * max(1, np.abs(expected).max()))
+
+
+def test_floats_that_are_scaled_already(processor):
+    """The usual call: tensors of torchvision's ToTensor, normalised and not scaled again."""
+    image = np.random.default_rng(0).uniform(0, 1, (224, 224, 3)).astype(np.float32)
+    expected = (image.transpose(2, 0, 1) - MEAN) / STD
+    for picture in (image, torch.from_numpy(image).permute(2, 0, 1)):
+        pixels = processor(picture, do_rescale=False, return_tensors="np").pixel_values[0]
+        np.testing.assert_allclose(pixels, expected, atol=1e-5)
+    # Files have a scale of their own, 0..255: an 8-bit one and one of 16 bits come out alike.
+    for values in ((image * 255).astype(np.uint8), (image * 65535).astype(np.uint16)):
+        pixels = raw(processor, png(values[..., 0]), do_rescale=False)
+        assert pixels.max() > 250
 
 
 # --- PIL modes
