@@ -34,6 +34,7 @@ from medmoe_hf.data.collate import ContrastiveCollator
 from medmoe_hf.data.places import without_places
 from medmoe_hf.data.reading import Fault, Place, Reader
 from medmoe_hf.data.shards import ShardError
+from medmoe_hf.data.sources import SourceError
 from medmoe_hf.data.stream import Sample, SampleStream, Split, StreamError
 from medmoe_hf.evaluation.validation import LOSS_PARTS, RECALLS, describe, validate
 from medmoe_hf.model.modeling_medmoe import in_process_group
@@ -301,7 +302,8 @@ class TrainingRun:
 
     def _stream(self) -> SampleStream:
         data = self.config.data
-        return SampleStream(
+        return _stream_of(
+            "Training data",
             _sources(data.train),
             seed=self.config.seed,
             rank=self.accelerator.process_index,
@@ -315,18 +317,17 @@ class TrainingRun:
             num_workers=data.num_workers,
             prepare=self.collator.prepare,
             draft=self.collator.side if data.reduced_decode else None,
-            part="",  # said in front of every message
         )
 
     def _make_held_out_stream(self) -> SampleStream:
         data = self.config.data
-        return SampleStream(
+        return _stream_of(
+            "Held-out data",
             _sources(data.train if data.evaluation is None else data.evaluation),
             shuffle=False,
             split=Split("validation", data.validation_share) if data.evaluation is None else None,
             max_bad_fraction=data.max_bad_fraction,
             prepare=self.collator.prepare,
-            part="",
         )
 
     def _streams(self) -> dict[str, SampleStream | None]:
@@ -532,7 +533,7 @@ class TrainingRun:
             self._save_state_before_step()
             saved = f" All that was learned in {self.record.steps} steps is in {self._place()}."
         if error is not None and not isinstance(error, (TrainingError, StreamError)):
-            self.accelerator.print(f"Training data: {type(error).__name__}.{saved}")
+            tqdm.write("The training data cannot be read on:")
             raise error
         stop = TrainingError if isinstance(error, TrainingError) else StreamError
         raise stop(f"Training data: {error or 'another process cannot read on.'}{saved}") from error
@@ -556,16 +557,19 @@ class TrainingRun:
         # Several processes would have to fail together, and one alone cannot know whether they did. Within an update
         # of the weights there is no state to go on from.
         steps = self.record.steps
-        if in_process_group() or not steps or self._updating or steps in self._written:
+        if not steps or self._updating:
             return
-        try:
-            self._save_state_before_step()
-        except Exception as second:
-            self.accelerator.print(f"{type(error).__name__}, and no checkpoint could be written: {second}")
-        else:
-            self.accelerator.print(
-                f"{type(error).__name__}: the run ends; all that was learned in {steps} steps is in {self._place()}."
-            )
+        if steps not in self._written:
+            if in_process_group():
+                return
+            try:
+                self._save_state_before_step()
+            except Exception as second:
+                self.accelerator.print(f"{type(error).__name__}, and no checkpoint could be written: {second}")
+                return
+        self.accelerator.print(
+            f"{type(error).__name__}: the run ends; all that was learned in {steps} steps is in {self._place()}."
+        )
 
     def _save_state_before_step(self, rotate: bool = True) -> None:
         """Writes a checkpoint of the last step that was done, though the next one has begun."""
@@ -901,6 +905,13 @@ def _share_cores(accelerator: Accelerator, num_workers: int) -> None:
 
 def _sources(section: Any) -> list[Any]:
     return section if isinstance(section, list) else [section]
+
+
+def _stream_of(part: str, sources: list[Any], **options: Any) -> SampleStream:
+    try:
+        return SampleStream(sources, part="", **options)  # `part` stands in front of whatever it says
+    except SourceError as error:
+        raise SourceError(f"{part}: {error}") from error
 
 
 def _to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
