@@ -97,16 +97,34 @@ def inspect_data(
     sources: Annotated[Path, typer.Argument(help="YAML file with a list of sources.")],
     sheet: Annotated[Path, typer.Option(help="Contact sheet to write.")] = Path("contact_sheet.png"),
     samples: Annotated[int, typer.Option(min=1, help="Samples of each source to read.")] = 48,
+    problems: Annotated[
+        Path | None, typer.Option(help="Read every pair, and write a CSV of all that cannot be used, with reasons.")
+    ] = None,
+    validation_share: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Read every pair, and count what this share of subjects would hold out."),
+    ] = None,
+    num_workers: Annotated[int, typer.Option(min=0, help="Processes that read, where every pair is read.")] = 0,
 ) -> None:
     """Count and show what each source holds, and every problem. Captions are printed: mind who reads along."""
     from medmoe_hf.data.inspection import inspect_sources
     from medmoe_hf.data.sources import load_sources
 
     with _errors_of("data inspect"):
-        reports = inspect_sources(load_sources(sources), sheet, samples)
+        reports = inspect_sources(
+            load_sources(sources),
+            sheet,
+            samples,
+            problems=problems,
+            validation_share=validation_share,
+            num_workers=num_workers,
+        )
     for report in reports:
         typer.echo(f"{report}\n")
-    typer.echo(f"Contact sheet: {sheet}")
+    seen = any(report.looked_at for report in reports)
+    typer.echo(f"Contact sheet: {sheet}" if seen else "No contact sheet: no image could be read.")
+    if problems is not None:
+        typer.echo(f"Problems: {problems}")
     if any(report.problems for report in reports):
         raise typer.Exit(1)
 

@@ -72,7 +72,7 @@ class Fault:
         field: the field that is to blame, None where it is not one.
         path: the image's file; for samples inside a file that file, with the sample's name.
         file: the file itself.
-        source, shard, row, position: where it stands.
+        source, shard, row, position: where it stands; row and position are -1 for a whole shard.
     """
 
     cause: str
@@ -390,7 +390,7 @@ class Reader(Dataset):
         return Fault(
             problem.cause,
             problem.reason or problem.cause,
-            problem.field,
+            progress.field if problem.field is None and progress.stage == "image" else problem.field,
             path,
             file,
             place.source,

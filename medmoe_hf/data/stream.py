@@ -119,13 +119,18 @@ class FaultLog:
             return f"{part}{self.good} samples, none skipped"
         return "\n".join([f"{part}{self.good} samples, {self.bad} skipped", *self.lines()])
 
-    def lines(self) -> list[str]:
-        """A line for each kind of fault: how many, the first files, and the first one's reason."""
+    def lines(self, named: bool = True) -> list[str]:
+        """A line for each kind of fault: how many, the first files, and the first one's reason.
+
+        Args:
+            named: whether the lines begin with the source.
+        """
         lines = []
         for (source, cause), count in self.counts.most_common():
             reason, *paths = self.first[source, cause]
             more = ", ..." if count > len(paths) else ""
-            lines.append(f"  {source}: {count} {cause} ({', '.join(paths)}{more})" + (f": {reason}" if reason else ""))
+            line = f"{count} {cause} ({', '.join(paths)}{more})" + (f": {reason}" if reason else "")
+            lines.append(f"  {source}: {line}" if named else line)
         return lines
 
     def worst(self) -> str:
@@ -365,10 +370,9 @@ class SampleStream:
                 raise
             length, cause, reason = 0, "unreadable shard", str(error)
         # A shard is one fault for the rank that would have read its first sample, and none for the others.
-        one = (source, shard, -1)
-        if cause is not None and not self.faults.knows(one) and shard % self.world_size == self.rank:
+        if cause is not None and shard % self.world_size == self.rank and not self.faults.knows((source, shard, -1)):
             name = self.shards[source][shard].name
-            self.faults.add(self.names[source], cause, name, name, one, reason)
+            self.faulty(Fault(cause, reason or cause, None, name, name, source, shard, -1, -1))
         return length
 
     def _places(self) -> Iterator[Place]:
@@ -443,7 +447,7 @@ class SampleStream:
         self._next = self.rank
 
     def faulty(self, fault: Fault) -> None:
-        """Called for each sample that cannot be used; counts it."""
+        """Called for each sample that cannot be used, and once for each shard; counts it."""
         sample = (fault.source, fault.shard, fault.row)
         self.faults.add(self.names[fault.source], fault.cause, fault.path, fault.file, sample, fault.reason)
 
@@ -515,8 +519,8 @@ class SampleStream:
                 )
                 for value in now | then
             }
-            if sum(abs(one - all_) for one, all_ in shares.values()) / 2 > _FAR:
-                value, (one, all_) = max(shares.items(), key=lambda item: abs(item[1][0] - item[1][1]))
+            if sum(abs(one - whole) for one, whole in shares.values()) / 2 > _FAR:
+                value, (one, whole) = max(shares.items(), key=lambda item: abs(item[1][0] - item[1][1]))
                 buffer = (
                     f"Tars are shuffled within `shuffle_buffer` {self.buffer} only: write them in random order, or "
                     "raise it."
@@ -525,7 +529,7 @@ class SampleStream:
                 )
                 yield (
                     f"{self.names[source]}: the first {len(first)} samples are not like the rest: {what} "
-                    f"{value or 'empty'} is {one:.0%} of them and about {all_:.0%} of all. {buffer}"
+                    f"{value or 'empty'} is {one:.0%} of them and about {whole:.0%} of all. {buffer}"
                 )
                 return
 

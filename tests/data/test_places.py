@@ -14,6 +14,7 @@ def test_only_absolute_paths_lose_their_folders():
         "model": {"from_pretrained": "user/medmoe", "preset": None, "rate": 1e-3},
         "caption": "left/right: no effusion",
         "root": "/",
+        "skipped": {"/a/t.csv: missing image": 2, "/b/t.csv: missing image": 3, 7: "/c/d", "near/t.csv": 1},
     }
     assert without_places(record) == {
         "output_dir": "first",
@@ -25,4 +26,5 @@ def test_only_absolute_paths_lose_their_folders():
         "model": {"from_pretrained": "user/medmoe", "preset": None, "rate": 1e-3},
         "caption": "left/right: no effusion",
         "root": "/",
+        "skipped": {"t.csv: missing image": 2, "t.csv: missing image (2)": 3, 7: "d", "near/t.csv": 1},
     }

@@ -5,7 +5,10 @@ import io
 import json
 import random
 import tarfile
+import tracemalloc
 from collections import Counter
+from itertools import islice
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -14,9 +17,10 @@ from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
 from medmoe_hf.data import reading
-from medmoe_hf.data.sources import Source, expand
+from medmoe_hf.data.sources import Source, expand, load_sources
 from medmoe_hf.data.stream import SampleStream, Split, StreamError
 
+CASES = Path(__file__).parents[1] / "fixtures" / "cases"
 SOURCE = TypeAdapter(Source)
 
 
@@ -161,6 +165,38 @@ def test_a_state_of_another_configuration_is_refused(shards):
         two_sources(files[::-1]).load_state_dict(state)
 
 
+def test_data_that_have_changed_are_refused(tmp_path, table):
+    fields = written_as("csv", table, tmp_path) | {"image": "path"}
+    stream = SampleStream([source(**fields)])
+    list(stream)
+    state = json.loads(json.dumps(stream.state_dict()))
+    SampleStream([source(**fields)]).load_state_dict(state)
+    written_as("csv", [*table, table[0]], tmp_path)
+    with pytest.raises(StreamError, match="the sources' files have changed"):
+        SampleStream([source(**fields)]).load_state_dict(state)
+
+
+def test_states_of_other_versions_are_refused_by_name(shards):
+    stream = two_sources(shards("equal"))
+    before = {"fingerprint": "0123456789abcdef", "rank": 0, "epoch": 1, "next": 3, "reported": [], "faults": {}}
+    with pytest.raises(StreamError, match="saved by another version of medmoe_hf"):
+        stream.load_state_dict(before)
+
+
+def test_sources_are_called_by_their_place(tmp_path):
+    tars = [str(tmp_path / "a.tar"), str(tmp_path / "b.tar")]
+    made = [
+        source(kind="webdataset", files=tars[:1]),
+        source(kind="webdataset", files=tars),
+        source(kind="webdataset", files=tars[:1], name="mine"),
+        source(kind="webdataset", files=tars[:1]),
+        source(kind="phantom", seed=3),
+        source(kind="imagefolder", path=str(tmp_path)),
+    ]
+    names = [tars[0], f"{tars[0]} and 1 more", "mine", f"{tars[0]} (2)", "phantoms 3", str(tmp_path)]
+    assert SampleStream(made).names == names
+
+
 # Turns
 
 
@@ -195,6 +231,209 @@ def test_phantoms_come_in_their_own_order():
         sample, drawn = next(stream), phantom_sample(3, index, image_size=48)
         assert (sample["caption"], sample["modality"]) == (drawn["caption"], drawn["modality"])
         assert sample["image"].tobytes() == drawn["image"].tobytes()
+
+
+@pytest.fixture
+def small(tmp_path):
+    """The bytes of a picture that decodes at once, also as `x.png`."""
+    Image.new("L", (2, 2)).save(tmp_path / "x.png")
+    return (tmp_path / "x.png").read_bytes()
+
+
+def drawn(stream, count):
+    """Shares of the first modalities of a stream."""
+    found = Counter(sample["modality"] for sample in islice(stream, count))
+    return {modality: number / count for modality, number in sorted(found.items())}
+
+
+def test_modalities_are_one_however_they_are_spelt(monkeypatch):
+    monkeypatch.chdir(next(CASES.glob("15-*")))
+    stream = SampleStream(load_sources("sources.yaml"), mixing="modality", once=False, seed=1)
+    assert drawn(stream, 2000) == pytest.approx({1: 0.5, 3: 0.5}, abs=0.04)
+
+
+@pytest.mark.parametrize("way", ["field:kind", "caption", ["dicom", "field:kind"]])
+@pytest.mark.parametrize("kind", ["csv", "parquet", "saved", "webdataset"])
+def test_modalities_of_rows_take_turns_equally(tmp_path, small, kind, way):
+    """Nine of ten pairs are CT, one is an MRI, in one source; a second one holds ultrasound only."""
+    rows = [("ct", "Axial CT.") if index % 10 else ("MR", "Brain MRI.") for index in range(200)]
+    if kind == "webdataset":
+        samples = [{"png": small, "txt": text.encode(), "kind": label.encode()} for label, text in rows]
+        write_tar(tmp_path / "a.tar", samples[:120])
+        write_tar(tmp_path / "b.tar", samples[120:])
+        fields = {"kind": kind, "files": [str(tmp_path / "a.tar"), str(tmp_path / "b.tar")]}
+    else:
+        table = [{"path": "x.png", "caption": text, "kind": label} for label, text in rows]
+        fields = written_as(kind, table, tmp_path) | {"image": "path"}
+    ultrasound = source(
+        kind="webdataset", files=[str(write_ultrasound(tmp_path, small))], modality="sonography", weight=5
+    )
+    sources = [source(**fields, modality=way), ultrasound]
+    stream = SampleStream(sources, mixing="modality", once=False)
+    assert drawn(stream, 900) == pytest.approx({1: 1 / 3, 2: 1 / 3, 3: 1 / 3}, abs=0.06)
+    every = SampleStream(sources, mixing="modality", buffer=50)
+    assert Counter(sample["modality"] for sample in every) == {1: 180, 2: 20, 3: 30}
+    # Until the smaller modalities come to their ends.
+    first = SampleStream(sources, mixing="modality", buffer=50, seed=2)
+    assert drawn(first, 45) == pytest.approx({1: 1 / 3, 2: 1 / 3, 3: 1 / 3}, abs=0.2)
+    counts = Counter()
+    for rank in range(2):
+        counts += Counter(
+            sample["modality"] for sample in SampleStream(sources, mixing="modality", rank=rank, world_size=2)
+        )
+    assert counts == {1: 180, 2: 20, 3: 30}
+
+
+def write_ultrasound(folder, small):
+    write_tar(folder / "us.tar", [{"png": small, "txt": b"A scan."}] * 30)
+    return folder / "us.tar"
+
+
+def test_a_modality_that_has_ended_leaves_its_turns_to_the_others(tmp_path, small):
+    """Two sources of ultrasound, the heavier one short: the other one then has all turns of ultrasound."""
+    table = [{"path": "x.png", "caption": "c"}]
+    for name, count in (("a", 5), ("b", 400), ("c", 400)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.png").write_bytes(small)
+        written_as("csv", table * count, tmp_path / name)
+    sources = [
+        source(kind="csv", files=[str(tmp_path / name / "t.csv")], image="path", modality=modality, weight=weight)
+        for name, modality, weight in (("a", "us", 9), ("b", "us", 1), ("c", "ct", 1))
+    ]
+    stream = SampleStream(sources, mixing="modality")
+    assert drawn(stream, 600) == pytest.approx({1: 0.5, 3: 0.5}, abs=0.06)
+
+
+# Sources that know their length are permuted whole
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "saved", "imagefolder"])
+def test_a_table_sorted_by_class_is_not_read_in_class_order(tmp_path, small, kind):
+    count = 1200
+    if kind == "imagefolder":
+        for index in range(count):
+            label = "ct" if index < count // 2 else "mri"
+            (tmp_path / "f" / label).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "f" / label / f"{index}.png").write_bytes(small)
+        made = source(kind=kind, path=str(tmp_path / "f"), caption_template="{label}", modality="field:label")
+    else:
+        rows = [
+            {"path": "x.png", "caption": f"{index}", "kind": ["ct", "mri"][index // (count // 2)]}
+            for index in range(count)
+        ]
+        made = source(**written_as(kind, rows, tmp_path), image="path", modality="field:kind")
+    stream = SampleStream([made], buffer=10)
+    assert stream.order_warnings() == []
+    assert drawn(stream, 200) == pytest.approx({1: 0.5, 2: 0.5}, abs=0.12)
+    again = [sample["row"] for sample in SampleStream([made], buffer=99)]
+    assert sorted(again) == list(range(count))
+    # As far from the order of the file as a random order is: neighbours are a third of the length apart.
+    assert np.abs(np.diff(again)).mean() == pytest.approx(count / 3, rel=0.1)
+
+
+def test_files_of_one_source_are_permuted_together(tmp_path, small):
+    for number, label in enumerate(("ct", "mri", "us")):
+        (tmp_path / f"{number}.csv").write_text("path,caption,kind\n" + f"x.png,c,{label}\n" * 300)
+    made = source(kind="csv", files=[str(tmp_path / f"{number}.csv") for number in range(3)], modality="field:kind")
+    assert drawn(SampleStream([made]), 300) == pytest.approx({1: 1 / 3, 2: 1 / 3, 3: 1 / 3}, abs=0.1)
+    seen = Counter((sample["shard"], sample["row"]) for sample in SampleStream([made]))
+    assert seen == Counter({(shard, row): 1 for shard in range(3) for row in range(300)})
+
+
+def test_resumed_in_a_table_the_sequence_is_the_uninterrupted_one(tmp_path, small):
+    rows = [{"path": "x.png", "caption": f"{index}", "kind": ["ct", "mri"][index % 5 == 0]} for index in range(60)]
+    made = source(**written_as("csv", rows, tmp_path), image="path", modality="field:kind")
+    for mixing in ("weight", "modality"):
+        whole = SampleStream([made], mixing=mixing)
+        expected = captions(whole) + captions(whole)
+        assert expected[:60] != expected[60:]
+        for stop in (1, 17, 60, 61, 100):
+            first, seen = SampleStream([made], mixing=mixing), []
+            while len(seen) < stop:
+                for sample in first:
+                    seen.append(sample["caption"])
+                    if len(seen) == stop:
+                        break
+            state = json.loads(json.dumps(first.state_dict()))
+            second = SampleStream([made], mixing=mixing)
+            second.load_state_dict(state)
+            rest = captions(second)
+            rest += captions(second) if len(seen) + len(rest) < 120 else []
+            assert seen + rest == expected
+
+
+class _Long:
+    """A shard of ten million rows."""
+
+    name = "long"
+
+    def __len__(self):
+        return 10**7
+
+    def locate(self, row):
+        return row
+
+
+def test_ten_million_rows_are_permuted_in_bounded_memory(tmp_path, small, monkeypatch):
+    made = source(kind="csv", files=[str(tmp_path / "t.csv")])
+    monkeypatch.setattr(type(made), "shards", lambda self: [_Long()])
+    stream = SampleStream([made])
+    tracemalloc.start()
+    try:
+        rows = [place.where for place in islice(stream._places(), 100_000)]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(set(rows)) == 100_000
+    assert np.mean(rows) == pytest.approx(5e6, rel=0.02)
+    assert peak < 100e6
+
+
+# Tars keep their buffer, and say where it does not do
+
+
+def sorted_tars(folder, small, labels, per_shard=50):
+    for number, label in enumerate(labels):
+        write_tar(
+            folder / f"s-{number:02d}.tar", [{"png": small, "txt": b"c", "cls": str(label).encode()}] * per_shard
+        )
+    return {"kind": "webdataset", "files": [str(folder / f"s-{number:02d}.tar") for number in range(len(labels))]}
+
+
+def test_a_buffer_far_from_the_source_is_told(tmp_path, small):
+    one = tmp_path / "one.tar"
+    samples = [{"png": small, "txt": b"c", "cls": b"0123"[index // 100 :][:1]} for index in range(400)]
+    write_tar(one, samples)
+    big = source(kind="webdataset", files=[str(one)])
+    (warning,) = SampleStream([big], buffer=100).order_warnings()
+    assert warning.startswith(
+        f"{one}: the first 100 samples are not like the rest: modality xray is 100% of them and "
+    )
+    assert "about 25% of all. Tars are shuffled within `shuffle_buffer` 100 only" in warning
+    assert SampleStream([big], buffer=400).order_warnings() == []
+    assert SampleStream([big], buffer=100, mixing="modality").order_warnings() == []
+    # Shards of one class each are shuffled themselves: some of them do, two of them do not.
+    many = source(**sorted_tars(tmp_path, small, [0, 1] * 10))
+    assert SampleStream([many], buffer=500).order_warnings() == []
+    assert len(SampleStream([many], buffer=50).order_warnings()) == 1
+
+
+def test_order_warnings_by_label(tmp_path, small):
+    samples = [{"png": small, "label": [b"cyst", b"normal"][index // 150]} for index in range(300)]
+    write_tar(tmp_path / "a.tar", samples)
+    made = source(kind="webdataset", files=[str(tmp_path / "a.tar")], caption_template="a {label}", modality="us")
+    (warning,) = SampleStream([made], buffer=100).order_warnings()
+    assert "`label` cyst is 100% of them and about 50% of all" in warning
+    random.Random(0).shuffle(samples)
+    write_tar(tmp_path / "a.tar", samples)
+    assert SampleStream([made], buffer=100).order_warnings() == []
+
+
+def test_without_a_shuffle_tables_are_warned_about_too(tmp_path, small):
+    rows = [{"path": "x.png", "caption": "c", "kind": ["ct", "mri"][index // 1500]} for index in range(3000)]
+    made = source(**written_as("csv", rows, tmp_path), image="path", modality="field:kind")
+    (warning,) = SampleStream([made], shuffle=False, buffer=0).order_warnings()
+    assert "modality ct is 100% of them and about 50% of all. Nothing is shuffled here." in warning
 
 
 # Kinds of sources
@@ -448,6 +687,35 @@ def test_over_the_limit_the_stream_stops_and_names_the_worst_files(tmp_path, wor
     assert 80 <= stream.faults.good <= 105
     patient = SampleStream([tars], max_bad_fraction=0.2)
     assert len(list(patient)) == 270
+
+
+def test_faults_count_samples_and_not_epochs(tmp_path, table):
+    rows = [{**row, "path": f"absent/{index}.png"} if index < 3 else row for index, row in enumerate(table * 5)]
+    fields = written_as("csv", rows, tmp_path) | {"image": "path", "modality": "field:kind", "name": "t"}
+    stream = SampleStream([source(**fields)], max_bad_fraction=0.5)
+    for _ in range(4):
+        assert len(list(stream)) == 17
+    again = SampleStream([source(**fields)], max_bad_fraction=0.5)
+    again.load_state_dict(json.loads(json.dumps(stream.state_dict())))
+    for one in (stream, again):
+        assert len(list(one)) == 17
+        assert (one.faults.bad, one.faults.good, one.faults.skipped) == (3, 85, 15)
+        total, line = str(one.faults).splitlines()
+        assert total == "85 samples, 3 skipped"
+        assert line.startswith("  t: 3 missing image (")
+        assert line.endswith("): there is no such file")
+        assert {f"{tmp_path}/absent/{index}.png" in line for index in range(3)} == {True}
+        assert one.faults.files == {f"{tmp_path}/absent/{index}.png": 1 for index in range(3)}
+
+
+def test_a_disk_that_vanishes_stops_the_run_in_any_epoch(tmp_path, small):
+    rows = [{"path": "x.png", "caption": f"{index}"} for index in range(300)]
+    stream = SampleStream([source(**written_as("csv", rows, tmp_path), image="path")])
+    assert len(list(stream)) == 300
+    (tmp_path / "x.png").unlink()
+    with pytest.raises(StreamError, match=r"\d+ of \d+ samples are faulty"):
+        list(stream)
+    assert stream.faults.skipped < 30
 
 
 def test_a_caption_of_another_layout(tmp_path):
