@@ -267,7 +267,13 @@ class ParquetShard:
 def _row_group(path: str, group: int, *state: int) -> Any:
     """Kept by process, not by shard: one for each of the sources that take turns, however many files they have.
     `state` tells a file from one that was written over it."""
-    return pyarrow.parquet.ParquetFile(path).read_row_group(group)
+    return _parquet_file(path, *state).read_row_group(group)
+
+
+@lru_cache(maxsize=16)
+def _parquet_file(path: str, *state: int) -> Any:
+    """Kept open: in a random order of rows, reading the footer anew would take as long as reading the rows."""
+    return pyarrow.parquet.ParquetFile(path, pre_buffer=False)
 
 
 def _row(table: Any, row: int) -> tuple[list[str], list[Any]]:

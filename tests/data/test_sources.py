@@ -518,13 +518,14 @@ def test_inspection_counts_and_shows_what_is_wrong(tmp_path):
     assert {"png", "txt", "cls"} <= set(good.fields)
     assert (good.sizes, phantom.sizes) == (((48, 48), (48, 48)), ((50, 50), (50, 50)))
     assert (bad.samples, dict(bad.modalities), bad.captions) == (2, {"xray": 1}, ["A chest radiograph."])
-    assert bad.problems == ["1 of unreadable image"]
+    (problem,) = bad.problems
+    assert problem.startswith(f"1 unreadable image ({tmp_path}/bad.tar/000000): ")
     assert "No file fits" in none.problems[0]
     assert phantom.samples is None
     assert Image.open(tmp_path / "sheet.png").size == (12 * 116, 4 * 146)
     result = run(app, ["data", "inspect", str(tmp_path / "sources.yaml"), "--sheet", str(tmp_path / "again.png")])
     assert result.exit_code == 1
-    assert "PROBLEM     1 of unreadable image" in result.output
+    assert "PROBLEM     1 unreadable image (" in result.output
     assert "good: 2 shards, 30 samples" in result.output
 
 
