@@ -1,7 +1,6 @@
 """From samples of a stream to a batch that the model takes."""
 
 import hashlib
-import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from medmoe_hf.data.captions import is_empty
 from medmoe_hf.model import MedMoEImageProcessor
 
 UNKNOWN_GROUP = -1
@@ -102,7 +102,7 @@ class ContrastiveCollator:
         if not any("label" in sample or "group" in sample for sample in samples):
             raise ValueError(
                 "`positives: label` needs to know which samples share a label, and no sample of the batch has a "
-                "`label` or `group`. Name the field that holds it in the sources, or use `positives: caption`."
+                "`label` or `group`. Name the field that holds it by `label`, or use `positives: caption`."
             )
         return [_label_group(sample) for sample in samples]
 
@@ -137,13 +137,14 @@ def _label_group(sample: Mapping[str, Any]) -> int:
 
 def _normalised(value: Any) -> str:
     """A caption or label so that equal meanings are equal strings: case, white space, final full stop; 1.0 is 1."""
+    if is_empty(value):
+        return ""
+    if isinstance(value, (bytes, bytearray)):
+        value = value.decode("utf-8", errors="replace")
     if hasattr(value, "item"):
         value = value.item()
-    if isinstance(value, float):
-        # A column of integers with gaps: pandas makes floats of it.
-        value = "" if math.isnan(value) else int(value) if value.is_integer() else value
-    if value is None or isinstance(value, bool):
-        value = "" if value is None else int(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # a column of integers with gaps: pandas makes floats of it
     return " ".join(unicodedata.normalize("NFKC", str(value)).casefold().split()).rstrip(" .")
 
 

@@ -58,8 +58,8 @@ class Place(NamedTuple):
 
 Sample = dict[str, Any]
 """One training pair: `image` (a PIL image, or what the stream's `prepare` made of it), `caption`, `modality` (id, or
--100), `source`, `shard` and `row` (their numbers), `subject` (None where the source has none), `key` (what it is
-called there) and `position` (in the epoch)."""
+-100), `source`, `shard` and `row` (their numbers), `subject` and `label` (what it shows; None where the source
+has none), `key` (what it is called there) and `position` (in the epoch)."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +150,26 @@ def subject_of(row: dict[str, Any], field: str | None) -> str | None:
         return None
     text = value.decode("utf-8", errors="replace") if isinstance(value, (bytes, bytearray)) else str(value)
     return re.sub(r"\.0+$", "", text.strip()) if re.fullmatch(r"-?\d+\.0+", text.strip()) else text.strip()
+
+
+def label_of(row: dict[str, Any], field: str | None) -> str | int | float | None:
+    """What an image shows, of several labels all in one order; None where nothing is said, or no word or number.
+
+    Args:
+        row: the sample's fields.
+        field: the one that holds it; None for `label`. Elsewhere that may be anything: a mask, say, is no label.
+    """
+    value = row.get(field or "label")
+    if isinstance(value, (bytes, bytearray)):
+        try:
+            value = value.decode("utf-8")
+        except UnicodeDecodeError:
+            return None
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, (list, tuple)) and all(isinstance(part, (str, int)) for part in value):
+        value = ", ".join(sorted(map(str, value)))
+    return None if is_empty(value) or not isinstance(value, (str, int, float)) else value
 
 
 def _pieces(content: Any) -> Iterator[bytes]:
@@ -434,6 +454,7 @@ class Reader(Dataset):
             "shard": place.shard,
             "row": place.row,
             "subject": subject,
+            "label": label_of(row, source.label),
             "key": _key(row, shard),
             "position": place.position,
         }

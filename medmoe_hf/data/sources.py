@@ -49,6 +49,8 @@ class _Fields(BaseModel):
             header); or `unknown`. A list of these is tried in order, until one gives a modality. None: the caption
             rule's, if it has one, else a field `cls` or `modality`, else unknown.
         subject: field that says whose image it is, for the split.
+        label: field that says what an image shows, for training with `positives: label`; None takes a field `label`,
+            where there is one.
         window: how DICOM and NIfTI are shown: a CT window's name, (centre, width), or three of these for three
             channels; None: as the file says (see `read_medical_image`).
     """
@@ -64,6 +66,7 @@ class _Fields(BaseModel):
     caption_template: str | None = None
     modality: str | Annotated[list[str], Field(min_length=1)] | None = None
     subject: str | None = None
+    label: str | None = None
     window: str | tuple[float, float] | tuple[str, str, str] | None = None
 
     @model_validator(mode="after")
@@ -89,8 +92,8 @@ class _Fields(BaseModel):
             shards: what `shards` gave.
 
         Raises:
-            SourceError: if no sample has a field that `image`, `caption`, `caption_template`, `modality` or `subject`
-                needs, or if there are no samples; says which fields there are, and the nearest one.
+            SourceError: if no sample has a field that `image`, `caption`, `caption_template`, `modality`, `subject` or
+                `label` needs, or if there are no samples; says which fields there are, and the nearest one.
         """
         if all(isinstance(shard, (TableShard, DatasetShard)) and not len(shard) for shard in shards):
             raise SourceError(f"{self.name or (shards[0].name if shards else self.kind)} holds no samples.")
@@ -119,7 +122,8 @@ class _Fields(BaseModel):
             needed.append(("caption", CAPTION_FIELDS if self.caption is None else (self.caption,)))
         said = [self.modality] if isinstance(self.modality, str) else self.modality or []
         needed += [("modality", (one.removeprefix("field:"),)) for one in said if one.startswith("field:")]
-        return needed + ([] if self.subject is None else [("subject", (self.subject,))])
+        named = {"subject": self.subject, "label": self.label}
+        return needed + [(key, (name,)) for key, name in named.items() if name is not None]
 
     def content_facts(self) -> list[Any]:
         """What tells the content of this source from another one, plain for JSON: an entry `[name, size, checksum]`
@@ -385,6 +389,17 @@ def _absent(key: str, names: Sequence[str], there: Iterable[str]) -> str | None:
         return f"no column for the {key}: name it with `{key}`"
     near = nearest(names[0], there)
     return f"no column `{names[0]}`" + (f"; did you mean `{near}`?" if near else "") + f" (`{key}`)"
+
+
+def has_labels(source: Any, shards: Sequence[Shard]) -> bool:
+    """Whether samples of a source have the field that its `label` stands for; the first shards are looked at."""
+    for shard in shards[:_CHECKED_SHARDS]:
+        try:
+            if (source.label or "label") in shard.fields():
+                return True
+        except (ShardError, OSError):
+            continue  # counted when it is read
+    return False
 
 
 def field_of(row: Any, named: str | None, usual: Sequence[str]) -> str | None:

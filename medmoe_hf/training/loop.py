@@ -34,7 +34,7 @@ from medmoe_hf.data.collate import ContrastiveCollator
 from medmoe_hf.data.places import without_places
 from medmoe_hf.data.reading import Fault, Place, Reader
 from medmoe_hf.data.shards import ShardError
-from medmoe_hf.data.sources import SourceError
+from medmoe_hf.data.sources import SourceError, has_labels
 from medmoe_hf.data.stream import Sample, SampleStream, Split, StreamError
 from medmoe_hf.evaluation.validation import LOSS_PARTS, RECALLS, describe, validate
 from medmoe_hf.model.modeling_medmoe import in_process_group
@@ -783,11 +783,25 @@ class TrainingRun:
         problem: str | None = None
         if self.accelerator.is_main_process:
             problem = next(filter(None, map(self._unusable, range(len(self.stream.sources)))), None)
+            problem = problem or self._without_labels()
             for warning in self.stream.order_warnings():
                 tqdm.write(f"training data: {warning}")
         if self._highest(problem is not None):
             raise StreamError(f"Training data: {problem or 'unusable; the message of the main process says why.'}")
         self.read_held_out()
+
+    def _without_labels(self) -> str | None:
+        """What is wrong if positives are to be found by labels, and there are none."""
+        if self.collator.positives != "label":
+            return None
+        for stream, kind in ((self.stream, "training"), (self._held_out_stream, "held-out")):
+            if stream is None or any(map(has_labels, stream.sources, stream.shards)):
+                continue
+            return (
+                f"`positives: label` needs to know which samples share a label, and no {kind} source has a field "
+                "`label`. Name the field by `label` in the source, or use another kind of `positives`."
+            )
+        return None
 
     def _unusable(self, source: int) -> str | None:
         """What is wrong with a source, if none of a few samples from here and there can be used."""

@@ -29,6 +29,7 @@ class Plan:
         groups: of the optimiser: name, parameters, learning rate, weight decay.
         processes, pairs: pairs of a step over all processes.
         contrasted: what a pair is contrasted with, in words, and how many pairs that are.
+        positives: of the model's configuration.
         max_steps: of the configuration.
         schedule: in words.
         step_seconds: of the second step: the first one warms up.
@@ -45,6 +46,7 @@ class Plan:
     processes: int
     pairs: int
     contrasted: tuple[str, int]
+    positives: str
     max_steps: int
     schedule: str
     step_seconds: float
@@ -68,7 +70,8 @@ class Plan:
                 for name, count, rate, decay in self.groups
             ),
             f"step        {self.pairs} pairs on {self.processes} process{'es' if self.processes > 1 else ''} "
-            f"({self.device}); each pair against {self.contrasted[0]} ({self.contrasted[1]})",
+            f"({self.device}); each pair against {self.contrasted[0]} ({self.contrasted[1]})"
+            + ("" if self.positives == "none" else f", positives by {self.positives.replace('_', ' ')}"),
             f"schedule    {self.max_steps:,} steps, {self.schedule}",
             f"time        {self.step_seconds:.2f} s a step, about {hours:.1f} h in all, evaluations left out",
             f"memory      weights {_size(self.weight_bytes)}, gradients {_size(self.gradient_bytes)}, optimiser "
@@ -129,6 +132,7 @@ def plan(config: TrainConfig) -> Plan:
         processes=processes,
         pairs=config.batch_size * config.gradient_accumulation_steps * processes,
         contrasted=(_NEGATIVES[config.negatives], contrasted),
+        positives=run.inner.config.positives,
         max_steps=config.max_steps,
         schedule=schedule,
         step_seconds=seconds,

@@ -97,6 +97,7 @@ def test_pairs_of_equal_labels_are_a_group():
         {"label": None},
         {"label": ""},
         {"label": float("nan")},
+        {"label": "n/a"},
         {},
         {"group": "pneumonia"},
         {"group": "pneumonia", "label": "other", "modality": 3},
@@ -104,7 +105,7 @@ def test_pairs_of_equal_labels_are_a_group():
         {"label": 0.5, "source": 0},
         {"label": 0.5, "source": 1},
     ]
-    expected = [0, 0, 1, 2, 2, 3, 2, -1, -1, -1, -1, 4, 4, 0, 5, 6]
+    expected = [0, 0, 1, 2, 2, 3, 2, -1, -1, -1, -1, -1, 4, 4, 0, 5, 6]
     assert partition(groups_of("label", samples)) == expected
 
 

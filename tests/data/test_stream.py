@@ -749,3 +749,25 @@ def test_jpegs_can_be_decoded_at_a_reduced_scale(tmp_path):
     wanted, found = (np.asarray(image.resize((200, 200), Image.Resampling.BICUBIC), float) for image in (whole, small))
     assert np.abs(wanted - found).mean() < 1.5
     assert next(iter(SampleStream([tars], draft=300)))["image"].size == (512, 512)
+
+
+@pytest.mark.parametrize(
+    ("value", "label"),
+    [
+        ("glioma", "glioma"),
+        (b"glioma", "glioma"),
+        (3, 3),
+        (np.int64(3), 3),
+        (["effusion", "cardiomegaly"], "cardiomegaly, effusion"),
+        ("n/a", None),
+        (float("nan"), None),
+        ({"bytes": b"a mask", "path": None}, None),
+        (b"\x89PNG", None),
+        (Image.new("L", (2, 2)), None),
+        ([[0, 1], [1, 0]], None),
+    ],
+)
+def test_a_label_is_a_word_or_a_number(value, label):
+    assert reading.label_of({"label": value, "other": "x"}, None) == label
+    assert reading.label_of({"other": value, "label": "x"}, "other") == label
+    assert reading.label_of({}, None) is None

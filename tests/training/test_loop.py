@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from medmoe_hf.data.stream import StreamError
 from medmoe_hf.training import TrainConfig, TrainingError, build_model, train
 from medmoe_hf.training.build import parameter_groups
 from medmoe_hf.training.config import ModelSection
+from medmoe_hf.training.loop import TrainingRun
 
 
 def config(output_dir, **changes):
@@ -228,3 +230,35 @@ def test_positives_of_a_run_are_saved_with_the_model_and_used_on_held_out_pairs(
     expected = -(same / 3 * (logits.log_softmax(dim=1) + logits.t().log_softmax(dim=1))).sum() / 12
     assert record.evaluations[-1]["loss_global"] == pytest.approx(expected.item(), rel=1e-4)
     assert record.evaluations[-1]["loss_global"] != pytest.approx(output.loss_global.item(), rel=1e-3)
+
+
+def labelled_table(folder, header, labels):
+    rows = [f"path,report,{header}"]
+    for index, label in enumerate(labels):
+        phantom_sample(0, index, image_size=64)["image"].save(folder / f"{index}.png")
+        rows.append(f"{index}.png,effusion{'.' * index},{label}")
+    (folder / "t.csv").write_text("\n".join(rows) + "\n")
+    return {"kind": "csv", "files": [str(folder / "t.csv")], "image": "path"}
+
+
+@pytest.mark.parametrize(("header", "named"), [("label", {}), ("finding", {"label": "finding"})])
+def test_labels_of_the_sources_make_positives(tmp_path, header, named):
+    labels = ["effusion", "", "Mass", "effusion", "mass", "n/a"]
+    source = labelled_table(tmp_path, header, labels) | named
+    run = TrainingRun(config(tmp_path / "out", data={"train": source, "num_workers": 0}, positives="label"))
+    run.check_data()
+    batch, keys = next(run.batches())
+    groups = dict(zip([labels[int(Path(key).stem)] for key in keys], batch["positive_groups"].tolist(), strict=True))
+    assert groups["Mass"] == groups["mass"] != groups["effusion"]
+    assert groups[""] == groups["n/a"] == -1
+    assert len(set(batch["positive_groups"].tolist())) == 3
+
+
+def test_positives_by_label_need_labels(tmp_path):
+    source = labelled_table(tmp_path, "finding", ["effusion"] * 6)
+    data = {"train": source, "num_workers": 0}
+    with pytest.raises(StreamError, match="no training source has a field `label`"):
+        train(config(tmp_path / "out", data=data, positives="label"))
+    data = {"train": source | {"label": "finding"}, "evaluation": source, "num_workers": 0}
+    with pytest.raises(StreamError, match="no held-out source has a field `label`"):
+        train(config(tmp_path / "out", data=data, positives="label"))
