@@ -505,10 +505,11 @@ def _evaluation_command(protocol: str | None) -> Callable[..., None]:
         batch_size: Annotated[int, typer.Option(min=1, help="Images in one pass.")] = 32,
         force: Annotated[bool, typer.Option("--force", help="Replace OUTPUT if it exists.")] = False,
     ) -> None:
+        from medmoe_hf.evaluation.results import summary
         from medmoe_hf.evaluation.suite import evaluate
 
         with _errors_of(f"evaluate {protocol or 'all'}"):
-            evaluate(
+            results = evaluate(
                 [model, *(compare or [])],
                 recipe,
                 data,
@@ -520,7 +521,7 @@ def _evaluation_command(protocol: str | None) -> Callable[..., None]:
                 force=force,
                 report=typer.echo,
             )
-        typer.echo(f"Wrote {output}.")
+        typer.echo(f"\n{summary(results)}\n\nWrote {output}: every metric is in results.md.")
 
     return command
 

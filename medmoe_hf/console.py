@@ -1,8 +1,23 @@
 """What commands print: tables, and progress bars that leave the lines of others alone."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
+
+_DELAY = 2  # seconds
+
+
+def progress(items: Iterable[Any] | None, what: str, unit: str, total: int | None = None) -> Any:
+    """A progress bar for what may take minutes: it comes after two seconds, and goes when it is done.
+
+    Args:
+        items: what is gone through; None for a bar that is told of each step by `update`.
+        what: is done.
+        unit: of what is counted.
+        total: how many; None: the length of `items`.
+    """
+    return tqdm(items, desc=what, unit=unit, total=total, leave=False, delay=_DELAY)
 
 
 def hide_foreign_bars() -> None:

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoModel, AutoProcessor, PretrainedConfig
 
+from medmoe_hf.console import progress
 from medmoe_hf.model.image_processing_medmoe import MedMoEImageProcessor, MedMoEImageProcessorPil, to_rgb
 from medmoe_hf.model.losses_medmoe import local_logits
 from medmoe_hf.model.medical_images_medmoe import is_medical_image, read_medical_image
@@ -218,7 +219,7 @@ class MedMoEEncoder:
                         scores[:, start + rows] = part
             return scores
 
-        return self._by_batch(images, score)
+        return self._by_batch(images, score, "local similarity")
 
     def route_images(self, images: Sequence[Any]) -> Tensor:
         """The image router's probabilities (N, K)."""
@@ -226,8 +227,11 @@ class MedMoEEncoder:
 
     def route_texts(self, texts: Sequence[str]) -> Tensor:
         """The report router's probabilities (N, K)."""
-        inputs = [self.processor(text=list(part), return_tensors="pt").to(self.device) for part in _parts(texts)]
-        return torch.cat([self.model.route(**batch).probabilities.cpu() for batch in inputs])
+
+        def route(part: list[str]) -> Tensor:
+            return self.model.route(**self.processor(text=part, return_tensors="pt").to(self.device)).probabilities
+
+        return _encode_by_batch(texts, _TEXTS_AT_ONCE, route, "reports")
 
     def heatmaps(
         self,
@@ -252,19 +256,23 @@ class MedMoEEncoder:
         known = [UNKNOWN_MODALITY] * len(images) if modalities is None else [int(modality) for modality in modalities]
         heatmaps: list[np.ndarray] = [np.empty(0)] * len(images)
         # The reference is one for a whole batch.
-        for reference in dict.fromkeys(listed):
-            rows = [row for row, other in enumerate(listed) if other == reference]
-            against = self.processor(text=list(reference), return_tensors="pt").to(self.device) if reference else None
-            for start in range(0, len(rows), self.batch_size):
-                batch = rows[start : start + self.batch_size]
-                pictures = [self._read(images[row]) for row in batch]
-                texts = [phrases[row] for row in batch]
-                inputs = self.processor(images=pictures, text=texts, return_tensors="pt").to(self.device)
-                grounding = self.model.ground(**inputs, reference=against, modality=[known[row] for row in batch])
-                sizes = [_size(picture) for picture in pictures]
-                maps = self.processor.post_process_grounding(grounding, target_sizes=sizes, sigma=sigma)
-                for row, by_word in zip(batch, maps, strict=True):
-                    heatmaps[row] = by_word.mean(dim=0).cpu().numpy()
+        with progress(None, "heat-maps", unit="image", total=len(images)) as bar:
+            for reference in dict.fromkeys(listed):
+                rows = [row for row, other in enumerate(listed) if other == reference]
+                against = (
+                    self.processor(text=list(reference), return_tensors="pt").to(self.device) if reference else None
+                )
+                for start in range(0, len(rows), self.batch_size):
+                    batch = rows[start : start + self.batch_size]
+                    pictures = [self._read(images[row]) for row in batch]
+                    texts = [phrases[row] for row in batch]
+                    inputs = self.processor(images=pictures, text=texts, return_tensors="pt").to(self.device)
+                    grounding = self.model.ground(**inputs, reference=against, modality=[known[row] for row in batch])
+                    sizes = [_size(picture) for picture in pictures]
+                    maps = self.processor.post_process_grounding(grounding, target_sizes=sizes, sigma=sigma)
+                    for row, by_word in zip(batch, maps, strict=True):
+                        heatmaps[row] = by_word.mean(dim=0).cpu().numpy()
+                    bar.update(len(batch))
         return heatmaps
 
     def _read(self, image: Any) -> Any:
@@ -282,11 +290,11 @@ class MedMoEEncoder:
     def _text_features(self, texts: Sequence[str]) -> Any:
         return self.model.get_text_features(**self.processor(text=list(texts), return_tensors="pt").to(self.device))
 
-    def _by_batch(self, images: Sequence[Any], read: Callable[[Tensor], Tensor]) -> Tensor:
+    def _by_batch(self, images: Sequence[Any], read: Callable[[Tensor], Tensor], what: str = "images") -> Tensor:
         def encode(batch: list[Any]) -> Tensor:
             return read(self.processor(images=batch, return_tensors="pt")["pixel_values"].to(self.device))
 
-        return _encode_by_batch(images, self.batch_size, encode)
+        return _encode_by_batch(images, self.batch_size, encode, what)
 
 
 class TransformersEncoder:
@@ -326,7 +334,7 @@ class TransformersEncoder:
             inputs = self.processor(images=pictures, return_tensors="pt").to(self.device)
             return _unit(_pooled(self.model.get_image_features(**inputs)))
 
-        return _encode_by_batch(images, self.batch_size, encode)
+        return _encode_by_batch(images, self.batch_size, encode, "images")
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """(N, D)."""
@@ -335,7 +343,7 @@ class TransformersEncoder:
             inputs = self.processor(text=batch, return_tensors="pt", **self.text_settings).to(self.device)
             return _unit(_pooled(self.model.get_text_features(**inputs)))
 
-        return _encode_by_batch(texts, _TEXTS_AT_ONCE, encode)
+        return _encode_by_batch(texts, _TEXTS_AT_ONCE, encode, "texts")
 
     def features(self, images: Sequence[Any]) -> dict[str, Tensor]:
         """`embedding`: that of the shared space."""
@@ -400,12 +408,15 @@ class OpenClipEncoder:
             pixels = torch.stack([self.transform(read_picture(image)) for image in batch]).to(self.device)
             return _unit(self.model.encode_image(pixels))
 
-        return _encode_by_batch(images, self.batch_size, encode)
+        return _encode_by_batch(images, self.batch_size, encode, "images")
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """(N, D)."""
         return _encode_by_batch(
-            texts, _TEXTS_AT_ONCE, lambda batch: _unit(self.model.encode_text(self.tokenizer(batch).to(self.device)))
+            texts,
+            _TEXTS_AT_ONCE,
+            lambda batch: _unit(self.model.encode_text(self.tokenizer(batch).to(self.device))),
+            "texts",
         )
 
     def features(self, images: Sequence[Any]) -> dict[str, Tensor]:
@@ -461,7 +472,7 @@ class ExportedEncoder:
             pixels = self.processor(images=batch, return_tensors="pt")["pixel_values"]
             return self._run("image_tower", "image_embeds", pixel_values=pixels.numpy())
 
-        return _encode_by_batch(images, self.batch_size, encode)
+        return _encode_by_batch(images, self.batch_size, encode, "images")
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """(N, D)."""
@@ -476,7 +487,7 @@ class ExportedEncoder:
             arrays = {name: np.array(rows, dtype=np.int64) for name, rows in given.items()}
             return self._run("text_tower", "text_embeds", **arrays)
 
-        return _encode_by_batch(texts, _TEXTS_AT_ONCE, encode)
+        return _encode_by_batch(texts, _TEXTS_AT_ONCE, encode, "texts")
 
     def features(self, images: Sequence[Any]) -> dict[str, Tensor]:
         """`embedding`: that of the shared space."""
@@ -544,5 +555,10 @@ def _parts(texts: Sequence[str]) -> Iterator[Sequence[str]]:
 
 
 @torch.no_grad()
-def _encode_by_batch(items: Sequence[Any], size: int, encode: Callable[[list[Any]], Tensor]) -> Tensor:
-    return torch.cat([encode(list(items[start : start + size])).cpu() for start in range(0, len(items), size)])
+def _encode_by_batch(items: Sequence[Any], size: int, encode: Callable[[list[Any]], Tensor], what: str) -> Tensor:
+    parts = []
+    with progress(None, what, unit="it", total=len(items)) as bar:
+        for start in range(0, len(items), size):
+            parts.append(encode(list(items[start : start + size])).cpu())
+            bar.update(len(parts[-1]))
+    return torch.cat(parts)

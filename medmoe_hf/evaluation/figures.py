@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,11 @@ if TYPE_CHECKING:  # results import this module
 _DPI = 130
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # apart for the colour-blind too
 _MARKERS = "osD^vP"
+_CONTROL = (
+    "The control is a made-up word that no report contains. What its map shows, the model shows for any word: a map "
+    "of a finding means something only as far as it is hotter in the box than the control's. The two maps of an image "
+    "share one colour scale, from dark (low) to yellow (high)."
+)
 
 
 def draw_confusions(results: Sequence["Result"], path: Path) -> None:
@@ -160,18 +166,23 @@ def draw_probes(results: Sequence["Result"], path: Path) -> None:
 
 
 def draw_heatmaps(result: "Result", path: Path) -> None:
-    """Two examples a row, each the image with its boxes, the phrase's heat-map, and that of a nonsense word."""
+    """Two examples a row, each the image with its boxes, the phrase's heat-map, and that of a nonsense word.
+
+    The two maps of an example have one colour scale: only so can they be compared.
+    """
     figure, axes = _grid(3 * len(result.examples), 2.3, 2.45, columns=6 if len(result.examples) > 3 else 3)
     for number, example in enumerate(result.examples):
         panels = (
             (None, example.label),
             (example.heatmap, f"“{_shortened(example.phrase, 30)}”"),
-            (example.nonsense_heatmap, f"“{example.nonsense}” (nonsense)"),
+            (example.nonsense_heatmap, f"“{example.nonsense}” (control)"),
         )
+        both = np.stack([example.heatmap, example.nonsense_heatmap])
+        low, high = float(both.min()), float(both.max())
         for axis, (heatmap, title) in zip(axes[3 * number : 3 * number + 3], panels, strict=True):
             axis.imshow(example.image)
             if heatmap is not None:
-                axis.imshow(heatmap, cmap="inferno", alpha=0.55)
+                axis.imshow(heatmap, cmap="inferno", alpha=0.55, vmin=low, vmax=high)
                 y, x = np.unravel_index(heatmap.argmax(), heatmap.shape)
                 axis.plot(x, y, "+", color="cyan", markersize=10, markeredgewidth=1.8)
             for left, top, right, bottom in example.boxes:
@@ -180,6 +191,7 @@ def draw_heatmaps(result: "Result", path: Path) -> None:
             axis.set_title(title, fontsize=9)
             axis.set_axis_off()
     figure.suptitle(f"{result.model} on {result.dataset}: box = finding, + = hottest pixel", fontsize=10)
+    figure.supxlabel("\n".join(wrap(_CONTROL, 110 if len(result.examples) > 3 else 60)), fontsize=8)
     _save(figure, path)
 
 

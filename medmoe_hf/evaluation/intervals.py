@@ -1,10 +1,12 @@
 """How sure a measurement is: bootstrap intervals, by row or by subject."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+from medmoe_hf.console import progress
 
 
 @dataclass(frozen=True)
@@ -15,6 +17,7 @@ class Interval:
         value: measured on all rows.
         low, high: ends of the interval; NaN if there was nothing to tell them from.
         n: how many independent units it rests on: groups where there are any, else rows.
+        rows: on how many rows it was measured; None where nobody has said it.
         undefined: resamples in which the metric was NaN; the interval is of the others.
     """
 
@@ -23,6 +26,7 @@ class Interval:
     high: float
     n: int
     undefined: int = 0
+    rows: int | None = None
 
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.2f}, {self.high:.2f}]"
@@ -66,15 +70,19 @@ def bootstrap(
     units = lengths[0] if members is None else len(members)
     values = metric(*tables)
     if units == 1:
-        return {name: Interval(float(value), float("nan"), float("nan"), 1) for name, value in values.items()}
+        nan = float("nan")
+        return {name: Interval(float(value), nan, nan, 1, rows=lengths[0]) for name, value in values.items()}
     generator = np.random.default_rng(seed)
     drawn: dict[str, list[float]] = {name: [] for name in values}
-    for _ in range(resamples):
+    for _ in progress(range(resamples), "bootstrap", unit="resample"):
         picked = generator.integers(units, size=units)
         rows = picked if members is None else np.concatenate([members[unit] for unit in picked])
         for name, value in metric(*(table[rows] for table in tables)).items():
             drawn[name].append(value)
-    return {name: _interval(float(value), np.array(drawn[name]), units, level) for name, value in values.items()}
+    return {
+        name: replace(_interval(float(value), np.array(drawn[name]), units, level), rows=lengths[0])
+        for name, value in values.items()
+    }
 
 
 def _members(groups: np.ndarray) -> list[np.ndarray]:

@@ -1,7 +1,7 @@
 """Linear probe: what a linear classifier can read from a frozen image tower, with few and with many examples."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from sklearn.metrics import log_loss
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from medmoe_hf.console import progress
 from medmoe_hf.evaluation.encoders import Encoder
 from medmoe_hf.evaluation.intervals import bootstrap
 from medmoe_hf.evaluation.metrics import classification_metrics
@@ -91,7 +92,9 @@ def linear_probe(
         fraction: [stratified_part(train.labels, fraction, seed + run) for run in range(1 if fraction == 1 else seeds)]
         for fraction in fractions
     }
+    result.facts["same_parts"] = _same_parts(parts)
     result.facts["trained_on"] = {f"{fraction:.0%}": len(rows[0]) for fraction, rows in parts.items()}
+    bar = progress(None, "linear probes", unit="probe", total=len(features[0]) * sum(map(len, parts.values())))
     for kind in features[0]:
         columns = [of_split[kind].double().numpy() for of_split in features]
         # Of a small split 1 % and 10 % are the same images.
@@ -103,6 +106,7 @@ def linear_probe(
                 if key not in fitted:
                     fitted[key] = _fit(columns, rows, train.labels, validation.labels, len(counts))
                 runs.append(fitted[key])
+                bar.update()
             variant = f"{kind} {fraction:.0%}"
             probabilities = np.stack([run[0] for run in runs], axis=1)
             measured = bootstrap(
@@ -113,7 +117,16 @@ def linear_probe(
             result.facts["not_converged"] += sum(not run[2] for run in runs)
             right = probabilities.argmax(axis=2) == test.labels[:, None]
             result.facts["seeds"][variant] = right.mean(axis=0).tolist()
+    bar.close()
     return result
+
+
+def _same_parts(parts: Mapping[float, Sequence[np.ndarray]]) -> list[list[str]]:
+    """Shares of a training split that are the same images in every draw, in groups of two or more."""
+    groups: dict[tuple[bytes, ...], list[str]] = {}
+    for fraction, draws in parts.items():
+        groups.setdefault(tuple(rows.tobytes() for rows in draws), []).append(f"{fraction:.0%}")
+    return [shares for shares in groups.values() if len(shares) > 1]
 
 
 def _mean_of_runs(runs: np.ndarray, labels: np.ndarray) -> dict[str, float]:

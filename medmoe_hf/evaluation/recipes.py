@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from medmoe_hf.console import progress
 from medmoe_hf.data.modality_words import modality_from_text
 from medmoe_hf.data.shards import ShardError, TarShard, read_table
 from medmoe_hf.data.yaml_files import in_words, read_yaml
@@ -633,7 +634,8 @@ def _first(names: Iterable[str], most: int = 3) -> str:
 
 
 def _missing_images(rows: Sequence[_Row], folder: Path) -> list[str]:
-    missing = [row.image for row in rows if not Path(row.image).is_file()]
+    looked_for = progress(rows, f"looking for images in {folder.name}", unit="image")
+    missing = [row.image for row in looked_for if not Path(row.image).is_file()]
     if not missing:
         return []
     return [
@@ -764,7 +766,7 @@ def _coco_entries(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
 def _resized(sizes: Mapping[str, tuple[int, int]]) -> list[str]:
     """Boxes count pixels of the originals: on images of another size they lie elsewhere."""
     other = []
-    for path, size in sizes.items():
+    for path, size in progress(sizes.items(), "sizes of images", unit="image", total=len(sizes)):
         try:
             with Image.open(path) as image:
                 if image.size != size:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from huggingface_hub import EvalResult
 
+from medmoe_hf.console import text_table
 from medmoe_hf.data.atomic import whole_folder
 from medmoe_hf.evaluation.encoders import Encoder, fingerprint
 from medmoe_hf.evaluation.figures import draw_confusions, draw_heatmaps, draw_probes, draw_recalls, draw_reliability
@@ -30,6 +31,16 @@ _TASKS = {
 }
 # The names by which the Hub knows a metric; others go by their own.
 _METRIC_TYPES = {"macro_auroc": "roc_auc", "macro_f1": "f1", "macro_average_precision": "average_precision"}
+
+
+_QUOTED = {
+    "zero-shot": ("accuracy", "macro_auroc", "routing_accuracy"),
+    "linear-probe": ("accuracy", "macro_auroc"),
+    "retrieval": ("image_to_text_r1", "image_to_text_r5", "text_to_image_r1", "text_to_image_r5"),
+    "grounding": ("pointing", "contrast_to_noise", "same_map"),
+    "routing": ("accuracy", "balanced_accuracy"),
+}
+"""Metrics of the short table; a recipe's own is added."""
 
 
 @dataclass
@@ -117,6 +128,10 @@ class Result:
         """What `json.dumps` takes; NaN and infinity become null."""
         return _plain({name: value for name, value in _shallow(self).items() if name != "examples"})
 
+    def rows_of(self, interval: Interval) -> int:
+        """How many images an interval of this result was measured on: a variant may leave out some."""
+        return self.count if interval.rows is None else interval.rows
+
     def by_variant(self) -> dict[str, dict[str, Interval]]:
         """The metrics of each variant."""
         variants: dict[str, dict[str, Interval]] = {}
@@ -138,7 +153,7 @@ class Result:
                 metric_value=round(interval.value, 4),
                 metric_args={
                     "variant": variant,
-                    "images": self.count,
+                    "images": self.rows_of(interval),
                     **{
                         f"{end}_95": round(value, 4)
                         for end, value in (("low", interval.low), ("high", interval.high))
@@ -206,8 +221,8 @@ def to_markdown(results: Sequence[Result]) -> str:
         for result in sorted(chosen, key=lambda result: [other.dataset for other in chosen].index(result.dataset)):
             for variant, metrics in result.by_variant().items():
                 cells = [_cell(metrics[name]) if name in metrics else "" for name in names]
-                lines.append(_row([result.dataset, str(result.count), result.model, variant, *cells]))
-        for note in dict.fromkeys(note for result in chosen for note in _notes(result)):
+                lines.append(_row([result.dataset, _counted(result, metrics), result.model, variant, *cells]))
+        for note in _notes(chosen):
             lines += ["", note]
     lines += ["", "## Data", ""]
     lines += dict.fromkeys(line for result in results for line in _data_lines(result))
@@ -216,25 +231,109 @@ def to_markdown(results: Sequence[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _notes(result: Result) -> list[str]:
-    """What a reader of a protocol's table must know."""
+def summary(results: Sequence[Result]) -> str:
+    """The metrics that are quoted most, in a table for each protocol, for a terminal; then what a reader must know."""
+    parts = []
+    for protocol in dict.fromkeys(result.protocol for result in results):
+        chosen = [result for result in results if result.protocol == protocol]
+        there = dict.fromkeys(key.rsplit("/", 1)[1] for result in chosen for key in result.metrics)
+        wanted = {*_QUOTED[protocol], *(result.facts.get("metric") for result in chosen)}
+        names = [name for name in there if name in wanted]
+        several = len({result.model for result in chosen}) > 1
+        rows = [["set", *["model"] * several, "variant", "N", *map(_words, names)]]
+        for result in chosen:
+            for variant, metrics in result.by_variant().items():
+                cells = [_cell(metrics[name]) if name in metrics else "" for name in names]
+                model = [result.model] * several
+                rows.append([result.dataset, *model, variant, _counted(result, metrics), *cells])
+        notes = "".join(f"\n{note}" for note in _notes(chosen, brief=True))
+        parts.append(f"{protocol}\n\n{text_table(rows)}\n{notes}".rstrip())
+    return "\n\n".join(parts)
+
+
+def _counted(result: Result, metrics: Mapping[str, Interval]) -> str:
+    """On how many images a variant was measured, and of how many subjects where these are fewer."""
+    images = max(result.rows_of(interval) for interval in metrics.values())
+    units = min(interval.n for interval in metrics.values())
+    return str(images) if units >= images else f"{images} ({units} subjects)"
+
+
+def _notes(results: Sequence[Result], brief: bool = False) -> list[str]:
+    """What a reader of a protocol's table must know.
+
+    Args:
+        results: of one protocol.
+        brief: leaves out what only explains.
+    """
+    notes = []
+    if results[0].protocol == "grounding":
+        words = ", ".join(dict.fromkeys(word for result in results for word in result.facts["nonsense"]))
+        notes.append(f"Nonsense ({words}): what a map shows for words that mean nothing, it shows for any word.")
+        if not brief:
+            notes.append(
+                "CNR knows no sign: a map that is coldest in the box has one too, so it says little without the "
+                "pointing game. `same map` is the correlation of a phrase's map with nonsense's."
+            )
+    if results[0].protocol == "linear-probe":
+        notes += [] if brief else [_spread_of_draws(result) for result in results]
+        notes += _equal_rows(results)
+    notes += [_always_one(result) for result in results if result.protocol == "retrieval"]
+    notes += _not_always_defined(results)
+    return [note for note in dict.fromkeys(notes) if note]
+
+
+def _spread_of_draws(result: Result) -> str:
     facts = result.facts
-    if result.protocol == "grounding":
-        return [
-            f"Nonsense: {', '.join(facts['nonsense'])}. CNR knows no sign: a map that is coldest in the box has one "
-            "too, so it says little without the pointing game. `same map` is the correlation of a phrase's map with "
-            "nonsense's."
-        ]
-    if result.protocol == "linear-probe":
-        seeds = max(len(values) for values in facts["seeds"].values())
-        spread = "; ".join(
-            f"{variant} {np.std(values, ddof=1):.3f}" for variant, values in facts["seeds"].items() if len(values) > 1
-        )
-        return [
-            f"{result.dataset}, {result.model}: means over {seeds} draws of the training part; standard deviation of "
-            f"the accuracy over draws: {spread}. {facts['not_converged']} fits did not converge."
-        ]
-    return []
+    seeds = max(len(values) for values in facts["seeds"].values())
+    spread = "; ".join(
+        f"{variant} {np.std(values, ddof=1):.3f}" for variant, values in facts["seeds"].items() if len(values) > 1
+    )
+    return (
+        f"{result.dataset}, {result.model}: means over {seeds} draws of the training part; standard deviation of "
+        f"the accuracy over draws: {spread}. {facts['not_converged']} fits did not converge."
+    )
+
+
+def _equal_rows(results: Sequence[Result]) -> list[str]:
+    """Of a small training part several shares are the same images."""
+    sets: dict[str, list[str]] = {}
+    for result in results:
+        for shares in result.facts.get("same_parts", ()):
+            count = result.facts["trained_on"][shares[0]]
+            sets.setdefault(" and ".join(shares), []).append(f"{count} of {result.dataset}")
+    return [
+        f"The rows of {shares} must be equal: at least one image of each class is taken, and so these shares are the "
+        f"same training images ({', '.join(dict.fromkeys(found))})."
+        for shares, found in sets.items()
+    ]
+
+
+def _always_one(result: Result) -> str:
+    """Among k candidates or fewer, each is within the first k."""
+    ks = [name for name, chance in result.facts.get("chance", {}).items() if chance >= 1]
+    if not ks:
+        return ""
+    names = " and ".join(f"R@{name.removeprefix('r')}" for name in ks)
+    return f"{result.dataset}: too small for {names}, which is 1 among {result.count} pairs whatever a model does."
+
+
+def _not_always_defined(results: Sequence[Result]) -> list[str]:
+    """Intervals that some resamples say nothing of."""
+    shares: dict[str, float] = {}
+    names: dict[str, None] = {}
+    for result in results:
+        for key, interval in result.metrics.items():
+            if interval.undefined and not math.isnan(interval.value):
+                names[_words(key.rsplit("/", 1)[1])] = None
+                share = interval.undefined / result.facts["resamples"]
+                shares[result.dataset] = max(shares.get(result.dataset, 0.0), share)
+    if not shares:
+        return []
+    listed = ", ".join(f"{share:.0%} in {name}" for name, share in shares.items())
+    return [
+        f"Sets this small give resamples without images of some class, which these metrics need: {', '.join(names)}. "
+        f"Their intervals leave such resamples out: {listed}."
+    ]
 
 
 def _data_lines(result: Result) -> list[str]:

@@ -481,7 +481,7 @@ def _held_out(record: dict[str, Any] | None) -> list[list[Any]]:
 def _measured(results: Sequence["Result"], routing: bool) -> list[list[Any]]:
     """Rows of the evaluation that are about the routing, or those that are not."""
     return [
-        [result.protocol, result.dataset, result.count, variant, metric, *_value_and_interval(interval)]
+        [result.protocol, result.dataset, result.rows_of(interval), variant, metric, *_value_and_interval(interval)]
         for result in results
         for variant, metrics in result.by_variant().items()
         for metric, interval in metrics.items()

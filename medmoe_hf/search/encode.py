@@ -32,6 +32,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from medmoe_hf.console import progress
 from medmoe_hf.data.atomic import whole_file
 from medmoe_hf.data.collate import ContrastiveCollator
 from medmoe_hf.data.stream import Place, Sample, SampleStream
@@ -226,7 +227,7 @@ def encode_texts(model: Any, processor: Any, texts: Sequence[str], batch_size: i
     order = sorted(range(len(different)), key=lambda index: len(tokens["input_ids"][index]))
     rows = {different[index]: row for row, index in enumerate(order)}
     parts = []
-    for start in range(0, len(order), batch_size):
+    for start in progress(range(0, len(order), batch_size), "texts", unit="batch"):
         some = order[start : start + batch_size]
         batch = processor.tokenizer.pad(
             {name: [values[index] for index in some] for name, values in tokens.items()}, return_tensors="pt"
@@ -369,7 +370,7 @@ class _Writer:
         for left in (*self.out.glob(f".{self.prefix}-*"), *self.out.glob(f".{self.list_path.name}*")):
             left.unlink()
         found = self.shards()
-        for path in tqdm(found, desc="checking shards", unit="shard", leave=False, delay=2):
+        for path in progress(found, "checking shards", "shard"):
             self.check(path)
         # A run that ended between the list and the rename has listed one shard more than there are.
         self.listed = {path.name: self.listed[path.name] for path in found}

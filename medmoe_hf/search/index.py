@@ -15,9 +15,8 @@ import numpy as np
 import pyarrow.parquet
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
-from medmoe_hf.console import text_table
+from medmoe_hf.console import progress, text_table
 from medmoe_hf.data.atomic import whole_folder
 from medmoe_hf.model import MedMoEModel, MedMoEProcessor
 from medmoe_hf.search.encode import (
@@ -219,7 +218,7 @@ def _vectors(shard: FinishedShard, column: str) -> np.ndarray:
 def _build(place: Path, facts: dict[str, Any], shards: Sequence[FinishedShard], manifest: dict[str, Any]) -> None:
     column, total = facts["column"], sum(shard.rows for shard in shards)
     # Before an index is trained on them: every byte is read below in any case.
-    for shard in tqdm(shards, desc="checking shards", unit="shard", leave=False, delay=2):
+    for shard in progress(shards, "checking shards", "shard"):
         shard.check()
     # As precise as what is on disk: nothing is lost.
     code = "SQfp16" if manifest["dtype"] == "float16" else "Flat"
@@ -233,7 +232,7 @@ def _build(place: Path, facts: dict[str, Any], shards: Sequence[FinishedShard], 
     modalities = np.zeros(total, np.uint8)
     with whole_folder(place, force=True) as partial:
         segment, segments, row = faiss.clone_index(empty), 0, 0
-        for shard in tqdm(shards, desc=f"indexing {place.name}", unit="shard", leave=False, delay=2):
+        for shard in progress(shards, f"indexing {place.name}", "shard"):
             names = read_shard(shard.path, ["modality"]).column("modality").to_pylist()
             if not names:
                 continue

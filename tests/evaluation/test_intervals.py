@@ -101,7 +101,7 @@ def test_groups_are_drawn_whole():
         assert counts[1] == counts[3]
         assert counts[2] == counts[4] == counts[5]
         assert counts[0] + counts[1] + counts[2] == 3
-    assert result["rows"] == Interval(6, 3, 9, 3)
+    assert result["rows"] == Interval(6, 3, 9, 3, rows=6)
 
 
 def test_a_seed_gives_the_same_interval_and_another_one_another():

@@ -12,6 +12,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, r
 from sklearn.preprocessing import StandardScaler
 from small_encoders import clip_folder, medmoe_folder, open_clip_architecture
 
+from medmoe_hf import console
 from medmoe_hf.data import MODALITIES, write_webdataset, zero_shot_prompts
 from medmoe_hf.evaluation.encoders import load_encoder
 from medmoe_hf.evaluation.grounding import NONSENSE, grounding
@@ -203,6 +204,17 @@ def test_linear_probe_means_over_seeds_and_is_the_same_twice():
     assert again.to_json() == result.to_json()
 
 
+def test_shares_that_are_the_same_training_images_are_known():
+    data = probe_data()  # 200 training images of three classes: of 1 % and of 2 % there is one of each
+    result = linear_probe(FakeEncoder({}), data, fractions=(0.01, 0.018, 0.1, 1.0), seeds=2, resamples=10)
+    assert result.facts["trained_on"]["1%"] == result.facts["trained_on"]["2%"] == 3
+    assert result.facts["same_parts"] == [["1%", "2%"]]
+    for metric in ("accuracy", "macro_auroc"):
+        assert result.metrics[f"embedding 1%/{metric}"] == result.metrics[f"embedding 2%/{metric}"]
+    result = linear_probe(FakeEncoder({}), data, fractions=(0.01, 0.1), seeds=2, resamples=10)
+    assert result.facts["same_parts"] == []
+
+
 def test_parts_are_stratified_nested_in_the_split_and_never_without_a_class():
     labels = np.array([0] * 200 + [1] * 50 + [2] * 3)
     rows = stratified_part(labels, 0.1, seed=1)
@@ -344,6 +356,27 @@ def test_several_boxes_are_one_region(medmoe, monkeypatch):
         grounding(medmoe, replace(data, phrases=["", "", ""]))
     with pytest.raises(ValueError, match="only a MedMoE"):
         grounding(FakeEncoder({}), data)
+
+
+def test_whatever_may_take_minutes_shows_how_far_it_is(tmp_path, sets, medmoe, monkeypatch, capsys):
+    monkeypatch.setattr(console, "_DELAY", 0)
+    data = sets[1][2]
+    said = {}
+    for name, run in PROTOCOLS.items():
+        of_labels = name == "linear-probe"
+        run(FakeEncoder({}) if of_labels else medmoe, probe_data() if of_labels else data, resamples=5)
+        said[name] = capsys.readouterr().err
+    assert all("bootstrap:" in bars for bars in said.values())
+    assert all("images:" in said[name] for name in ("zero-shot", "retrieval", "routing"))
+    assert all("local similarity:" in said[name] for name in ("zero-shot", "retrieval"))
+    assert "texts:" in said["zero-shot"]
+    assert "reports:" in said["routing"]
+    assert "heat-maps:" in said["grounding"]
+    assert "linear probes:" in said["linear-probe"]
+    # What is done at once says nothing.
+    monkeypatch.undo()
+    medmoe.encode_images(data.images)
+    assert capsys.readouterr().err == ""
 
 
 def test_routing_of_images_and_reports(medmoe, sets):

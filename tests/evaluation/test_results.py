@@ -6,11 +6,13 @@ import math
 import numpy as np
 import pytest
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from matplotlib.axes import Axes
 from PIL import Image
 
+from medmoe_hf.evaluation.figures import draw_heatmaps
 from medmoe_hf.evaluation.intervals import Interval
 from medmoe_hf.evaluation.metrics import calibration
-from medmoe_hf.evaluation.results import HeatmapExample, Result, to_markdown, write
+from medmoe_hf.evaluation.results import HeatmapExample, Result, summary, to_markdown, write
 
 FACTS = {
     "title": "A set | of images",
@@ -118,7 +120,9 @@ def test_json_has_null_for_what_is_no_number():
         "a/b": Interval(1.0, 0.0, math.inf, 3),
     }
     found = json.loads(json.dumps(result(metrics=metrics).to_json(), allow_nan=False))["metrics"]
-    assert found["global/macro_auroc"] == {"value": None, "low": None, "high": None, "n": 3, "undefined": 10}
+    assert found["global/macro_auroc"] == {
+        "value": None, "low": None, "high": None, "n": 3, "undefined": 10, "rows": None,
+    }  # fmt: skip
     assert found["a/b"]["high"] is None
 
 
@@ -139,6 +143,81 @@ def test_markdown_has_a_row_for_each_variant_with_intervals(everything):
     assert "expert 10% 0.141" in text  # the standard deviation of 0.4 and 0.6
     nothing = to_markdown([result(metrics={"global/accuracy": Interval(math.nan, math.nan, math.nan, 1)})])
     assert "not defined" in nothing
+
+
+def test_each_row_has_its_own_n():
+    """A variant may be measured on some of the images, and its interval rests on subjects."""
+    metrics = {
+        "phrase/pointing": Interval(0.5, 0.4, 0.6, 31, rows=88),
+        "phrase, ct/pointing": Interval(0.5, 0.4, 0.6, 9, rows=9),
+        "phrase, mri/pointing": Interval(0.5, 0.4, 0.6, 2, rows=13),
+    }
+    grounded = result("grounding", count=88, metrics=metrics, facts={"nonsense": ["glorbix"]})
+    lines = to_markdown([grounded]).splitlines()
+    cells = {line.split(" | ")[3]: line.split(" | ")[1] for line in lines if line.startswith("| toy |")}
+    assert cells == {"phrase": "88 (31 subjects)", "phrase, ct": "9", "phrase, mri": "13 (2 subjects)"}
+    assert [entry.metric_args["images"] for entry in grounded.to_eval_results()] == [88, 9, 13]
+    assert "  13 (2 subjects)  " in summary([grounded])
+
+
+def test_the_short_table_has_the_metrics_that_are_quoted(everything):
+    text = summary(everything)
+    tables = {block.splitlines()[0]: i for i, block in enumerate(text.split("\n\n"))}
+    assert {"zero-shot", "routing", "retrieval", "linear-probe", "grounding"} <= tables.keys()
+    zero_shot = text.split("\n\n")[tables["zero-shot"] + 1].splitlines()
+    assert [word.strip() for word in zero_shot[0].split("  ") if word] == [
+        "set", "variant", "N", "accuracy", "macro AUROC",
+    ]  # fmt: skip
+    assert zero_shot[1].startswith("toy  global   40  ")
+    assert str(everything[0].metrics["global/macro_auroc"]) in zero_shot[1]
+    retrieved = text.split("\n\n")[tables["retrieval"] + 1].splitlines()
+    assert [line.split()[1] for line in retrieved[1:]] == ["you/medmoe"] * 2 + ["you/clip"] * 2
+    assert len({line.index("0.200 [0.10, 0.30]") for line in retrieved[1:]}) == 1
+
+
+def test_sets_that_are_too_small_for_a_metric_say_so(everything):
+    for text in (to_markdown, summary):
+        assert "too small" not in text(everything)
+        few = result(
+            "retrieval",
+            count=7,
+            metrics={"global/image_to_text_r10": Interval(1.0, 1.0, 1.0, 7)},
+            facts={"chance": {"r1": 1 / 7, "r5": 5 / 7, "r10": 1.0}},
+        )
+        assert "toy: too small for R@10, which is 1 among 7 pairs whatever a model does." in text([few])
+        metrics = {
+            "global/macro_auroc": Interval(0.7, 0.6, 0.8, 5, undefined=83, rows=5),
+            "global/accuracy": Interval(0.7, 0.6, 0.8, 5, rows=5),
+        }
+        found = text([result(metrics=metrics)])
+        assert "which these metrics need: macro AUROC. Their intervals leave such resamples out: 83% in toy." in found
+        assert "resamples out" not in text([result()])
+
+
+def test_shares_of_the_same_training_images_say_that_their_rows_are_equal(everything):
+    probed = next(one for one in everything if one.protocol == "linear-probe")
+    assert "must be equal" not in to_markdown([probed])
+    probed.facts |= {"same_parts": [["1%", "10%"]], "trained_on": {"1%": 4, "10%": 4, "100%": 14}}
+    for text in (to_markdown, summary):
+        assert "The rows of 1% and 10% must be equal" in text([probed])
+        assert "(4 of toy)" in text([probed])
+
+
+def test_a_heatmap_and_its_control_have_one_colour_scale(tmp_path, monkeypatch):
+    """A control that is flat beside the finding's map looks flat."""
+    drawn = []
+    imshow = Axes.imshow
+    monkeypatch.setattr(Axes, "imshow", lambda *args, **settings: drawn.append(imshow(*args, **settings)) or drawn[-1])
+    hot, flat = np.zeros((30, 40)), np.full((30, 40), 0.1)
+    hot[5:9, 5:9] = 4.0
+    flat[20, 20] = 0.2
+    image = np.zeros((30, 40, 3), np.uint8)
+    example = HeatmapExample(image, "effusion", hot, "glorbix", flat, [(5, 5, 9, 9)], "xray")
+    draw_heatmaps(result("grounding", examples=[example]), tmp_path / "sheet.png")
+    maps = [one for one in drawn if one.get_array().ndim == 2]
+    assert [one.get_clim() for one in maps] == [(0.0, 4.0)] * 2
+    figure = maps[0].figure
+    assert "made-up word" in " ".join(figure.get_supxlabel().split())
 
 
 def test_entries_of_a_model_card_survive_the_card(everything):
