@@ -96,8 +96,8 @@ class SourceReport:
             amount = "endless"
         else:
             part = "" if self.counted == self.shards else f" in the first {self.counted}"
-            amount = f"{self.samples} samples{part}"
-        lines = [f"{self.name}: {self.shards} shards, {amount}"]
+            amount = f"{_counted(self.samples, 'sample')}{part}"
+        lines = [f"{self.name}: {_counted(self.shards, 'shard')}, {amount}"]
         if self.fields:
             lines.append(f"  fields      {', '.join(self.fields)}")
         if self.looked_at:
@@ -325,19 +325,19 @@ def _read_all(source: Any, report: SourceReport, share: float, num_workers: int)
         if share:
             report.parts[title] = part
         if part.without_subject:
-            report.warnings.append(f"{part.without_subject} pairs have no subject; their images decide about the part")
+            report.warnings.append(f"without a subject: {_counted(part.without_subject, 'pair')}, split by image")
     report.sizes = sizes
     several = [one for one in seen.values() if one.pairs > 1]
     if several:
         first = ", ".join(one.path for one in several[:_FIRST]) + (", ..." if len(several) > _FIRST else "")
         report.warnings.append(
-            f"{len(several)} images come more than once, in {sum(one.pairs for one in several)} pairs ({first}); "
-            f"{twice} pairs repeat an earlier one, caption and all"
+            f"images that come more than once: {len(several)}, in {sum(one.pairs for one in several)} pairs "
+            f"({first}); pairs that repeat an earlier one, caption and all: {twice}"
         )
     if two_subjects:
-        report.problems.append(f"{two_subjects} pairs show an image that another subject has too")
+        report.problems.append(f"pairs with an image that another subject has too: {two_subjects}")
     if in_both:
-        report.problems.append(f"{len(in_both)} images stand in both parts; give them one subject")
+        report.problems.append(f"images in both parts: {len(in_both)}; give the pairs of an image one subject")
     if share:
         missing = [name for name in counted["training"] if not counted["held-out"][name]]
         if missing:
@@ -348,6 +348,10 @@ def _read_all(source: Any, report: SourceReport, share: float, num_workers: int)
 def _extremes(sizes: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], tuple[int, int]]:
     widths, heights = zip(*sizes, strict=True)
     return (min(widths), min(heights)), (max(widths), max(heights))
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _label(sample: dict[str, Any]) -> str:
