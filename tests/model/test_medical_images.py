@@ -1,13 +1,16 @@
 """DICOM and NIfTI: files written here, whose pictures are known, and the real ones that come with pydicom-data."""
 
+import copy
 import gzip
 import io
 import itertools
 import json
 import logging
+import struct
 import subprocess
 import sys
 import traceback
+import tracemalloc
 import warnings
 from pathlib import Path
 
@@ -18,9 +21,11 @@ from PIL import Image
 
 from medmoe_hf.model import medical_images_medmoe
 from medmoe_hf.model.configuration_medmoe import MedMoEVisionConfig
+from medmoe_hf.model.image_files_medmoe import load_image
 from medmoe_hf.model.image_processing_medmoe import MedMoEImageProcessor, MedMoEImageProcessorPil, resize_heatmaps
 from medmoe_hf.model.medical_images_medmoe import (
     WINDOWS,
+    ImageTooLargeError,
     MedicalImageError,
     is_medical_image,
     read_medical_image,
@@ -31,7 +36,15 @@ from medmoe_hf.model.tokenization_medmoe import MedMoETokenizer
 nibabel = pytest.importorskip("nibabel")
 pydicom = pytest.importorskip("pydicom")
 from pydicom.dataset import Dataset, FileMetaDataset  # noqa: E402
-from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, JPEGLosslessSV1  # noqa: E402
+from pydicom.uid import (  # noqa: E402
+    UID,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGLosslessSV1,
+    RLELossless,
+)
 
 try:
     import data_store
@@ -137,7 +150,16 @@ def test_rescale_and_the_usual_window_of_ct(bits, kind):
 
 @pytest.mark.parametrize(
     ("name", "low", "high"),
-    [("lung", -1350, 150), ("mediastinum", -160, 240), ("bone", -500, 1300), ("Brain", 0, 80), ("liver", -20, 140)],
+    [
+        ("lung", -1350, 150),
+        ("mediastinum", -160, 240),
+        ("abdomen", -150, 250),
+        ("liver", -20, 140),
+        ("bone", -500, 1300),
+        ("Brain", 0, 80),
+        ("subdural", -20, 180),
+        ("stroke", 20, 60),
+    ],
 )
 def test_windows_by_name(name, low, high):
     hounsfield = RAMP.astype(np.int16) - 1000
@@ -146,6 +168,11 @@ def test_windows_by_name(name, low, high):
     centre, width = WINDOWS[name.lower()]
     for numbers in ((centre, width), [centre, width]):
         np.testing.assert_array_equal(shown(dataset, window=numbers), shown(dataset, window=name))
+
+
+def test_every_window_is_tested():
+    (names,) = (mark.args[1] for mark in test_windows_by_name.pytestmark)
+    assert {name.lower() for name, _, _ in names} == set(WINDOWS)
 
 
 def test_three_windows_are_three_channels():
@@ -247,6 +274,313 @@ def test_float_pixels_with_holes():
     np.testing.assert_allclose(shown(dataset), np.nan_to_num(expected, nan=0), atol=1e-5)
 
 
+# --- headers that contradict the standard, or themselves
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "01-voi-lut-12-bits-in-16",
+        "02-window-width-below-1",
+        "03-high-bit-15-of-12-stored",
+        "04-padding-us-63536-signed-pixels",
+        "05-float-pixel-padding-value",
+        "06-decimal-comma",
+        "07-window-of-empty-values",
+        "08-ct-secondary-capture",
+        "22-voi-lut-item-without-data",
+    ],
+)
+def test_files_from_bug_reports(name):
+    folder = Path(__file__).parents[1] / "fixtures" / "cases" / name
+    files = sorted(folder.glob("*.dcm"))
+    assert files
+    for file in files:
+        expected = folder / ("expected.npy" if file.name == "a.dcm" else "b.dcm.expected.npy")
+        np.testing.assert_allclose(shown(file), np.load(expected), atol=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("declared", "last", "white"),
+    [
+        (16, 4095, 4095),
+        (16, 16383, 16383),
+        (16, 16384, 65535),
+        (16, 65535, 65535),
+        (12, 1023, 1023),
+        (12, 2047, 4095),
+        (12, 4095, 4095),
+        (8, 255, 255),
+        (8, 4095, 4095),
+        (10, 600, 1023),
+    ],
+)
+def test_range_of_a_voi_lut(declared, last, white):
+    """White is what the descriptor declares, unless the entries use less than a quarter of that, or more than all."""
+    table = np.linspace(0, last, 2000).astype(np.uint16)
+    dataset = dicom(RAMP, "CR")
+    dataset.VOILUTSequence = [item(LUTExplanation="empty"), lut(0, declared, table)]
+    np.testing.assert_allclose(shown(written(dataset)), table[RAMP] / white, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("width", "slope", "low", "high"),
+    [
+        ("0.5", "0.001", 0.75, 1.25),
+        ("1", "0.001", 0.5, 1.5),
+        ("0.5", "1", 0.75, 1.25),
+        ("1.5", "0.001", 0.25, 0.75),  # the standard's: centre - 0.5, width - 1
+    ],
+)
+def test_narrow_windows(width, slope, low, high):
+    dataset = dicom(RAMP, "OT", RescaleSlope=slope, RescaleIntercept="0", WindowCenter="1", WindowWidth=width)
+    np.testing.assert_allclose(shown(dataset), between(RAMP * float(slope), low, high), atol=1e-6)
+
+
+def test_a_window_of_one_whole_number_is_a_threshold():
+    dataset = dicom(RAMP, "OT", WindowCenter=1000, WindowWidth=1)
+    np.testing.assert_array_equal(shown(dataset), RAMP >= 1000)
+
+
+@pytest.mark.parametrize(
+    ("centre", "width", "low", "high"),
+    [
+        (["", "40"], ["", "400"], -160, 240),
+        (["40", "300"], ["", "1000"], -200, 800),
+        (["40"], ["400", "1000"], -160, 240),
+        ("40", "", None, None),
+        ("", "400", None, None),
+        (["", ""], ["", ""], None, None),
+    ],
+)
+def test_empty_and_half_windows(centre, width, low, high):
+    dataset = dicom(RAMP, "CR", RescaleSlope=1, RescaleIntercept=-1000, WindowCenter=centre, WindowWidth=width)
+    dataset.VOILUTFunction = "LINEAR_EXACT"
+    expected = by_percentiles(RAMP) if low is None else between(RAMP - 1000.0, low, high)
+    np.testing.assert_allclose(shown(written(dataset)), expected, atol=1e-6)
+
+
+def with_text(dataset, keyword, text):
+    """The file of a dataset, with a decimal string that no library would write."""
+    setattr(dataset, keyword, "1" * len(text))
+    return written(dataset).replace(b"DS" + struct.pack("<H", len(text)) + b"1" * len(text), encoded(text), 1)
+
+
+def encoded(text):
+    return b"DS" + struct.pack("<H", len(text)) + text.encode()
+
+
+def test_numbers_that_are_none():
+    for text, intercept in (("-100,5", -100.5), ("-100.5", -100.5)):
+        file = with_text(dicom(RAMP, "CT", RescaleSlope=1), "RescaleIntercept", text)
+        assert encoded(text) in file
+        np.testing.assert_allclose(shown(file), between(RAMP + intercept, -160, 240), atol=1e-6)
+    for text, spacing in (("0.5,0.25", (0.5, 0.25)), ("0,5\\0,25", (0.5, 0.25)), ("none", None), ("0.5 ", None)):
+        assert read_medical_image(with_text(dicom(RAMP, "CT"), "PixelSpacing", text)).spacing == spacing
+    with pytest.raises(MedicalImageError, match="its RescaleSlope is no number"):
+        read_medical_image(with_text(dicom(RAMP, "CT"), "RescaleSlope", "none"))
+    np.testing.assert_allclose(
+        shown(with_text(dicom(RAMP, "CR"), "WindowWidth", "none")), by_percentiles(RAMP), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("kind", ["u", "i"])
+@pytest.mark.parametrize(("bits", "high"), [(12, 15), (12, 13), (10, 14)])
+def test_pixels_in_the_upper_bits(bits, high, kind):
+    values = np.linspace(0, 2**bits - 1, 2000).astype(np.uint16).reshape(RAMP.shape)
+    signed = ((values.astype(np.int32) ^ 2 ** (bits - 1)) - 2 ** (bits - 1)) if kind == "i" else values
+    dataset = dicom((values << (high + 1 - bits)).astype(f"{kind}2"), "CR", BitsStored=bits)
+    dataset.HighBit = high
+    np.testing.assert_allclose(shown(dataset, window=(100, 2**bits)), shown_by(signed, 100, 2**bits), atol=1e-6)
+
+
+def shown_by(values, centre, width):
+    return between(values, centre - width / 2, centre + width / 2)
+
+
+def test_a_high_bit_that_is_wrong():
+    """Values in the lower 12 bits, though the header says the upper ones."""
+    dataset = dicom(RAMP, "CR", BitsStored=12)
+    dataset.HighBit = 15
+    np.testing.assert_allclose(shown(dataset), by_percentiles(RAMP), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bits", "stored", "written_as"),
+    [
+        ("i2", 16, -2000, 63536),
+        ("i2", 12, -2000, 63536),
+        ("i2", 12, -2000, 2096),
+        ("u2", 16, 63536, 63536),
+        ("i2", 16, -2000, -2000),
+        ("i1", 8, -100, 65436),
+    ],
+)
+def test_padding_in_another_sign(dtype, bits, stored, written_as):
+    pixels = (RAMP % 100 + 10).astype(dtype)
+    pixels[:, 30:] = stored
+    dataset = dicom(pixels, "MR", BitsStored=bits)
+    dataset.add_new("PixelPaddingValue", "US" if written_as >= 0 else "SS", written_as)
+    picture = shown(dataset)
+    assert not picture[:, 30:].any()
+    np.testing.assert_allclose(picture[:, :30], by_percentiles(pixels[:, :30]), atol=1e-6)
+
+
+@pytest.mark.parametrize(("prefix", "dtype"), [("Float", "f4"), ("DoubleFloat", "f8")])
+def test_padding_of_float_pixels(prefix, dtype):
+    values = RAMP.astype(dtype) / 7
+    values[:, 30:], values[:, 40:] = -9999.1, -8888.8
+    dataset = dicom(RAMP, "OT")
+    del dataset.PixelData, dataset.BitsStored
+    dataset.BitsAllocated = values.itemsize * 8
+    for keyword, value in (
+        ("PixelData", values.tobytes()),
+        ("PixelPaddingValue", -9999.1),
+        ("PixelPaddingRangeLimit", -8888.8),
+    ):
+        setattr(dataset, prefix + keyword, value)
+    picture = shown(written(dataset))
+    assert not picture[:, 30:].any()
+    np.testing.assert_allclose(picture[:, :30], by_percentiles(values[:, :30]), atol=1e-5)
+
+
+def test_screenshots_of_ct_hold_no_hounsfield_units():
+    eight_bits = (RAMP // 8).astype(np.uint8)
+    plain = {"ConversionType": "WSD"}
+    derived = {"ImageType": ["DERIVED", "SECONDARY", "SCREEN SAVE"]}
+    for window in (None, "lung", ("lung", "bone", "brain")):
+        for tags in (plain, derived):
+            np.testing.assert_allclose(
+                shown(dicom(RAMP, "CT", **tags), window=window), by_percentiles(RAMP), atol=1e-6
+            )
+        np.testing.assert_allclose(shown(dicom(eight_bits, "CT"), window=window), eight_bits / 255, atol=1e-6)
+    # Numbers are in the file's own units, and a rescale makes Hounsfield units of it.
+    np.testing.assert_allclose(shown(dicom(RAMP, "CT", **plain), window=(100, 50)), between(RAMP, 75, 125), atol=1e-6)
+    rescaled = dicom(RAMP, "CT", RescaleSlope=1, RescaleIntercept=-1000, **plain)
+    np.testing.assert_allclose(shown(rescaled), between(RAMP - 1000.0, -160, 240), atol=1e-6)
+    # An axial slice that a workstation derived is no screenshot.
+    slices = dicom(RAMP, "CT", SOPClassUID="1.2.840.10008.5.1.4.1.1.2", **derived)
+    np.testing.assert_allclose(shown(slices), between(RAMP, -160, 240), atol=1e-6)
+
+
+def test_a_slope_of_zero_is_no_rescale():
+    for modality in ("CR", "CT"):
+        dataset = dicom(RAMP, modality, RescaleSlope=0, RescaleIntercept=-1000)
+        for window in (None, "lung"):
+            np.testing.assert_allclose(shown(dataset, window=window), by_percentiles(RAMP), atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", ["IDENTITY", "INVERSE"])
+def test_only_the_photometric_interpretation_inverts(shape):
+    for photometric in ("MONOCHROME1", "MONOCHROME2"):
+        dataset = dicom(RAMP, "DX", PhotometricInterpretation=photometric)
+        expected = shown(dataset)
+        dataset.PresentationLUTShape = shape
+        np.testing.assert_array_equal(shown(dataset), expected)
+
+
+def test_without_photometric_interpretation():
+    gray = dicom(RAMP, "CR")
+    del gray.PhotometricInterpretation, gray.SamplesPerPixel
+    np.testing.assert_allclose(shown(written(gray)), by_percentiles(RAMP), atol=1e-6)
+    colours = np.random.default_rng(0).integers(0, 256, (7, 9, 3), dtype=np.uint8)
+    picture = dicom(colours, "US", SamplesPerPixel=3)
+    del picture.PhotometricInterpretation, picture.PlanarConfiguration
+    np.testing.assert_array_equal(read_medical_image(written(picture)).pixels, colours)
+    assert "PhotometricInterpretation" not in picture
+
+
+# --- limits
+
+
+def compressed(dataset, syntax, *frames):
+    dataset.file_meta.TransferSyntaxUID = syntax
+    dataset.PixelData = pydicom.encaps.encapsulate(list(frames))
+    dataset["PixelData"].VR = "OB"
+    return dataset
+
+
+def deflated(dataset, filling=b""):
+    """A file by PS3.5 A.5, with what `filling` adds to its pixels."""
+    dataset.PixelData += filling
+    dataset.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.1.99"
+    return written(dataset)
+
+
+def traced(call):
+    """What a call raises, and how many bytes it held at most."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(ImageTooLargeError) as caught:
+            call()
+        return str(caught.value), tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_too_many_pixels_in_a_header():
+    wide = dicom(RAMP, "CR")
+    wide.Rows = wide.Columns = 16384
+    for dataset in (wide, compressed(copy.deepcopy(wide), RLELossless, b"\0" * 64)):
+        message, held = traced(lambda dataset=dataset: read_medical_image(dataset))
+        assert "the dataset has 16384 x 16384 pixels, more than `max_pixels` 100000000 allows" in message
+        assert held < 10e6
+    assert read_medical_image(dicom(RAMP), max_pixels=2000).pixels.shape == (40, 50)
+    with pytest.raises(ImageTooLargeError, match="50 x 40 pixels"):
+        read_medical_image(dicom(RAMP), max_pixels=1999)
+
+
+def test_frames_that_a_file_does_not_have():
+    dataset = dicom(RAMP, "US")
+    dataset.NumberOfFrames = 2_000_000_000
+    with pytest.raises(MedicalImageError, match="damaged or cut off"):
+        read_medical_image(dataset)
+
+
+def test_deflated_files(tmp_path):
+    whole = deflated(dicom(RAMP, "CT", RescaleSlope=1, RescaleIntercept=-1000))
+    (tmp_path / "a.dcm").write_bytes(whole)
+    for source in (whole, tmp_path / "a.dcm"):
+        np.testing.assert_allclose(shown(source), between(RAMP - 1000.0, -160, 240), atol=1e-6)
+    bomb = deflated(dicom(RAMP, "CT"), bytes(40_000_000))
+    assert len(bomb) < 50_000
+    (tmp_path / "bomb.dcm").write_bytes(bomb)
+    for source in (bomb, tmp_path / "bomb.dcm"):
+        message, held = traced(lambda source=source: read_medical_image(source, max_pixels=10_000))
+        assert "inflates to more than 160000 bytes" in message
+        assert held < 10e6
+    with pytest.raises(MedicalImageError, match="cannot be read as DICOM"):
+        read_medical_image(whole[:-200])
+
+
+def test_run_lengths():
+    pixels = np.repeat(np.arange(40, dtype=np.uint8)[:, None], 50, axis=1)
+    plain = dicom(pixels, "US")
+    encoded = dicom(pixels, "US")
+    encoded.compress(RLELossless)
+    np.testing.assert_array_equal(shown(encoded), shown(plain))
+    # One segment of runs of 128 zeros, two bytes each.
+    segment = struct.pack("<16I", 1, 64, *[0] * 14) + b"\x81\0" * 200_000
+    bomb = compressed(dicom(pixels, "US"), RLELossless, segment)
+    message, held = traced(lambda: read_medical_image(bomb, max_pixels=10_000))
+    assert "inflates to more than 160000 bytes" in message
+    assert held < 10e6
+
+
+@pytest.mark.parametrize("form", ["JPEG", "JPEG2000"])
+def test_compressed_frames_larger_than_their_header(form):
+    """The decoders allocate by what the compressed data say."""
+    file = io.BytesIO()
+    Image.new("L", (600, 500)).save(file, form, **({"no_jp2": True} if form == "JPEG2000" else {}))
+    syntax = JPEGBaseline8Bit if form == "JPEG" else JPEG2000Lossless
+    dataset = compressed(dicom(np.zeros((4, 4), np.uint8), "US"), syntax, file.getvalue())
+    with pytest.raises(ImageTooLargeError, match="the dataset has 600 x 500 pixels"):
+        read_medical_image(dataset, max_pixels=10_000)
+    dataset.Rows, dataset.Columns = 500, 600
+    pytest.importorskip("pylibjpeg")
+    assert read_medical_image(dataset).pixels.shape == (500, 600)
+
+
 # --- frames
 
 
@@ -290,6 +624,11 @@ def test_rgb():
     image = read_medical_image(dicom(colours, "SM", **tags), window="lung")
     assert image.pixels.dtype == np.uint8
     np.testing.assert_array_equal(image.pixels, colours)
+    # 12 bits that are declared as 16 would be nearly black.
+    narrow = dicom(colours.astype(np.uint16) * 16, "OP", BitsStored=16, **tags)
+    np.testing.assert_allclose(shown(narrow), colours * 16.0 / 4095, atol=1e-6)
+    bright = colours.astype(np.uint16) * 200
+    np.testing.assert_allclose(shown(dicom(bright, "OP", **tags)), bright / 65535, atol=1e-6)
     wide = colours.astype(np.uint16) * 16
     np.testing.assert_allclose(shown(dicom(wide, "OP", BitsStored=12, **tags)), colours * 16.0 / 4095, atol=1e-6)
     frames = dicom(np.stack([colours, 255 - colours]), "US", NumberOfFrames=2, **tags)
@@ -561,6 +900,71 @@ def test_shapes_and_units_of_nifti():
     np.testing.assert_array_equal(
         read_medical_image(nibabel.Nifti1Image(rgb, np.eye(4))).pixels, colours[::-1, ::-1, 0].transpose(1, 0, 2)
     )
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "checksum"])
+def test_damaged_gzip(tmp_path, damage):
+    """The checksum stands at the end, behind the slice that is shown."""
+    noise = np.random.default_rng(0).integers(0, 2000, (20, 30, 40)).astype(np.int16)
+    whole = bytearray(gzip.compress(nibabel.Nifti1Image(noise, np.eye(4)).to_bytes()))
+    if damage == "flipped":
+        whole[len(whole) * 3 // 4] ^= 16
+    elif damage == "cut":
+        whole = whole[:-2000]
+    else:
+        whole[-6] ^= 1
+    (tmp_path / "a.nii.gz").write_bytes(whole)
+    for source in (bytes(whole), tmp_path / "a.nii.gz", nibabel.load(tmp_path / "a.nii.gz")):
+        with pytest.raises(MedicalImageError, match="damaged or cut off"):
+            read_medical_image(source, frame=2)
+
+
+def test_damaged_gzip_from_a_bug_report():
+    folder = Path(__file__).parents[1] / "fixtures" / "cases" / "19-nii-gz-with-a-flipped-bit"
+    with pytest.raises(MedicalImageError, match=r"a\.nii\.gz' cannot be read as NIfTI"):
+        read_medical_image(folder / "a.nii.gz")
+
+
+def test_nifti_that_inflates_without_end(tmp_path):
+    small = volume((20, 30, 4))
+    endless = gzip.compress(small.to_bytes() + bytes(40_000_000))
+    large = small.to_bytes()[:40] + struct.pack("<8h", 3, 2000, 1000, 1000, 1, 1, 1, 1) + small.to_bytes()[56:]
+    for content, source in ((endless, "endless.nii.gz"), (gzip.compress(large), "large.nii.gz")):
+        (tmp_path / source).write_bytes(content)
+        given = [content, tmp_path / source]
+        if source == "endless.nii.gz":
+            given.append(nibabel.load(tmp_path / source))
+        for one in given:
+            message, held = traced(lambda one=one: read_medical_image(one, max_pixels=10_000))
+            assert "inflates to more than 160000 bytes" in message
+            assert held < 10e6
+    (tmp_path / "a.nii.gz").write_bytes(gzip.compress(small.to_bytes()))
+    assert read_medical_image(tmp_path / "a.nii.gz", max_pixels=1000).pixels.shape == (30, 20)
+    with pytest.raises(ImageTooLargeError, match="20 x 30 pixels"):
+        read_medical_image(small, max_pixels=500)
+
+
+def test_volumes_of_datasets(processor, tmp_path):
+    """What a `Nifti` column of `datasets` gives: a wrapper of a nibabel image."""
+    datasets = pytest.importorskip("datasets")
+    nibabel.save(volume((20, 30, 4)), tmp_path / "a.nii.gz")
+    column = datasets.Dataset.from_dict(
+        {"image": [str(tmp_path / "a.nii.gz")]}, datasets.Features(image=datasets.Nifti())
+    )
+    given = column[0]["image"]
+    assert isinstance(given, nibabel.spatialimages.SpatialImage)
+    expected = processor(tmp_path / "a.nii.gz", return_tensors="pt").pixel_values
+    assert torch.equal(processor(given, return_tensors="pt").pixel_values, expected)
+    image, modality = load_image(given)
+    np.testing.assert_array_equal(image, shown(tmp_path / "a.nii.gz"))
+    assert modality is None
+
+
+def test_surfaces_are_no_pictures():
+    surface = nibabel.Nifti2Image(np.zeros((1, 1, 1, 1, 4, 5), np.float32), np.eye(4))
+    surface.header["intent_code"] = 3002
+    with pytest.raises(MedicalImageError, match="is a CIFTI file"):
+        read_medical_image(surface.to_bytes())
 
 
 def test_errors_of_nifti(tmp_path):
