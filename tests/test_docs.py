@@ -255,6 +255,7 @@ def test_the_readme_links_to_what_is_there():
 CHAIN = (
     ("medmoe phantom data/phantoms --shards 4", "--samples 12 --image-size 64"),
     ("medmoe data inspect sources.yaml", ""),
+    ("medmoe data inspect sources.yaml --problems problems.csv --validation-share 0.1", ""),
     ("medmoe data overlap train.yaml test.yaml", ""),
     ("medmoe train run.yaml --dry-run", ""),
     ("medmoe train run.yaml", ""),

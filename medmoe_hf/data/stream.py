@@ -503,7 +503,7 @@ class SampleStream:
             return
         share_of_rest = in_rest / (len(first) + in_rest)
         fields = fields_before_reading(model)
-        others = template_fields(model) | {"label"}
+        others = template_fields(model) | {model.label or "label"}
         seen = [self._peek(source, _evenly(rows, _PEEKED), fields | others) for rows in (first, rest)]
         kinds: dict[str, Callable[[dict[str, Any]], str]] = {f"`{key}`": _cell(key) for key in sorted(others)}
         if known_modality(model) is None:
