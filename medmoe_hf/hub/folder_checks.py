@@ -1,15 +1,37 @@
 """What a folder must not hold, and must hold, before anything of it leaves this machine."""
 
-import csv
+import codecs
 import gzip
 import json
 import re
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+from PIL import ExifTags, Image
 from safetensors import SafetensorError, safe_open
+
+from medmoe_hf.hub.identifiers import (
+    CLINICAL_TEXT,
+    CREDENTIAL_FILE,
+    DATE,
+    FIELD,
+    FILE_NAME,
+    OVERLAP,
+    PASSWORD,
+    PASSWORD_IN_CODE,
+    PASSWORD_IN_PROSE,
+    SCRIPT,
+    SECRET,
+    UID,
+    cells,
+    machine_paths,
+    personal_column,
+    unescaped,
+)
 
 GOLDEN = "golden.safetensors"
 """The file with a known input and what the model makes of it (`medmoe_hf.hub.golden`)."""
@@ -46,37 +68,28 @@ _MAGIC = (
     (0, b"\x93NUMPY", "data, which are no part of a model"),
     *((0, bytes((0x80, protocol)), "a pickle, which runs code when it is read") for protocol in range(2, 6)),
 )
-# Names that say which patient, study or image: words with a number, MIMIC-CXR's, UIDs, DICOM's way to write names.
-_IDENTIFIER = re.compile(
-    r"(?:patient|subject|accession|mrn|pat[_-]?id)s?[_-]?(?:id|nr|no)?[_-]?\d{2,}"
-    r"|(?<![a-z0-9])[ps][15]\d{7}(?!\d)"
-    r"|(?<![\d.])\d+(?:\.\d+){5,}"
-    r"|(?:[0-9a-f]{8}-){4}[0-9a-f]{8}"
-    r"|[a-z]+\^[a-z]+"
-    r"|(?<!\d)(?:19|20)\d\d-?(?:0[1-9]|1[0-2])-?(?:0[1-9]|[12]\d|3[01])(?!\d)",
-    re.IGNORECASE,
+_MAX_TEXT = 50_000_000
+"""Bytes of the largest text that is searched; a tokenizer takes some 30 MB, and what is larger is data."""
+_MAX_PICTURE = 50_000_000  # bytes, and pixels
+_HEAD = 8192  # bytes that tell what a file is
+_PIECE = 1 << 20  # bytes of a text that are in memory at a time
+_EDGE = 256  # characters before the end of a piece in which a match may be cut off
+_RULE = re.compile(r"\s{0,3}\|?(?:\s*:?-+:?\s*\|)+(?:\s*:?-+:?\s*)?")  # below the header of a table in Markdown
+
+_CODE = (".py", ".pyi", ".sh", ".js", ".css")
+_PROSE = (".md", ".rst", ".bib", ".cff")
+_ESCAPED = (".py", ".pyi", ".js", ".json")
+_TABLES = (".csv", ".tsv", ".tab", ".psv")
+# A vocabulary may well have the word "mrn".
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt")
+# What programs write into pictures that says nothing about what they show.
+_PLAIN_TEXTS = {"software", "creation time", "date:create", "date:modify", "date:timestamp", "date:create.utc"}
+_PLAIN_EXIF = frozenset(
+    {0xFE, 0x100, 0x101, 0x102, 0x103, 0x106, 0x10A, 0x111, 0x112, 0x115, 0x116, 0x117, 0x11A, 0x11B, 0x11C, 0x128}
+    | {0x131, 0x13D, 0x13E, 0x13F, 0x140, 0x142, 0x143, 0x144, 0x145, 0x152, 0x153, 0x15B, 0x211, 0x212, 0x213, 0x214}
+    | {0x8769, 0x8773, 0x9000, 0x9101, 0xA000, 0xA001, 0xA002, 0xA003}
 )
-_FIELD = (
-    r"(?:patient_?(?:name|id|birth_?date|age|sex)|accession_?(?:number|no)|(?:study|series|sop)_?instance_?uid"
-    r"|subject_?id|study_?id|dicom_?id|mrn|date_?of_?birth|dob)"
-)
-_FIELDS = re.compile(rf"(?<![a-z0-9_])[\"']?{_FIELD}[\"']?\s*[:=]", re.IGNORECASE)
-_COLUMN = re.compile(
-    rf"^(?:{_FIELD}|reports?(?:_text)?|findings|impression|captions?|(?:image|dicom)(?:_?(?:path|file|id))?)$",
-    re.IGNORECASE,
-)
-# A UID of an image or a study; those of the standard itself (1.2.840.10008) are no secret.
-_UID = re.compile(r"(?<![\d.])1\.(?:2|3)\.(?!840\.10008\.)\d+\.\d+(?:\.\d+){3,}")
-_SECRET = re.compile(
-    r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{30,}|api_org_[A-Za-z0-9]{30,}|gh[oprsu]_[A-Za-z0-9]{36,}"
-    r"|github_pat_\w{50,}|glpat-[\w-]{20,}|sk-[\w-]{20,}|AKIA[0-9A-Z]{16}|AIza[\w-]{35}|xox[abprs]-[\w-]{10,})"
-    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
-    r"|(?:api|access|secret)[_-]?(?:key|token)[\"']?\s*[:=]\s*[\"']?[\w+/-]{16,}",
-    re.IGNORECASE,
-)
-_ROOTS = "home|Users|root|mnt|data|tmp|var|work|workspace|scratch|srv|media|nfs|gpfs|lustre|Volumes|content"
-_WINDOWS = r"(?<![A-Za-z])[A-Za-z]:\\{1,2}(?:\w[\w .-]*\\)"
-_DATA_TEXT = (".json", ".yaml", ".yml", ".txt", ".csv", ".tsv", ".xml", ".toml", ".ini")
+_GPS, _EXIF_PART = 0x8825, 0x8769
 
 
 class PublishError(ValueError):
@@ -97,7 +110,8 @@ def check_folder(folder: str | Path) -> list[str]:
 
     It must be a whole model that loads anywhere (configuration with code, one set of weights, processor); and hold
     nothing but text, safetensors, and pictures that its card shows. Tokens, absolute paths, identifiers and medical
-    images are looked for by name and by content. What is found is named by file and line, and not quoted.
+    images are looked for by name and by content. What is found is named by file and line, and not quoted. Files are
+    read piece by piece, and of those that are no text only the beginning.
 
     Args:
         folder: as `save_pretrained` of a model and a processor wrote it.
@@ -109,14 +123,54 @@ def check_folder(folder: str | Path) -> list[str]:
     if not folder.is_dir():
         return [f"{folder}: there is no such folder"]
     files = published_files(folder)
-    card = files["README.md"].read_text(encoding="utf-8", errors="replace") if "README.md" in files else ""
-    problems = list(_incomplete(files))
-    paths = _absolute_paths(folder)
+    card = ""
+    if "README.md" in files:
+        with files["README.md"].open(encoding="utf-8", errors="replace") as file:
+            card = file.read(_MAX_TEXT)
+    problems = [*_incomplete(files), *_links(folder)]
+    places = {str(Path.home()), str(Path.cwd()), tempfile.gettempdir(), str(folder.resolve().parent)}
+    paths = machine_paths(sorted(place for place in places if len(Path(place).parts) > 1))
     for name, path in files.items():
-        if _IDENTIFIER.search(name):
+        shown = path.suffix.lower() in (*_PICTURES, ".svg") and _shows(card, name)
+        # A figure may be named by the day it was drawn on.
+        if FILE_NAME.search(name) or (DATE.search(name) and not shown):
             problems.append(f"{name}: the name looks like the identifier of a patient, a study or a date")
-        problems += [f"{name}{problem}" for problem in _of_file(name, path, card, paths)]
+        if CREDENTIAL_FILE.search(name):
+            problems.append(f"{name}: a file that is there to hold passwords or keys")
+        problems += [f"{name}{problem}" for problem in _of_file(name, path, shown, paths)]
     return problems
+
+
+def _links(folder: Path) -> Iterator[str]:
+    """Links that lead out of the folder: what they lead to would be published in their place."""
+    inside = folder.resolve()
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if not path.is_symlink() or _NEVER_SENT & set(name.parts):
+            continue
+        target = path.resolve()
+        if not target.is_relative_to(inside):
+            yield f"{name.as_posix()}: a link that leads out of the folder; put a copy of the file here if it is meant"
+        elif not target.is_file():
+            yield f"{name.as_posix()}: a link to no file, of which nothing would be published"
+
+
+def _shows(card: str, name: str) -> bool:
+    return re.search(rf"(?<![\w/-])(?:\./)?{re.escape(name)}(?!\w)", card) is not None
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        ValueError: for anything else, and for a file that is too large to be one of a model's.
+    """
+    if path.stat().st_size > _MAX_TEXT:
+        raise ValueError(f"more than {_MAX_TEXT} bytes")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError("no JSON object")
+    return found
 
 
 def _incomplete(files: dict[str, Path]) -> Iterator[str]:
@@ -132,7 +186,7 @@ def _incomplete(files: dict[str, Path]) -> Iterator[str]:
         yield "config.json: missing; save the model by `model.save_pretrained`"
     else:
         try:
-            config = json.loads(files["config.json"].read_text(encoding="utf-8"))
+            config = _object(files["config.json"])
             if not str(config.get("model_type", "")).startswith("medmoe"):
                 yield "config.json: `model_type` is not one of MedMoE's"
             for target in (config.get("auto_map") or {"": "missing"}).values():
@@ -147,7 +201,7 @@ def _incomplete(files: dict[str, Path]) -> Iterator[str]:
     expected = {_WEIGHTS}
     if _INDEX in files:
         try:
-            expected = set(json.loads(files[_INDEX].read_text(encoding="utf-8"))["weight_map"].values())
+            expected = set(_object(files[_INDEX])["weight_map"].values())
         except (ValueError, KeyError, AttributeError):
             yield f"{_INDEX}: no index of shards"
             return
@@ -158,19 +212,11 @@ def _incomplete(files: dict[str, Path]) -> Iterator[str]:
         yield f"{name}: no part of the weights that {_INDEX if _INDEX in files else 'are in ' + _WEIGHTS} names"
 
 
-def _absolute_paths(folder: Path) -> re.Pattern[str]:
-    """Places on this machine, and what looks like one on any."""
-    here = {str(Path.home()), str(Path.cwd()), tempfile.gettempdir(), str(folder.resolve().parent)}
-    own = "|".join(re.escape(place) for place in sorted(here) if len(Path(place).parts) > 1)
-    before = r"(?:(?<=file://)|(?<![\w./~>})-]))"
-    return re.compile(rf"{before}(?:/(?:{_ROOTS})/[\w.~-]|(?:{own})(?![\w.-]))|{_WINDOWS}")
-
-
-def _of_file(name: str, path: Path, card: str, paths: re.Pattern[str]) -> Iterator[str]:
+def _of_file(name: str, path: Path, shown: bool, paths: dict[str, re.Pattern[str]]) -> Iterator[str]:
     """The problems of one file, each to follow its name."""
     suffix = path.suffix.lower()
     with path.open("rb") as file:
-        head = file.read(352)
+        head = file.read(_HEAD)
     found = next((what for start, magic, what in _MAGIC if head[start : start + len(magic)] == magic), None)
     if head[:2] == b"\x1f\x8b":
         found = _inside_gzip(path)
@@ -179,25 +225,73 @@ def _of_file(name: str, path: Path, card: str, paths: re.Pattern[str]) -> Iterat
     found = found or _BY_SUFFIX.get(suffix)
     if found is not None:
         yield f": {found}"
-        return
-    if suffix == ".safetensors":
+    elif suffix == ".safetensors":
         try:
             with safe_open(path, "pt") as tensors:
                 text = json.dumps(tensors.metadata() or {}, ensure_ascii=False)
         except (SafetensorError, OSError):
             yield ": no whole safetensors file"
             return
+        yield from _of_text(path, [text], paths)
     elif suffix in _PICTURES:
-        if not re.search(rf"(?<![\w/-])(?:\./)?{re.escape(name)}(?!\w)", card):
-            yield ": a picture that README.md does not show; is it a patient's?"
-        return
+        yield from _of_picture(path) if shown else [": a picture that README.md does not show; is it a patient's?"]
+    elif b"\0" in head:
+        yield ": neither text nor safetensors"
+    elif path.stat().st_size > _MAX_TEXT:
+        yield f": a text of more than {_MAX_TEXT // 10**6} MB, which is no part of a model"
     else:
+        if suffix == ".svg" and not shown:
+            yield ": a picture that README.md does not show; is it a patient's?"
         try:
-            text = path.read_text(encoding="utf-8")
+            yield from _of_text(path, _pieces(path), paths)
         except UnicodeDecodeError:
             yield ": neither text nor safetensors"
-            return
-    yield from _of_text(path, text, paths)
+
+
+def _of_picture(path: Path) -> Iterator[str]:
+    """What a picture's file says besides its pixels, which nobody sees in the card."""
+    if path.stat().st_size > _MAX_PICTURE:
+        yield f": a picture of more than {_MAX_PICTURE // 10**6} MB"
+        return
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > _MAX_PICTURE:
+                yield f": a picture of more than {_MAX_PICTURE // 10**6} megapixels"
+                return
+            image.load()  # PNG may have texts behind the pixels
+            tags = image.getexif()
+            located, other = _GPS in tags, set(tags) - _PLAIN_EXIF - {_GPS}
+            other |= set(tags.get_ifd(_EXIF_PART)) - _PLAIN_EXIF
+            texts = {
+                str(key)
+                for key, value in image.info.items()
+                if str(key).lower() in ("xmp", "photoshop", "comment", "xml:com.adobe.xmp", "xml:com.adobe.xmp.raw")
+                or (isinstance(value, str) and image.format == "PNG" and str(key).lower() not in _PLAIN_TEXTS)
+            }
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        yield ": a picture that cannot be read"
+        return
+    mend = "save the picture again without it"
+    if located:
+        yield f": its EXIF data say where it was taken; {mend}"
+    if other:
+        named = ", ".join(sorted(str(ExifTags.TAGS.get(tag, hex(tag))) for tag in other)[:5])
+        yield f": its EXIF data say more than the picture shows ({named}); {mend}"
+    if texts:
+        yield f": it carries a text besides the picture ({', '.join(sorted(texts)[:5])}); {mend}"
+
+
+def _pieces(path: Path) -> Iterator[str]:
+    """A text, a piece at a time.
+
+    Raises:
+        UnicodeDecodeError: if it is none.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    with path.open("rb") as file:
+        while part := file.read(_PIECE):
+            yield decoder.decode(part)
+    yield decoder.decode(b"", final=True)
 
 
 def _inside_gzip(path: Path) -> str:
@@ -210,22 +304,73 @@ def _inside_gzip(path: Path) -> str:
     return found or "an archive"
 
 
-def _of_text(path: Path, text: str, paths: re.Pattern[str]) -> Iterator[str]:
+def _patterns(path: Path, paths: dict[str, re.Pattern[str]]) -> list[tuple[re.Pattern[str], str]]:
+    """What is looked for in a text, by what kind of text it is."""
     suffix = path.suffix.lower()
+    kind = "prose" if suffix in _PROSE else "escaped" if suffix in _ESCAPED else "plain"
+    # Names like ".env" have no suffix, and hold settings.
+    prose = suffix in (*_PROSE, ".txt") or (suffix == "" and not path.name.startswith("."))
+    password = PASSWORD_IN_CODE if suffix in _CODE else PASSWORD_IN_PROSE if prose else PASSWORD
     patterns = [
-        (_SECRET, "a token or key; withdraw it, for it may be in other copies too"),
-        (paths, "an absolute path of a machine"),
-        (_UID, "what looks like the UID of a study or an image"),
+        (SECRET, "a token or key; withdraw it, for it may be in other copies too"),
+        (password, "a password; withdraw it, for it may be in other copies too"),
+        (paths[kind], "an absolute path of a machine"),
+        (UID, "what looks like the UID of a study or an image"),
     ]
-    # A vocabulary may well have the word "mrn".
-    if suffix in _DATA_TEXT and path.name not in ("tokenizer.json", "vocab.json", "vocab.txt"):
-        patterns.append((_FIELDS, "a field that identifies a patient or a study"))
-    for pattern, what in patterns:
-        match = pattern.search(text)
-        if match:
-            yield f", line {text.count(chr(10), 0, match.start()) + 1}: {what}"
-    if suffix in (".csv", ".tsv"):
-        header = next(csv.reader(text.splitlines(), delimiter="\t" if suffix == ".tsv" else ","), [])
-        columns = [column.strip() for column in header if _COLUMN.match(column.strip())]
-        if columns:
-            yield f": a table of cases, with the column {columns[0]}"
+    if path.name in _VOCABULARIES:
+        return [pattern for pattern in patterns if pattern[0] is not password]
+    if suffix not in (*_CODE, ".safetensors"):
+        # In prose a field's name may be explained; elsewhere it is there for its value.
+        pattern = CLINICAL_TEXT if suffix in _PROSE else FIELD
+        patterns.append((pattern, "a field that identifies a patient or a study"))
+        if pattern is FIELD:
+            patterns.append((CLINICAL_TEXT, "what looks like a patient's number, name or date of birth"))
+    if suffix == ".svg":
+        patterns.append((SCRIPT, "a script, or a reference to another server, in a picture"))
+    return patterns
+
+
+def _of_text(path: Path, pieces: Iterable[str], paths: dict[str, re.Pattern[str]]) -> Iterator[str]:
+    """The first place of each kind of problem."""
+    wanted = _patterns(path, paths)
+    before, lines, first = "", 1, True
+    pieces = iter(pieces)
+    piece = next(pieces, "")
+    while piece:
+        following = next(pieces, "")
+        text = before + piece
+        if first:
+            yield from _of_table(path, text)
+        for pattern, what in list(wanted):
+            for searched in filter(None, (text, unescaped(text))):
+                # A character before for lookbehinds; what ends at the edge may go on in the next piece.
+                match = pattern.search(searched, 0 if first else 1)
+                if match and (not following or match.end() < len(searched) - _EDGE):
+                    wanted.remove((pattern, what))
+                    yield f", line {lines + searched.count(chr(10), 0, match.start())}: {what}"
+                    break
+        cut = max(len(text) - OVERLAP, 0)
+        lines += text.count("\n", 0, cut)
+        before, piece, first = text[cut:], following, False
+
+
+def _of_table(path: Path, text: str) -> Iterator[str]:
+    """Whether a text begins with, or as Markdown holds, a header whose columns are those of patients."""
+    suffix = path.suffix.lower()
+    lines = text[:OVERLAP].lstrip().splitlines()
+    if suffix in _PROSE:
+        lines = text.splitlines()
+        headers = [line for line, rule in pairwise(lines) if _RULE.fullmatch(rule)]
+    elif suffix in (*_TABLES, ".txt", ".dat", "") and path.name not in _VOCABULARIES:
+        # Excel begins with the delimiter.
+        headers = lines[1:2] if lines and re.fullmatch(r"sep=.", lines[0]) else lines[:1]
+    else:
+        return
+    for header in headers:
+        columns = cells(header[:OVERLAP])
+        if suffix not in _TABLES and len(columns) < 2:
+            continue
+        column = personal_column(columns, suffix in _PROSE)
+        if column is not None:
+            yield f": a table of cases, with the column {column}"
+            return

@@ -29,6 +29,7 @@ from medmoe_hf.data.stream import SampleStream
 from medmoe_hf.hub.access import writable
 from medmoe_hf.hub.card import markdown_table, source_name
 from medmoe_hf.hub.folder_checks import PublishError
+from medmoe_hf.hub.identifiers import kinds
 from medmoe_hf.hub.remote import Remote, readable_size
 from medmoe_hf.model.medical_images_medmoe import is_medical_image
 from medmoe_hf.model.modalities_medmoe import MODALITIES, UNKNOWN_MODALITY
@@ -63,38 +64,6 @@ _IDENTIFYING = (
     *("InstitutionAddress",),
 )
 _PSEUDONYMS = ("PatientName", "PatientID")
-
-_MONTHS = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*"
-_DAY, _MONTH, _YEAR = r"(?:0?[1-9]|[12]\d|3[01])", r"(?:0?[1-9]|1[0-2])", r"(?:19|20)\d\d"
-# What an identifier looks like in a caption or the name of a file: kind, pattern.
-_LOOKS_LIKE = (
-    (
-        "a date",
-        rf"(?i)(?<!\d)(?:{_YEAR}([-./_]){_MONTH}\1{_DAY}|{_DAY}([-./_]){_MONTH}\2{_YEAR}|{_MONTH}([-./_]){_DAY}\3{_YEAR}"
-        rf"|{_DAY}\.? {_MONTHS}\.?,? {_YEAR}|{_MONTHS}\.? {_DAY},? {_YEAR}"
-        rf"|{_YEAR}(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01]))(?!\d)",
-    ),
-    ("a date", r"(?i)\b(?:d\.?o\.?b\b\.?|date of birth|born)(?: on| in)?\s*[:=]?\s*\d"),
-    (
-        "a record number",
-        r"(?i)(?<![a-z])(?:mrn|medical record|record no|patient id|accession)\W{0,3}(?:number|no)?\W{0,3}\w*\d{3}",
-    ),
-    ("a record number", r"(?<![\w.,+-])[1-9]\d{6,9}(?![\w.,]*\d)"),
-    ("a record number", r"(?<!\d)\d{3}-\d{2}-\d{4}(?!\d)"),
-    (
-        "a name",
-        r"(?<![A-Za-z])(?:[Pp]atient(?:'s)?(?: [Nn]ame)?|PATIENT(?: NAME)?|[Nn]ame|NAME)\s*[:=]\s*"
-        r"(?!(?:(?:[Ff]em|[Mm])ale|[Uu]nknown|[Aa]nonym\w*|ANON\w*)\b)[A-Z][A-Za-z'-]+",
-    ),
-    ("a name", r"\b(?:Mr|Mrs|Ms|Dr)\.? [A-Z][a-z]+"),
-    ("a name", r"[A-Za-z]{2,}\^[A-Za-z]+"),
-    (
-        "a phone number",
-        r"(?<![\w.])(?:\+\d{1,3}[ .-]?)?(?:\(\d{2,4}\) ?|\d{2,4}[ .-])\d{3,4}[ .-]\d{3,4}(?![\w]|[.,]\d)",
-    ),
-    ("an e-mail address", r"[\w.+-]+@[\w-]+\.[\w.-]+"),
-)
-_PATTERNS = tuple((kind, re.compile(pattern)) for kind, pattern in _LOOKS_LIKE)
 
 
 class IdentifierError(ValueError):
@@ -169,7 +138,7 @@ def export_data(
         for sample in stream:
             if not i_have_removed_identifiers:
                 place = _place(sample["key"], f"{stream.names[sample['source']]}, sample {sample['position']}")
-                findings += [Finding(f"{kind} in a caption", place) for kind in _kinds(sample["caption"])]
+                findings += [Finding(f"{kind} in a caption", place) for kind in kinds(sample["caption"])]
             counts[sample["source"], sample["modality"]] += 1
             shard.append(sample)
             if len(shard) == shard_size:
@@ -309,7 +278,7 @@ def _in_files(source: Any) -> Iterator[Finding]:
                     content = path
                 name = str(row.get("__key__") or (path if isinstance(path, str) else ""))
                 place = _place(name or shard.name, f"{PurePath(shard.name).name}, sample {number}")
-                for kind in _kinds(PurePath(name).stem):
+                for kind in kinds(PurePath(name).stem):
                     yield Finding(f"{kind} in the name of a file", place)
                 if is_medical_image(content):
                     for field in _in_header(content):
@@ -339,15 +308,10 @@ def _in_header(content: Any) -> list[str]:
     return sorted(found)
 
 
-def _kinds(text: str) -> list[str]:
-    """What a text looks as if it held, each kind once."""
-    return list(dict.fromkeys(kind for kind, pattern in _PATTERNS if pattern.search(text)))
-
-
 def _place(name: str, otherwise: str) -> str:
     """The file's name, unless that gives something away itself."""
     base = PurePath(name).name
-    return otherwise if _kinds(PurePath(name).stem) or not base else base
+    return otherwise if kinds(PurePath(name).stem) or not base else base
 
 
 def _refuse(findings: Sequence[Finding]) -> None:

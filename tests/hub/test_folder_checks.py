@@ -3,13 +3,16 @@
 import gzip
 import io
 import json
+import re
 import shutil
+import tracemalloc
 
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, PngImagePlugin
 from safetensors.torch import save_file
 
+from medmoe_hf.hub import folder_checks
 from medmoe_hf.hub.folder_checks import check_folder, published_files
 from medmoe_hf.model import MedMoEImageProcessor, MedMoEModel, MedMoEProcessor, MedMoETokenizer
 
@@ -96,25 +99,224 @@ FILES = {
     "extra.py": (f'"""Reads\n{HOME}"""\n'.encode(), "line 2: an absolute path"),
     "card.md": (f"Loaded from file://{HOME}".encode(), "absolute path"),
     "win.md": (b"C:\\Users\\someone\\model", "absolute path"),
-    ".env": (f"HF={TOKEN}".encode(), "line 1: a token"),
+    ".env.old": (f"HF={TOKEN}".encode(), "line 1: a token"),
     "run.sh": (f"#!/bin/sh\nexport HF_TOKEN={TOKEN}\n".encode(), "line 2: a token"),
     "key.txt": (b"-----BEGIN RSA PRIVATE " + b"KEY-----\n", "a token"),
     "wandb.yaml": (b"wandb_api_" + b"key: 0123456789abcdef0123\n", "a token"),
     "other.md": (b"sk-" + b"proj-0123456789abcdefABCD", "a token"),
+    # Tables of other countries and programs
+    "liste.csv": (b"Fall;MRN;Befund\n1;2;3\n", "column MRN"),
+    "excel.csv": (b"\xef\xbb\xbfsep=;\r\nVorname;Ort\r\n", "column Vorname"),
+    "names.csv": (b"Name,Age,Diagnosis\nx,7,y\n", "column Name"),
+    "contacts.txt": (b"full name|phone\n", "column full name"),
+    "ages.csv": ("âge;sexe;diagnostic\n".encode(), "column diagnostic"),
+    "TABLE": (b"Last Name\tFirst Name\n", "column Last Name"),
+    "naissance.csv": ("Prénom;Date de naissance\n".encode(), "column Prénom"),
+    "table.md": (b"Seen:\n\n| No | Date of Birth |\n|---|---|\n| 1 | 2 |\n", "column Date of Birth"),
+    "persons.md": (b"| Name | Age | Diagnosis |\n|:--|--:|---|\n", "column Name"),
+    # Prose, logs, files without an ending
+    "seen.md": (b"One of them, **MRN:** 4711829, was read twice.", "line 1: a field"),
+    "born.md": (b"a\nb\nDOB: 4.7.1956", "line 3: a field"),
+    "named.rst": (b"Patient name: Miller", "a field"),
+    "dicom.md": (b"of MILLER^ANNA", "a field"),
+    "run.log": (b"step 1\npatient_id=x\n", "line 2: a field"),
+    "other.log": (b"step 1\nread MRN 00123\n", "line 2: what looks like a patient's number"),
+    "NOTES": (b"d.o.b. 4/7/1956", "date of birth"),
+    # Passwords and keys
+    ".env": (b"SMTP=a\nDB_PASSWORD=hunter\n", "line 2: a password"),
+    ".env.local": (b"A=b\n", "there to hold passwords"),
+    "sub/.netrc": (b"machine h\n", "there to hold passwords"),
+    "server.key": (b"x", "there to hold passwords"),
+    "settings.yaml": (b"password: s3cret\n", "a password"),
+    "login.md": (b"Password: `hunter22`", "a password"),
+    "login.py": (b"connect(password='hunter')", "a password"),
+    "netrc.txt": (b"machine h.example login me password x\n", "a token"),
+    "url.txt": (b"https://me:hunter2@h.example/", "a token"),
+    "jwt.json": (b'{"a": "eyJhbGciOiJIUzI1NiJ9.' + b'eyJzdWIiOiIxMjM0In0.SflKxwRJSM"}', "a token"),
+    "escaped.json": (b'{"a":\n"' + TOKEN.replace("hf", r"\u0068\u0066").encode() + b'"}', "line 2: a token"),
+    "html.md": (TOKEN.replace("hf_", "&#104;&#x66;_").encode(), "a token"),
+    "slashes.json": (HOME.replace("/", r"\/").encode(), "absolute path"),
+    "windows.yaml": (rb"data: D:\scans\a.csv", "absolute path"),
+    "windows.json": (rb'{"data": "D:\\scans\\a.csv"}', "absolute path"),
+    "drawing.svg": (b"<svg/>", "does not show"),
 }
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_each_of_these_stops_a_push(folder, name):
-    content, reason = FILES[name]
-    (folder / "README.md").write_text("![another](figures/map.png)\n")
-    (folder / name).parent.mkdir(exist_ok=True)
-    (folder / name).write_bytes(content)
+def checked(saved, folder, card, files):
+    """The problems of a model with files beside it, all of which are theirs: name of the file -> lines."""
+    shutil.copytree(saved, folder)
+    (folder / "README.md").write_text(card)
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
     problems = check_folder(folder)
+    found = {name: [line for line in problems if re.match(rf"{re.escape(name)}[:,]", line)] for name in files}
+    assert sum(map(len, found.values())) == len(problems)
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(saved, tmp_path_factory):
+    files = {name: content for name, (content, _) in FILES.items()}
+    return checked(saved, tmp_path_factory.mktemp("files") / "model", "![another](figures/map.png)\n", files)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_each_of_these_stops_a_push(found, name):
+    problems, reason = found[name], FILES[name][1]
     assert problems, name
-    assert all(problem.startswith(name) for problem in problems)
     assert any(reason in problem for problem in problems), problems
     assert not any(TOKEN in problem or "someone" in problem for problem in problems)
+
+
+INNOCENT = {
+    "card.md": (
+        "# Card\n\n| name | age | AUC |\n|---|---|---|\n| a | 60-70 | 0.8 |\n\n| Author | E-mail |\n|---|---|\n\n"
+        "| data | images | reports |\n|---|---|---|\n\nGEO accession GSE12345. `subject_id`: the column with the "
+        "person. On Windows: `C:\\path\\to\\model`, `C:\\`, `C:\\Users\\you\\model`. softmax(QK^T). "
+        "Password: see the wiki. Published on 2026-03-01. Children born in 2010. "
+        "https://user:password@proxy.example works."
+    ),
+    "metrics.csv": "sex,name_of_metric,value\nfemale,auc,0.8\n",
+    "named.csv": "name;value\nauc;0,8\n",
+    "prompts.json": '{"text": "A:\\nB is\\nC", "pad_token": "[PAD]", "password": null}',
+    "labels.txt": "findings\nnone\n",
+    "tool.py": 'subject_id: str = "x"\nprint("A:\\nfindings\\n")\npassword = os.environ["PASSWORD"]\n',
+    "LICENSE": "Apache License\n",
+    "figures/2026-03-01_loss.svg": "<svg><text>Loss</text></svg>",
+}
+
+
+def test_none_of_these_stops_a_push(saved, tmp_path):
+    files = {name: text.encode() for name, text in INNOCENT.items()} | {"figures/2026-03-01.png": png()}
+    card = "![loss](figures/2026-03-01_loss.svg) ![](figures/2026-03-01.png)\n"
+    assert checked(saved, tmp_path / "model", card, files) == {name: [] for name in files}
+
+
+def picture(format, **options):
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, format, **options)
+    return file.getvalue()
+
+
+def exif(**tags):
+    found = Image.Exif()
+    for tag, value in tags.items():
+        found[getattr(ExifTags.Base, tag)] = value
+    return found
+
+
+def png_texts(**texts):
+    found = PngImagePlugin.PngInfo()
+    for key, value in texts.items():
+        found.add_text(key, value)
+    return picture("PNG", pnginfo=found)
+
+
+def text_behind(content):
+    """A PNG with its text behind the pixels, where readers of headers do not come."""
+    start = content.index(b"tEXt") - 4
+    length = 12 + int.from_bytes(content[start : start + 4], "big")
+    chunk, rest = content[start : start + length], content[:start] + content[start + length :]
+    end = rest.index(b"IEND") - 4
+    return rest[:end] + chunk + rest[end:]
+
+
+PICTURES = {
+    "gps.jpg": (picture("JPEG", exif=exif(GPSInfo={1: "N", 2: (48.0, 0.0, 0.0)})), "where it was taken"),
+    "gps.png": (picture("PNG", exif=exif(GPSInfo={1: "N", 2: (48.0, 0.0, 0.0)})), "where it was taken"),
+    "named.jpg": (picture("JPEG", exif=exif(ImageDescription="Miller, Anna")), "(ImageDescription)"),
+    "artist.webp": (picture("WEBP", exif=exif(Artist="A")), "(Artist)"),
+    "comment.jpg": (picture("JPEG", comment=b"Miller"), "a text besides the picture (comment)"),
+    "comment.gif": (picture("GIF", comment=b"Miller"), "a text besides the picture (comment)"),
+    "texts.png": (png_texts(Title="Miller", Software="x"), "a text besides the picture (Title)"),
+    "behind.png": (text_behind(png_texts(Title="Miller")), "a text besides the picture (Title)"),
+    "broken.png": (b"\x89PNG\r\n\x1a\nrubbish", "cannot be read"),
+    "script.svg": (b"<svg><script>x()</script></svg>", "line 1: a script"),
+    "event.svg": (b'<svg\nonload="x()"/>', "line 1: a script"),
+    "remote.svg": (b'<svg><image href="https://elsewhere.example/a.png"/></svg>', "line 1: a script"),
+    "named.svg": (b"<svg><text>MRN 4711829</text></svg>", "a patient's number"),
+    "plain.png": (png_texts(Software="Matplotlib"), None),
+    "plain.jpg": (picture("JPEG", exif=exif(Orientation=6, Software="x"), dpi=(72, 72)), None),
+    "plain.svg": (b'<svg xmlns="http://www.w3.org/2000/svg"><a href="#b"/></svg>', None),
+    "plain.tiff": (picture("TIFF", compression="tiff_lzw"), None),
+}
+
+
+@pytest.fixture(scope="module")
+def found_in_pictures(saved, tmp_path_factory):
+    files = {name: content for name, (content, _) in PICTURES.items()}
+    card = "".join(f"![a picture]({name})\n" for name in files)
+    return checked(saved, tmp_path_factory.mktemp("pictures") / "model", card, files)
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_what_a_shown_picture_says_besides_its_pixels(found_in_pictures, name):
+    problems, reason = found_in_pictures[name], PICTURES[name][1]
+    if reason is None:
+        assert problems == []
+        return
+    (problem,) = problems
+    assert reason in problem
+    assert "Miller" not in problem
+
+
+def test_links_that_lead_out(folder, tmp_path):
+    """Their content would be published, whatever it is."""
+    (tmp_path / "notes.txt").write_text("harmless")
+    (tmp_path / "more").mkdir()
+    (folder / "inside.txt").symlink_to("config.json")
+    assert check_folder(folder) == []
+    (folder / "out.txt").symlink_to("../notes.txt")
+    (folder / "passwd").symlink_to("/etc/passwd")
+    (folder / "more").symlink_to("../more")
+    (folder / "lost").symlink_to("nowhere")
+    problems = check_folder(folder)
+    for name in ("more", "out.txt", "passwd"):
+        assert any(problem.startswith(f"{name}: a link that leads out of the folder") for problem in problems)
+    assert any(problem.startswith("lost: a link to no file") for problem in problems)
+    # A folder may be reached by a link itself.
+    for name in ("more", "out.txt", "passwd", "lost"):
+        (folder / name).unlink()
+    (tmp_path / "link").symlink_to(folder)
+    assert check_folder(tmp_path / "link") == []
+
+
+def test_large_files_are_not_read_into_memory(folder, monkeypatch):
+    monkeypatch.setattr(folder_checks, "_PIECE", 100_000)
+    with (folder / "sparse.dat").open("wb") as file:
+        file.truncate(20 * 2**30)
+    with (folder / "long.txt").open("wb") as file:
+        file.write(b"text\n")
+        file.seek(8192)
+        file.write(b"x")
+        file.truncate(20 * 2**30)
+    (folder / "many.txt").write_bytes(b"a\n" * 1_500_000 + TOKEN.encode() + b"\n")
+    with (folder / "long.txt").open("r+b") as file:
+        file.write(b"t" * 8192)
+    tracemalloc.start()
+    problems = check_folder(folder)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "sparse.dat: neither text nor safetensors" in problems
+    assert "long.txt: a text of more than 50 MB, which is no part of a model" in problems
+    assert "many.txt, line 1500001: a token or key; withdraw it, for it may be in other copies too" in problems
+    assert len(problems) == 3
+    assert peak < 2_500_000
+
+
+@pytest.mark.parametrize("offset", [-60, -30, -1, 0, 1, 4090])
+def test_what_lies_across_the_pieces_of_a_text_is_found_once(folder, monkeypatch, offset):
+    monkeypatch.setattr(folder_checks, "_PIECE", 10_000)
+    start = 30_000 + offset
+    # "é" takes two bytes, so that pieces end inside of characters too.
+    filler = "é" + "x" * 98 + "\n"
+    text = (filler * (start // 100 + 1))[: start - 1] + "\n" + TOKEN + " " + filler * 200
+    (folder / "long.txt").write_text(text)
+    line = text[:start].count("\n") + 1
+    assert check_folder(folder) == [
+        f"long.txt, line {line}: a token or key; withdraw it, for it may be in other copies too"
+    ]
 
 
 def test_metadata_of_weights_is_text_too(folder):

@@ -20,6 +20,7 @@ from medmoe_hf.data.phantom import phantom_sample
 from medmoe_hf.data.sources import Source
 from medmoe_hf.data.stream import SampleStream
 from medmoe_hf.hub import PublishError, publish_data
+from medmoe_hf.hub.identifiers import kinds
 from medmoe_hf.hub.publish_data import IdentifierError, export_data, push_data
 
 KIND = {"parquet": "parquet", "webdataset": "tar"}
@@ -266,7 +267,7 @@ def test_plain_captions_pass(tmp_path, caption):
 
 
 def test_phantoms_pass():
-    assert not [i for i in range(400) if publish_data._kinds(phantom_sample(9, i, image_size=48)["caption"])]
+    assert not [i for i in range(400) if kinds(phantom_sample(9, i, image_size=48)["caption"])]
 
 
 @pytest.mark.parametrize(
