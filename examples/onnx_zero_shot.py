@@ -4,6 +4,11 @@
     python examples/onnx_zero_shot.py EXPORTED --image scan.png other.png --labels "pneumonia" "no finding"
 
 `--check MODEL` compares with PyTorch and the model's own processor, where these are installed.
+
+The expert of an image is here the one that the image router selects, whatever the labels. The stock pipeline
+(`pipeline("zero-shot-image-classification", ...)`) of a model with `config.router="report"` lets each label select the
+expert that the image is read with: where the two routers disagree, the probabilities are others. Loaded with
+`router="both"`, the same weights follow the rule of this script: `--check` does that, and shows both.
 """
 
 import argparse
@@ -77,18 +82,25 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return powers / powers.sum(axis=1, keepdims=True)
 
 
-def by_pytorch(folder: str, images: list[Image.Image], labels: list[str]) -> np.ndarray:
-    """The same probabilities (B, N) by the model itself."""
-    import torch
-    from transformers import AutoModel, AutoProcessor
+def by_pytorch(folder: str, images: list[Image.Image], labels: list[str], image_router: bool) -> np.ndarray:
+    """Probabilities (B, N) by the model itself, as the stock pipeline computes them.
 
-    model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+    Args:
+        image_router: whether the image router selects the expert, as in an exported folder, or what the model's
+            configuration says.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModel, AutoProcessor
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    # "both" keeps the report router, which is among the weights, and lets the image's select.
+    rule = {"router": "both"} if image_router and config.router == "report" else {}
+    # An exported folder compares global embeddings; a model may be set to its local similarity.
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True, similarity="global", **rule).eval()
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    inputs = processor(images=images, return_tensors="pt"), processor(text=labels, return_tensors="pt")
     with torch.no_grad():
-        features = model.get_image_features(**inputs[0]), model.get_text_features(**inputs[1])
-    image_embeds, text_embeds = (torch.nn.functional.normalize(part.pooler_output, dim=-1) for part in features)
-    return (model.global_scale * image_embeds @ text_embeds.T).softmax(dim=1).numpy()
+        outputs = model(**processor(images=images, text=labels, return_tensors="pt"))
+    return outputs.logits_per_image.softmax(dim=1).numpy()
 
 
 def main() -> None:
@@ -111,9 +123,11 @@ def main() -> None:
             print(f"  {row[index]:.3f}  {arguments.labels[index]}")
 
     if arguments.check:
-        right = by_pytorch(arguments.check, images, arguments.labels)
+        right = by_pytorch(arguments.check, images, arguments.labels, image_router=True)
         off = np.abs(probabilities - right).max()
         print(f"PyTorch: at most {off:.4f} away in probability (Pillow and torch round resized pixels differently).")
+        stock = np.abs(probabilities - by_pytorch(arguments.check, images, arguments.labels, image_router=False))
+        print(f"The stock pipeline: at most {stock.max():.4f} away; there each label selects the expert, see above.")
         if (probabilities.argmax(axis=1) != right.argmax(axis=1)).any():
             raise SystemExit("PyTorch gives other labels.")
 

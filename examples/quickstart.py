@@ -18,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 
+from medmoe_hf.console import hide_foreign_bars
 from medmoe_hf.data import FINDINGS, write_webdataset, zero_shot_prompts
 from medmoe_hf.training import TrainConfig, train
 
@@ -32,6 +33,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.output.exists():
         parser.error(f"{arguments.output} exists already; remove it or name another folder by --output")
+    hide_foreign_bars()
     started = time.monotonic()
     side = 64
     config = TrainConfig.from_dict(

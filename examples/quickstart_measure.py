@@ -18,6 +18,7 @@ import pydicom
 import pydicom.data
 import skimage
 import torch
+from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor
 
 matplotlib.use("Agg")
@@ -26,6 +27,11 @@ from matplotlib.patches import Rectangle
 
 NONSENSE = ("glorbix", "quandle", "zwyvex")
 BATCH = 50
+CONTROL = (
+    "The control is a made-up word that no report contains. What its map shows, the model shows for\n"
+    "any word: a map of a finding means something as far as it is hotter in the box than the\n"
+    "control's. The two maps of a row share one colour scale, from dark (low) to yellow (high)."
+)
 
 
 def main(folder: Path) -> None:
@@ -62,15 +68,17 @@ def read_sample(sample: dict) -> dict:
     }
 
 
-def batches(samples: list) -> list:
-    return [samples[start : start + BATCH] for start in range(0, len(samples), BATCH)]
+def batches(samples: list, what: str):
+    """Parts of so many samples, with a bar that says what is measured."""
+    starts = range(0, len(samples), BATCH)
+    yield from tqdm((samples[start : start + BATCH] for start in starts), desc=what, total=len(starts), leave=False)
 
 
 @torch.no_grad()
 def image_embeddings(model, processor, samples: list) -> tuple:
     """(N, D) embeddings of length 1 and (N,) the experts that the image router chose."""
     embeds, experts = [], []
-    for batch in batches(samples):
+    for batch in batches(samples, "measuring: images"):
         pixels = processor(images=[sample["image"] for sample in batch], return_tensors="pt")
         features = model.get_image_features(**pixels, local=False)
         embeds.append(torch.nn.functional.normalize(features.pooler_output, dim=-1))
@@ -81,7 +89,10 @@ def image_embeddings(model, processor, samples: list) -> tuple:
 @torch.no_grad()
 def text_embeddings(model, processor, texts: list) -> torch.Tensor:
     """(N, D) embeddings of length 1."""
-    parts = [model.get_text_features(**processor(text=batch, return_tensors="pt")) for batch in batches(texts)]
+    parts = [
+        model.get_text_features(**processor(text=batch, return_tensors="pt"))
+        for batch in batches(texts, "measuring: texts")
+    ]
     return torch.nn.functional.normalize(torch.cat([part.pooler_output for part in parts]), dim=-1)
 
 
@@ -92,7 +103,10 @@ def measure_pairs(model, processor, samples: list) -> dict:
     images, by_image = image_embeddings(model, processor, samples)
     texts = text_embeddings(model, processor, captions)
     by_report = torch.cat(
-        [model.route(**processor(text=batch, return_tensors="pt")).expert_ids for batch in batches(captions)]
+        [
+            model.route(**processor(text=batch, return_tensors="pt")).expert_ids
+            for batch in batches(captions, "measuring: routing of reports")
+        ]
     )
     retrieval = {}
     scores = images @ texts.T
@@ -140,7 +154,7 @@ def word_heatmaps(model, processor, samples: list, words: list, prompts: dict) -
     for number, name in model.config.modalities.items():
         rows = [row for row, sample in enumerate(samples) if sample["modality"] == number]
         normal = processor(text=prompts[name]["normal"], return_tensors="pt")
-        for batch in batches(rows):
+        for batch in batches(rows, f"measuring: heat-maps, {name}"):
             images = [samples[row]["image"] for row in batch]
             inputs = processor(images=images, text=[words[row] for row in batch], return_tensors="pt")
             grounding = model.ground(**inputs, reference=normal, modality=name)
@@ -224,13 +238,17 @@ def draw_heatmaps(model, processor, samples: list, prompts: dict, path: Path) ->
     real = word_heatmaps(model, processor, chosen, [sample["word"] for sample in chosen], prompts)
     none = word_heatmaps(model, processor, chosen, NONSENSE[:1] * len(chosen), prompts)
     figure, axes = plt.subplots(len(chosen), 3, figsize=(9, 3.2 * len(chosen)), layout="constrained")
+    figure.supxlabel(CONTROL, fontsize=10)
     for row, sample, word_map, nonsense_map, name in zip(axes, chosen, real, none, names, strict=True):
         left, top, right, bottom = sample["box"]
-        panels = ((None, f"{name}: {sample['finding']}"), (word_map, sample["word"]), (nonsense_map, NONSENSE[0]))
+        control = f"{NONSENSE[0]} (control)"
+        panels = ((None, f"{name}: {sample['finding']}"), (word_map, sample["word"]), (nonsense_map, control))
+        # One colour scale for both maps: only so can they be compared.
+        low, high = min(word_map.min(), nonsense_map.min()), max(word_map.max(), nonsense_map.max())
         for axis, (heatmap, title) in zip(row, panels, strict=True):
             axis.imshow(sample["image"], cmap="gray")
             if heatmap is not None:
-                axis.imshow(heatmap, cmap="inferno", alpha=0.55)
+                axis.imshow(heatmap, cmap="inferno", alpha=0.55, vmin=low, vmax=high)
                 y, x = np.unravel_index(heatmap.argmax(), heatmap.shape)
                 axis.plot(x, y, "+", color="cyan", markersize=11, markeredgewidth=2)
             axis.add_patch(
@@ -241,7 +259,7 @@ def draw_heatmaps(model, processor, samples: list, prompts: dict, path: Path) ->
             axis.set_title(title, fontsize=11)
             axis.set_axis_off()
     figure.suptitle(
-        "Synthetic phantoms: finding (box), heat-map of its word, of a nonsense word; + is the hottest pixel"
+        "Synthetic phantoms: finding (box), heat-map of its word, and of the control; + is the hottest pixel"
     )
     figure.savefig(path, dpi=110)
 

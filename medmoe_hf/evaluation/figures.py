@@ -191,7 +191,7 @@ def draw_heatmaps(result: "Result", path: Path) -> None:
             axis.set_title(title, fontsize=9)
             axis.set_axis_off()
     figure.suptitle(f"{result.model} on {result.dataset}: box = finding, + = hottest pixel", fontsize=10)
-    figure.supxlabel("\n".join(wrap(_CONTROL, 110 if len(result.examples) > 3 else 60)), fontsize=8)
+    figure.supxlabel("\n".join(wrap(_CONTROL, 150 if len(result.examples) > 3 else 60)), fontsize=8)
     _save(figure, path)
 
 

@@ -77,6 +77,21 @@ def test_local_scores_are_the_models_own_local_logits(tmp_path, images, changes,
     assert len(encoder.route_images(images).argmax(dim=1).unique()) > 1
 
 
+def test_router_both_gives_the_probabilities_of_the_image_routers_experts(folder, images):
+    """What pages and the ONNX example promise: an encoder's and an export's rule, in the stock pipeline."""
+    encoder = MedMoEEncoder(folder)
+    rule = (encoder.logit_scale * encoder.encode_images(images) @ encoder.encode_texts(TEXTS).T).softmax(dim=1)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    inputs = processor(images=images, text=TEXTS, return_tensors="pt")
+    found = {}
+    for name, settings in (("stock", {}), ("image router", {"router": "both"})):
+        model = AutoModel.from_pretrained(folder, trust_remote_code=True, **settings).eval()
+        with torch.no_grad():
+            found[name] = model(**inputs).logits_per_image.softmax(dim=1)
+    torch.testing.assert_close(found["image router"], rule, rtol=1e-4, atol=1e-5)
+    assert (found["stock"] - rule).abs().max() > 0.01
+
+
 def test_features_are_the_image_towers(folder, loaded, images):
     model, processor = loaded
     features = MedMoEEncoder(folder, batch_size=3).features(images)
