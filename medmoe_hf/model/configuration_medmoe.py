@@ -345,7 +345,7 @@ class MedMoEConfig(MedMoETextConfig):
     learned_scale: bool = False
     contrast: Literal["sum", "mean"] = "sum"
     positives: Literal["none", "caption", "label", "text_similarity"] = "none"
-    positives_temperature: float | int = 0.05
+    positives_temperature: float | int = 0.1
     aux_loss_on: Literal["logits", "probabilities"] = "logits"
     aux_label_smoothing: float | int = 0.0
     global_loss_weight: float | int = 1.0

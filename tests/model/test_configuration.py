@@ -142,6 +142,7 @@ def test_a_timm_backbone_has_no_swin():
     (MedMoETextConfig, {"word_pooling": "max"}, "word_pooling"),
     (MedMoEConfig, {"temp1": 0}, "`temp1` must be greater than 0, got 0"),
     (MedMoEConfig, {"temp3": -1.0}, "`temp3` must be greater than 0"),
+    (MedMoEConfig, {"positives_temperature": 0.0}, "`positives_temperature` must be greater than 0"),
     (MedMoEConfig, {"local_loss_weight": -1}, "`local_loss_weight` must not be negative"),
     (MedMoEConfig, {"projection_dim": 0}, "`projection_dim` must be greater than 0"),
     (MedMoEConfig, {"router": "reports"}, "router"),
