@@ -404,6 +404,7 @@ def demo(
     port: Annotated[int, typer.Option(min=1, max=65535, help="On 127.0.0.1.")] = 7860,
 ) -> None:
     """Show a checkpoint in the browser. Its code is run: only those that you trust."""
+    typer.echo("Loading the libraries ...")
     with _errors_of("demo"):
         from medmoe_hf.hub.space.app import launch
 

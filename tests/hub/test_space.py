@@ -1,9 +1,11 @@
 """The demo's functions, without a browser (tests/browser has one): every number against a slow plain formulation."""
 
+import asyncio
 import base64
 import io
 import json
 import re
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 import torch
 import yaml
 from packaging.requirements import Requirement
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from transformers import BertConfig, BertModel
 
 gr = pytest.importorskip("gradio", reason='the demo needs gradio: pip install "medmoe_hf[demo]"')
@@ -241,7 +243,7 @@ def test_labels_follow_the_expert_until_they_are_edited(checkpoint, picture):
     assert page.describe(picture, "ct", app.default_labels("xray"), "")[3] == app.default_labels("ct")
     assert page.describe(picture, "ct", "one\ntwo", "")[3] == "one\ntwo"
     status, probabilities = page.compare(picture, "ct", "one\n\n one \n")
-    assert "two or more" in status
+    assert "between two and" in status
     assert probabilities is None
     assert "phrase first" in page.ground(picture, "ct", "  ")[0]
 
@@ -270,6 +272,7 @@ def test_nothing_is_kept_or_sent_elsewhere(checkpoint, monkeypatch, folder):
     assert seen["blocks"].analytics_enabled is False
     assert seen["blocks"].delete_cache == (60, 60)
     assert (seen["share"], seen["server_port"]) == (False, 7861)
+    assert (seen["max_file_size"], seen["state_session_capacity"]) == ("200mb", 100)
     assert "http" not in json.dumps([str(font) for font in (*seen["theme"]._font, *seen["theme"]._font_mono)])
     assert "not a medical device" in texts_of(seen["blocks"])
     assert str(folder.parent.parent) not in texts_of(seen["blocks"])
@@ -284,6 +287,77 @@ def test_without_a_checkpoint_the_page_says_what_to_give(monkeypatch):
     monkeypatch.setenv("MEDMOE_MODEL", "/nowhere/at/all")
     with pytest.raises(OSError, match="/nowhere/at/all: there is no such folder"):
         app.launch()
+
+
+@pytest.mark.parametrize("name", ["large.png", "bomb.png"])
+def test_a_picture_that_is_too_large_is_refused_before_it_is_decoded(checkpoint, tmp_path, monkeypatch, name):
+    path = tmp_path / name
+    side = {"large.png": 12_000, "bomb.png": 15_000}[name]
+    Image.new("1", (side, side)).save(path)
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda self: pytest.fail("it was decoded"))
+    picture, status, *_ = app.Page(checkpoint).load(str(path), app.AUTOMATIC, "", "")
+    assert picture is None
+    assert "it has more than 50 megapixels" in status
+    assert not path.exists()
+
+
+def test_the_checkpoints_own_code_has_the_same_limits(checkpoint):
+    assert checkpoint.processor.image_processor.max_pixels == app.MAX_PIXELS
+    assert checkpoint.processor.image_processor.allow_urls is False
+
+
+@pytest.mark.parametrize("place", ["http://127.0.0.1:9/a.png", "https://example.org/a.png", "/dev/zero", "/"])
+def test_what_is_no_file_is_not_read(checkpoint, place):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        checkpoint.read(place)
+
+
+def test_an_address_in_a_request_is_not_fetched(checkpoint, monkeypatch):
+    blocks = app.build(checkpoint)
+    (file,) = (block for block in blocks.blocks.values() if isinstance(block, gr.File))
+    fetched = []
+    for name in ("save_url_to_cache", "ssrf_protected_download", "async_ssrf_protected_download"):
+        monkeypatch.setattr(gr.processing_utils, name, lambda *args, **kwargs: fetched.append(args))
+    sent = {"path": "http://127.0.0.1:9/a.png", "meta": {"_type": "gradio.FileData"}}
+    with pytest.raises(gr.Error, match="Addresses are not fetched"):
+        asyncio.run(gr.processing_utils.async_move_files_to_cache(sent, file, check_in_upload_folder=True))
+    with pytest.raises(gr.Error, match="Addresses are not fetched"):
+        gr.processing_utils.move_files_to_cache(sent, file)
+    assert fetched == []
+
+
+def test_labels_and_phrases_are_bounded(checkpoint, picture):
+    page = app.Page(checkpoint)
+    lines = [f"label {i}" for i in range(app.MAX_LABELS + 1)]
+    status, probabilities = page.compare(picture, "ct", "\n".join(lines))
+    assert "between two and 100" in status
+    assert probabilities is None
+    assert len(page.compare(picture, "ct", "\n".join(lines[1:]))[1]) == app.MAX_LABELS
+    assert page.compare(picture, "ct", "a\n" + "b" * 1001)[1] is None
+    assert page.ground(picture, "ct", "c" * 5000)[1].count("c" * 1000) > 0
+    assert "c" * 1001 not in page.ground(picture, "ct", "c" * 5000)[1]
+
+
+def test_a_port_in_use_is_said_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setattr(app, "Checkpoint", None)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=rf"port {port} on 127.0.0.1 cannot be used .* `--port`, {port + 1} say"):
+            app.launch("anything", port)
+    app.check_port(port)
+
+
+def test_the_start_says_what_it_is_doing(folder, monkeypatch, capsys):
+    monkeypatch.setattr(gr.Blocks, "launch", lambda self, **options: None)
+    app.launch(str(folder))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.endswith("...")] == [
+        f"Loading {folder.parent.name}/tiny ...",
+        f"Encoding {sum(len(texts['reports']) for texts in app.TEXTS.values())} reports to search in ...",
+        "Starting the page ...",
+    ]
 
 
 def test_other_models_are_refused(tmp_path):

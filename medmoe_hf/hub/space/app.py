@@ -12,7 +12,9 @@ import html
 import io
 import json
 import os
-from collections.abc import Sequence
+import socket
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,12 @@ NEAREST = 5
 LONGEST_SIDE = 1024  # of the picture that is shown, in pixels
 HEATMAP_SIGMA = 1.5  # in cells of the map, as the checkpoint's pointing game is measured
 SECONDS_KEPT = 1800  # that a picture nobody touches stays in memory
+# A page that others may reach needs limits, or one of them takes all memory or time.
+MAX_FILE_SIZE = "200mb"
+MAX_PIXELS = 50_000_000  # of a picture; an X-ray has some 10 million
+MAX_LABELS, MAX_CHARACTERS = 100, 1000  # of labels, and of each label and phrase
+SESSIONS_KEPT = 100  # whose pictures stay in memory; gradio keeps 10,000
+WAITING = 32  # requests in the queue of each event
 
 TEXTS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("reports.json").read_text())
 """Of each of the six default modalities: `labels` to choose from, `normal` reports, and `reports` to search.
@@ -123,17 +131,19 @@ class Checkpoint:
 
     Args:
         name: a folder or an id on the Hub. Its code is run, so it must be one that you trust.
+        say: is told what takes a while.
 
     Raises:
         OSError: there is no such checkpoint, or it cannot be reached.
         ValueError: it is not a dual encoder of MedMoE.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, say: Callable[[str], None] = lambda text: None) -> None:
         if not Path(name).is_dir() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
             raise FileNotFoundError(f"{name}: there is no such folder, and an id on the Hub has the form user/name")
         # Of a folder its last two parts: the whole path is nobody's business.
         self.name = "/".join(Path(name).resolve().parts[-2:]) if Path(name).is_dir() else name
+        say(f"Loading {self.name}" + ("" if Path(name).is_dir() else ", which is downloaded the first time") + " ...")
         self.model = AutoModel.from_pretrained(name, trust_remote_code=True).eval()
         if self.model.config.model_type != "medmoe":
             raise ValueError(
@@ -141,8 +151,12 @@ class Checkpoint:
                 "type 'medmoe'."
             )
         self.processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
+        # Of what the code of a checkpoint decodes, DICOM and NIfTI say their size to it alone.
+        self.processor.image_processor.max_pixels = MAX_PIXELS
+        self.processor.image_processor.allow_urls = False
         self.modalities: list[str] = list(self.model.config.modalities.values())
         self.reports = [(modality, text) for modality, texts in TEXTS.items() for text in texts["reports"]]
+        say(f"Encoding {len(self.reports)} reports to search in ...")
         with torch.inference_mode():
             embeds = self.model.get_text_features(**self._tokens([text for _, text in self.reports])).pooler_output
         self.report_embeds = torch.nn.functional.normalize(embeds, dim=-1)
@@ -155,8 +169,10 @@ class Checkpoint:
         """A picture, and where the image router sends it.
 
         Raises:
-            OSError, ValueError, ImportError: the file gives no picture; the message says why.
+            OSError, ValueError, ImportError: the file gives no picture, or one that is too large; the message says
+                why.
         """
+        check_picture(path)
         plain = self.processor.image_processor(
             path, do_resize=False, do_normalize=False, pad_to_square=False, return_modality=True, return_tensors="pt"
         )
@@ -230,6 +246,29 @@ class Checkpoint:
         """Maps of one image (1, W, h, w), or an output with `heatmaps`, as (W, H, W) on the pixels that are shown."""
         size = picture.shown.shape[:2]
         return self.processor.post_process_grounding(maps, target_sizes=[size], sigma=sigma)[0].numpy()
+
+
+def check_picture(path: str) -> None:
+    """Refuses what is no file, and by its header, before anything is decoded, a picture that is too large.
+
+    Raises:
+        FileNotFoundError: for addresses, folders and devices too.
+        ValueError: for more than `MAX_PIXELS`.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: there is no such file")
+    with warnings.catch_warnings():
+        # Pillow's limit is higher than this one, and it takes some DICOM files for damaged TIFFs.
+        warnings.simplefilter("ignore")
+        try:
+            with Image.open(path) as image:
+                width, height = image.size
+        except Image.DecompressionBombError:
+            width = height = MAX_PIXELS
+        except Exception:  # DICOM, NIfTI, or nothing at all: for the processor to say
+            return
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"it has more than {MAX_PIXELS // 1_000_000} megapixels, too many for this page")
 
 
 def _data_uri(pixels: np.ndarray) -> str:
@@ -378,7 +417,8 @@ class Page:
         if picture is None:
             return self._nothing(), None
         probabilities = self._compare(picture, wish, labels)
-        status = _alert("Write a label a line, two or more.") if probabilities is None else None
+        rule = f"Write a label a line, between two and {MAX_LABELS}, of {MAX_CHARACTERS} characters at most."
+        status = _alert(rule) if probabilities is None else None
         return status or _status(routed(self.checkpoint, picture, wish)), probabilities
 
     def ground(self, picture: Picture | None, wish: str, phrase: str) -> tuple[str, str]:
@@ -393,15 +433,38 @@ class Page:
 
     def _compare(self, picture: Picture, wish: str, labels: str) -> dict[str, float] | None:
         listed = list(dict.fromkeys(line.strip() for line in labels.splitlines() if line.strip()))
-        return self.checkpoint.compare(picture, wish, listed) if len(listed) > 1 else None
+        if not 2 <= len(listed) <= MAX_LABELS or max(map(len, listed)) > MAX_CHARACTERS:
+            return None
+        return self.checkpoint.compare(picture, wish, listed)
 
     def _picture(self, picture: Picture, wish: str, phrase: str) -> str:
-        phrase = phrase.strip()
+        phrase = phrase.strip()[:MAX_CHARACTERS]
         if not phrase:
             return picture_html(picture)
         known = self.checkpoint.expert(picture, wish) in TEXTS
         against = "normal reports of the modality" if known else "the other words"
         return picture_html(picture, phrase, self.checkpoint.ground(picture, wish, phrase), against)
+
+
+def uploads_only(file: gr.File) -> gr.File:
+    """A component that takes no addresses: gradio's own fetches what a request names, of any size."""
+
+    def refuse(place: Any) -> None:
+        if str(place).startswith(("http://", "https://")):
+            raise gr.Error("Addresses are not fetched: upload the file.")
+
+    move, move_async = file.move_resource_to_block_cache, file.async_move_resource_to_block_cache
+
+    def checked(place: Any) -> str | None:
+        refuse(place)
+        return move(place)
+
+    async def checked_async(place: Any) -> str | None:
+        refuse(place)
+        return await move_async(place)
+
+    file.move_resource_to_block_cache, file.async_move_resource_to_block_cache = checked, checked_async
+    return file
 
 
 def build(checkpoint: Checkpoint) -> gr.Blocks:
@@ -413,7 +476,7 @@ def build(checkpoint: Checkpoint) -> gr.Blocks:
         gr.Markdown(f"# MedMoE: `{checkpoint.name}`\n\n{DISCLAIMER}")
         picture = gr.State(None, time_to_live=SECONDS_KEPT)
         # Any ending: DICOM files often have none.
-        file = gr.File(label="Picture: PNG, JPEG or DICOM", height=140, elem_id="file")
+        file = uploads_only(gr.File(label="Picture: PNG, JPEG or DICOM", height=140, elem_id="file"))
         status = gr.HTML(elem_id="status")
         with gr.Row():
             with gr.Column(**column):
@@ -456,7 +519,33 @@ def build(checkpoint: Checkpoint) -> gr.Blocks:
         gr.on([ask.click, labels.submit], page.compare, [picture, wish, labels], [status, zero_shot])
         gr.on([find.click, phrase.submit], page.ground, [picture, wish, phrase], [status, shown])
         opacity.change(None, [opacity], None, js=SET_OPACITY)
-    return blocks
+    return blocks.queue(max_size=WAITING)
+
+
+def check_port(port: int) -> None:
+    """Finds out at once what gradio would say after the checkpoint was loaded.
+
+    Raises:
+        OSError: the port is in use, or may not be used.
+    """
+    host = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as taken:
+        # As servers do it: a port whose last server has just ended is free.
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            taken.bind((host, port))
+        except OSError as error:
+            other = port + 1 if port < 65535 else port - 1
+            raise OSError(
+                f"port {port} on {host} cannot be used ({error.strerror}): another demo may be running. "
+                f"Choose another one by `--port`, {other} say."
+            ) from error
+
+
+def say(text: str) -> None:
+    """Tells whoever started the demo what it is doing, for loading takes a while."""
+    print(text, flush=True)
 
 
 def launch(name: str | None = None, port: int | None = None) -> None:
@@ -470,9 +559,13 @@ def launch(name: str | None = None, port: int | None = None) -> None:
     Raises:
         OSError, ValueError: as `Checkpoint`; OSError also for a port in use.
     """
+    if port is not None:
+        check_port(port)
     name = name or os.environ.get("MEDMOE_MODEL")
     if name:
-        blocks = build(Checkpoint(name))
+        checkpoint = Checkpoint(name, say)
+        say("Starting the page ...")
+        blocks = build(checkpoint)
     else:
         with gr.Blocks(title="MedMoE", analytics_enabled=False) as blocks:
             gr.Markdown(NO_CHECKPOINT)
@@ -481,7 +574,8 @@ def launch(name: str | None = None, port: int | None = None) -> None:
         share=False,
         ssr_mode=False,
         footer_links=[],
-        max_file_size="200mb",
+        max_file_size=MAX_FILE_SIZE,
+        state_session_capacity=SESSIONS_KEPT,
         theme=THEME,
         css=CSS,
     )
