@@ -165,21 +165,21 @@ def _split_name(name: str) -> tuple[str, str, str]:
 
 def _samples(members: Sequence[_Member]) -> list[tuple[str, dict[str, tuple[int, int]]]]:
     """The files of a tar, in its order, as samples: key, and place by extension."""
-    runs = [
-        (key, [(extension, place) for _, extension, place in run]) for key, run in groupby(members, lambda one: one[0])
-    ]
     joined: dict[str, dict[str, tuple[int, int]]] = {}
-    for key, run in runs:
-        sample = joined.setdefault(key, {})
-        roles = {_role(extension) for extension in sample}
-        if len({extension for extension, _ in run}) < len(run) or any(
-            _role(extension) in roles for extension, _ in run
-        ):
+    last, roles = None, set[str]()
+    for key, extension, place in members:
+        if key != last:
+            last = key
+            sample = joined.setdefault(key, {})
+            # of what came before under the same key, with others in between
+            roles = {_role(known) for known in sample}
+        if extension in sample or (roles and _role(extension) in roles):
             break
-        sample.update(run)
+        sample[extension] = place
     else:
         return list(joined.items())
-    return [(key, dict(piece)) for key, run in runs for piece in _pieces(run)]
+    runs = groupby(members, lambda member: member[0])
+    return [(key, dict(piece)) for key, run in runs for piece in _pieces([member[1:] for member in run])]
 
 
 def _pieces(run: _Run) -> list[_Run]:
@@ -213,6 +213,8 @@ class ParquetShard:
     def __init__(self, path: str) -> None:
         self.name = path
         self._starts: list[int] | None = None
+        # of the file when it was first read: a file that is written again is another one, though it has the same name
+        self._state: tuple[int, int, int] | None = None
 
     def __len__(self) -> int:
         if self._starts is None:
@@ -236,9 +238,10 @@ class ParquetShard:
 
     def read(self, place: Any) -> dict[str, Any]:
         group, row = place
-        # A file that was written again since is another one, though it has the same name.
-        status = os.stat(self.name)
-        table = _row_group(self.name, group, status.st_mtime_ns, status.st_size, status.st_ino)
+        if self._state is None:
+            status = os.stat(self.name)
+            self._state = status.st_mtime_ns, status.st_size, status.st_ino
+        table = _row_group(self.name, group, self._state)
         return {name: column[0].as_py() for name, column in zip(*_row(table, row), strict=True)}
 
     def fields(self) -> list[str]:
@@ -260,11 +263,11 @@ class ParquetShard:
         return samples
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"name": self.name, "_starts": None}
+        return {"name": self.name, "_starts": None, "_state": None}
 
 
 @lru_cache(maxsize=16)
-def _row_group(path: str, group: int, *state: int) -> Any:
+def _row_group(path: str, group: int, state: tuple[int, int, int]) -> Any:
     """Kept by process, not by shard: one for each of the sources that take turns, however many files they have.
     `state` tells a file from one that was written over it."""
     return _parquet_file(path, *state).read_row_group(group)

@@ -228,20 +228,25 @@ class TableSource(_FileSource):
 
     def _join(self, rows: list[dict[str, Any]], folder: Path) -> None:
         """Makes image paths start from the folder; those of Windows are understood elsewhere."""
+        keys: dict[tuple[str, ...], str | None] = {}
         slashes: bool | None = None
+        start = str(folder / "x")[:-1]
         for row in rows:
-            key = field_of(row, self.image, IMAGE_FIELDS)
+            names = tuple(row)
+            key = keys[names] if names in keys else keys.setdefault(names, field_of(row, self.image, IMAGE_FIELDS))
             if key is None:
                 continue
             holder, name = (row[key], "path") if isinstance(row[key], dict) else (row, key)
             path = holder.get(name)
-            if not isinstance(path, str) or not path:
+            if not isinstance(path, str) or not path or "://" in path:
                 continue
             if "\\" in path and os.sep == "/":
                 if slashes is None:
                     slashes = not (folder / path).exists()
                 path = path.replace("\\", "/") if slashes else path
-            holder[name] = str(folder / path)
+            # What `Path` would change, it may; it takes longer than the rest of the reading.
+            plain = os.sep == "/" and path[0] not in "./" and path[-1] != "/" and "//" not in path and "/." not in path
+            holder[name] = start + path if plain else str(folder / path)
 
     def content_facts(self) -> list[Any]:
         return files_facts(self.paths(), whole=True)
@@ -268,9 +273,9 @@ class FolderSource(_Fields):
         root = Path(_with_environment(self.path))
         digest, size = hashlib.blake2b(digest_size=8), 0
         for path in self._images():
-            bytes_of_one = path.stat().st_size
+            bytes_of_one = path.stat().st_size if path.exists() else None
             digest.update(f"{path.relative_to(root).as_posix()}\0{bytes_of_one}\0".encode(errors="surrogateescape"))
-            size += bytes_of_one
+            size += bytes_of_one or 0
         return [[root.resolve().name, size, digest.hexdigest()]]
 
     def _images(self) -> list[Path]:

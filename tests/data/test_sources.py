@@ -17,7 +17,7 @@ from medmoe_hf.cli import app
 from medmoe_hf.data import write_webdataset
 from medmoe_hf.data.inspection import inspect_sources
 from medmoe_hf.data.shards import ShardError, read_table
-from medmoe_hf.data.sources import SourceError, expand, load_sources
+from medmoe_hf.data.sources import SourceError, TableSource, expand, load_sources
 from medmoe_hf.data.stream import SampleStream, Split
 from medmoe_hf.training import ConfigError, TrainConfig
 
@@ -335,6 +335,30 @@ def test_rows_that_cannot_be_trusted_are_counted(tmp_path):
         source[0].shards()
 
 
+@pytest.mark.parametrize("root", [".", "a/b", "/", "./a", "a//b/"])
+def test_image_paths_are_joined_as_pathlib_does(root):
+    """`key`s of samples have always been such paths."""
+    for path in (
+        "x.png",
+        "d/x.png",
+        "./x.png",
+        "../x.png",
+        "/x.png",
+        "d//x.png",
+        "d/./x.png",
+        "d/.x.png",
+        "x/",
+        ".x",
+        "~x",
+    ):
+        rows = [{"image": path}]
+        TableSource(kind="csv", files=["t.csv"])._join(rows, Path(root))
+        assert rows == [{"image": str(Path(root) / path)}]
+    rows = [{"image": "https://h/x.png"}]
+    TableSource(kind="csv", files=["t.csv"])._join(rows, Path(root))
+    assert rows == [{"image": "https://h/x.png"}]
+
+
 def test_paths_of_windows_and_names_with_brackets(tmp_path):
     folder = tmp_path / "study [1] {a}"
     (folder / "img").mkdir(parents=True)
@@ -628,7 +652,12 @@ def test_content_facts_of_image_folders_and_saved_sets(tmp_path):
     first = folder.content_facts()
     assert first[0][:2] == ["f", len(png(1))]
     (tmp_path / "f" / "cyst" / "1.png").rename(tmp_path / "f" / "cyst" / "2.png")
-    assert folder.content_facts() != first
+    second = folder.content_facts()
+    assert second != first
+    (tmp_path / "f" / "cyst" / "3.png").symlink_to(tmp_path / "nowhere.png")
+    third = folder.content_facts()
+    assert third[0][:2] == second[0][:2] == first[0][:2]
+    assert third != second
     found = []
     for number in (1, 1, 2):
         one = datasets.Dataset.from_dict({"image": [png(number)], "caption": ["c"]})
