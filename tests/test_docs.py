@@ -278,6 +278,7 @@ CHAIN = (
     ("medmoe push quickstart/model you/medmoe --private --tag v1", ""),
     ("medmoe verify you/medmoe --revision v1", ""),
     ("medmoe verify quickstart/model", ""),
+    ("medmoe verify quickstart/model --record", ""),
     ("medmoe data push sources.yaml you/pairs --private --license cc-by-4.0", ""),
 )
 # Where the other commands are run.

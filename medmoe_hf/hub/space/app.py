@@ -451,7 +451,8 @@ def uploads_only(file: gr.File) -> gr.File:
 
     def refuse(place: Any) -> None:
         if str(place).startswith(("http://", "https://")):
-            raise gr.Error("Addresses are not fetched: upload the file.")
+            # Without its traceback: it is no fault of the page.
+            raise gr.Error("Addresses are not fetched: upload the file.", print_exception=False)
 
     move, move_async = file.move_resource_to_block_cache, file.async_move_resource_to_block_cache
 
