@@ -545,7 +545,7 @@ class _SharedBatchNorm(torch.autograd.Function):
         sums = torch.stack(
             [upstream.sum((0, 2, 3), dtype=torch.double), (upstream * standard).sum((0, 2, 3), dtype=torch.double)]
         )
-        own = sums.to(weight.dtype)
+        own = sums.to(weight.dtype, copy=True)  # of this process; in float64 too, where `to` alone is the same tensor
         distributed.all_reduce(sums)
         mean, along = (sums / count.clamp_min(1)).float().view(2, -1, 1, 1)
         values = (upstream - mean - standard * along) * (weight * inverse).view(-1, 1, 1)

@@ -1,6 +1,8 @@
 """What a process of two does in test_negatives.py; a module of its own, since spawned processes import it."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,7 +13,7 @@ from torch import distributed
 from medmoe_hf.data import phantom_sample
 from medmoe_hf.data.collate import ContrastiveCollator
 from medmoe_hf.evaluation.validation import LOSS_PARTS
-from medmoe_hf.training import build_model
+from medmoe_hf.training import build_model, train
 from medmoe_hf.training.cached import cached_step
 from medmoe_hf.training.config import ModelSection
 from medmoe_hf.training.negatives import gather_rows
@@ -33,19 +35,40 @@ LABELS = [0, 0, 1, 2, -100, 3, 3, 5]
 GROUPS = ["a", None, "b", "a", "b", "a", None, "c"]
 
 
-def model_of(case):
+TYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+@contextmanager
+def computing_in(dtype: torch.dtype) -> Iterator[None]:
+    """With float64, what the model brings to float32 by itself (losses, norms, sums) becomes float64 too.
+
+    For the computation alone: models and batches that are made in the block would be other ones.
+    """
+    to_float, default = torch.Tensor.float, torch.get_default_dtype()
+    if dtype == torch.float64:
+        torch.Tensor.float = torch.Tensor.double
+        torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.Tensor.float = to_float
+        torch.set_default_dtype(default)
+
+
+def model_of(case, dtype=torch.float32):
     preset, overrides = CASES[case]
     torch.manual_seed(0)
     small = {**EXACT, **overrides}
     if preset == "official":
         small["vision_config"] = {**small["vision_config"], "mixture": "hard"}
     model, processor = build_model(ModelSection(preset=preset, overrides=small))
-    return model.train(), ContrastiveCollator(processor, model.config.positives)
+    return model.train().to(dtype), ContrastiveCollator(processor, model.config.positives)
 
 
-def batch_of(collator, rows):
+def batch_of(collator, rows, dtype=torch.float32):
     batch = collator([{**phantom_sample(0, index, image_size=64), "group": GROUPS[index]} for index in range(8)])
     batch = {name: value[rows] if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+    batch["pixel_values"] = batch["pixel_values"].to(dtype)
     batch["modality_labels"] = torch.tensor(LABELS)[rows]
     return batch | {"modality": MODALITY[rows]}
 
@@ -63,18 +86,39 @@ def run(rank, world, folder):
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     for case in CASES:
-        rows = slice(4 * rank, 4 * rank + 4)
-        model, collator = model_of(case)
-        wrapped = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
-        output = wrapped(**batch_of(collator, rows), gather=gather_rows)
-        output.loss.backward()
-        save_file(outcome(model, output), Path(folder) / f"ranks {case} {rank}.safetensors")
-        model, collator = model_of(case)
-        halves = [slice(4 * rank, 4 * rank + 1), slice(4 * rank + 1, 4 * rank + 4)]
-        losses = cached_step(model, [batch_of(collator, half) for half in halves])
-        save_file(outcome(model, losses), Path(folder) / f"global {case} {rank}.safetensors")
+        for name in TYPES:
+            both(rank, folder, case, name)
     uneven = torch.ones(2 + rank, 1 + rank, requires_grad=True)
     together = gather_rows(uneven)
     (together * torch.arange(10.0).view(5, 2)).sum().backward()
     save_file({"rows": together.detach(), "gradient": uneven.grad}, Path(folder) / f"uneven {rank}.safetensors")
     distributed.destroy_process_group()
+    trained(rank, world, folder)
+
+
+def both(rank, folder, case, name):
+    dtype = TYPES[name]
+    rows = slice(4 * rank, 4 * rank + 4)
+    model, collator = model_of(case, dtype)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    batch = batch_of(collator, rows, dtype)
+    with computing_in(dtype):
+        output = wrapped(**batch, gather=gather_rows)
+        output.loss.backward()
+    save_file(outcome(model, output), Path(folder) / f"ranks {case} {name} {rank}.safetensors")
+    model, collator = model_of(case, dtype)
+    halves = [slice(4 * rank, 4 * rank + 1), slice(4 * rank + 1, 4 * rank + 4)]
+    batches = [batch_of(collator, half, dtype) for half in halves]
+    with computing_in(dtype):
+        losses = cached_step(model, batches)
+    save_file(outcome(model, losses), Path(folder) / f"global {case} {name} {rank}.safetensors")
+
+
+def trained(rank, world, folder):
+    """Two steps of a run, as a launcher starts it."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": (Path(folder) / "port").read_text()}
+    from test_loop import config
+
+    data = {"train": {"kind": "phantom", "image_size": 64}, "num_workers": 0}
+    train(config(Path(folder) / "run", data=data, max_steps=2, batch_size=3))
