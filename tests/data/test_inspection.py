@@ -108,6 +108,8 @@ def test_without_a_folder_for_the_table_nothing_is_read(tmp_path, export):
 
 def test_what_is_held_out_is_counted_as_training_splits_it(tmp_path, export):
     share = 0.4
+    export[32]["path"] = "2.png"  # another pair of the same patient and modality
+    table(tmp_path, export)
     usable = [row for index, row in enumerate(export) if index not in (4, 7, 20, 30)]
     names = {"ct": "ct", "MR": "mri", "us": "ultrasound"}
 
@@ -122,9 +124,9 @@ def test_what_is_held_out_is_counted_as_training_splits_it(tmp_path, export):
             own = [row for row in rows if row["modality"] == name]
             assert part.pairs[modality] == len(own)
             assert part.subjects[modality] == {row["patient"] for row in own}
-            assert len(part.images[modality]) == len(own)
-        subjects = len({row["patient"] for row in rows})
-        assert f"{title:<20}{len(rows):>8}{subjects:>10}{len(rows):>10}" in str(report)
+            assert len(part.images[modality]) == len({row["path"] for row in own})
+        subjects, images = (len({row[key] for row in rows}) for key in ("patient", "path"))
+        assert f"{title:<20}{len(rows):>8}{subjects:>10}{images:>10}" in str(report)
         assert 0 < len(rows) < len(usable)
     parts = [problem.split(":")[0] for problem in report.problems]
     assert len(parts) == 4
