@@ -919,6 +919,18 @@ def test_damaged_gzip(tmp_path, damage):
             read_medical_image(source, frame=2)
 
 
+@pytest.mark.parametrize("axes", ["RAS", "SPR", "ASL"])
+def test_gzip_in_parts(tmp_path, axes):
+    """Several members in one file, filled up with zeros, and slices that lie scattered over it."""
+    whole = volume((60, 50, 70), axes).to_bytes()
+    parts = b"".join(gzip.compress(whole[start : start + 100_000]) for start in range(0, len(whole), 100_000))
+    (tmp_path / "a.nii.gz").write_bytes(parts + bytes(300))
+    for frame in (0, 33, 49):
+        expected = shown(whole, frame=frame)
+        np.testing.assert_array_equal(shown(tmp_path / "a.nii.gz", frame=frame), expected)
+        np.testing.assert_array_equal(shown(parts, frame=frame), expected)
+
+
 def test_damaged_gzip_from_a_bug_report():
     folder = Path(__file__).parents[1] / "fixtures" / "cases" / "19-nii-gz-with-a-flipped-bit"
     with pytest.raises(MedicalImageError, match=r"a\.nii\.gz' cannot be read as NIfTI"):
