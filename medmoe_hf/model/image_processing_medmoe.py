@@ -292,7 +292,7 @@ class _MedMoEImages:
             return image_url_or_urls
         if isinstance(image_url_or_urls, (np.ndarray, torch.Tensor)):
             return image_url_or_urls
-        return load_image(image_url_or_urls, max_pixels=self.max_pixels, allow_urls=self.allow_urls)[0]
+        return load_image(image_url_or_urls, max_pixels=self.max_pixels or MAX_PIXELS, allow_urls=self.allow_urls)[0]
 
     def _prepare_image_like_inputs(
         self, images: Any, *args: Any, expected_ndims: int = 3, **kwargs: Any
