@@ -4,6 +4,7 @@ String annotations would switch the type validation of these classes off, so thi
 ``from __future__ import annotations``.
 """
 
+import sys
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import fields
@@ -30,6 +31,17 @@ if TYPE_CHECKING:  # what these fields hold once a configuration is constructed
 else:  # what they may be given as
     _SubConfig = dict | PreTrainedConfig | None
     _Modalities = dict[int, str] | dict[str, str] | list[str] | tuple[str, ...]
+
+
+def attach_to_package(name: str) -> None:
+    """Makes a module an attribute of its package, as an import does.
+
+    transformers puts the files of a checkpoint into `sys.modules` and no further. dill, by which `datasets` computes
+    the fingerprint of a processor, then does not find their classes by name, and walks through all that they refer to.
+    """
+    package, _, last = name.rpartition(".")
+    if package in sys.modules and name in sys.modules:
+        setattr(sys.modules[package], last, sys.modules[name])
 
 
 def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,6 +203,10 @@ class MedMoEVisionConfig(PreTrainedConfig):
         """
         if hasattr(modality, "tolist"):
             modality = modality.tolist()
+        # sentence-transformers says by this argument what kind of input it encodes.
+        kinds = {modality} if isinstance(modality, str) else modality if isinstance(modality, tuple) else ()
+        if any(kind == "image" for kind in kinds if isinstance(kind, str)) and "image" not in self.modalities.values():
+            modality = None
         if modality is None or isinstance(modality, (str, int)):
             modality = [modality] * batch_size
         if not isinstance(modality, Iterable):
@@ -514,3 +530,4 @@ OFFICIAL_VERSIONS: dict[int, dict[str, Any]] = {
 MedMoEConfig.register_for_auto_class()
 MedMoETextConfig.register_for_auto_class()
 MedMoEVisionConfig.register_for_auto_class()
+attach_to_package(__name__)

@@ -2,6 +2,7 @@
 
 # First, for with older releases of transformers it stops, and says so.
 from .configuration_medmoe import REQUIRED_TRANSFORMERS as REQUIRED_TRANSFORMERS
+from .configuration_medmoe import attach_to_package
 
 # isort: split
 import math
@@ -511,3 +512,4 @@ class MedMoEImageProcessorPil(_MedMoEImages, PilBackend):
 
 MedMoEImageProcessor.register_for_auto_class("AutoImageProcessor")
 MedMoEImageProcessorPil.register_for_auto_class("AutoImageProcessor")
+attach_to_package(__name__)

@@ -26,7 +26,7 @@ def cosine_logits(image_embeds: Tensor, text_embeds: Tensor, scale: float) -> Te
     Returns:
         (B, N) float32.
     """
-    with torch.autocast(image_embeds.device.type, enabled=False):
+    with torch.autocast(_device_type(image_embeds), enabled=False):
         image = nn.functional.normalize(image_embeds.float(), dim=-1)
         text = nn.functional.normalize(text_embeds.float(), dim=-1)
         return scale * image @ text.t()
@@ -110,15 +110,31 @@ _SECTION_ELEMENTS = 2**19
 _KEPT_ELEMENTS = 2**27
 
 
+def _device_type(tensor: Tensor) -> str:
+    """As `torch.autocast` takes it, which does not know the meta device."""
+    return "cpu" if tensor.is_meta else tensor.device.type
+
+
+def of_any_size(tensor: Tensor) -> bool:
+    """Whether no step may depend on what tensors hold: in an exported graph, and on the meta device."""
+    # Before torch 2.7 an export says no more than that it compiles.
+    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+    return tensor.is_meta or exporting()
+
+
 def _region_chunks(local_embeds: Tensor, words: Tensor) -> tuple[Tensor, ...]:
     """Splits the images into chunks (b, D, M) whose word-region scores (b, N, W, M) have a bounded size."""
     regions = local_embeds.float().flatten(2)
+    if of_any_size(regions):
+        return (regions,)
     per_image = words.shape[0] * words.shape[1] * regions.shape[2]
     return regions.split(max(1, _CHUNK_ELEMENTS // max(per_image, 1)))
 
 
 def _without_empty_slots(word_embeds: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Cuts the word axis behind the last slot that any caption uses; texts are padded much further."""
+    if of_any_size(word_mask):
+        return word_embeds.float(), word_mask
     used = word_mask.any(dim=0).nonzero()
     width = int(used.max()) + 1 if len(used) else 1
     return word_embeds[:, :width].float(), word_mask[:, :width]
@@ -138,7 +154,7 @@ def word_log_odds(regions: Tensor, words: Tensor, word_mask: Tensor) -> Tensor:
     Returns:
         (B, W, M) float32, 0 where there is no word.
     """
-    with torch.autocast(regions.device.type, enabled=False):
+    with torch.autocast(_device_type(regions), enabled=False):
         scores = words.float() @ regions.float()
         others = word_mask.unsqueeze(1) & ~torch.eye(words.shape[1], dtype=torch.bool, device=words.device)
         # Row i of (W, W, M) would be memory for nothing: one row of rivals at a time.
@@ -167,7 +183,7 @@ def word_contributions(regions: Tensor, words: Tensor, word_mask: Tensor, refere
     Returns:
         (B, W, M) float32, 0 where there is no word.
     """
-    with torch.autocast(regions.device.type, enabled=False):
+    with torch.autocast(_device_type(regions), enabled=False):
         if reference is not None:
             scores = (words.float() - reference.float().unsqueeze(-2)) @ regions.float()
             return scores.masked_fill(~word_mask.unsqueeze(-1), 0.0)
@@ -202,7 +218,9 @@ def gloria_logits(
     Returns:
         (B, N) float32.
     """
-    with torch.autocast(local_embeds.device.type, enabled=False):
+    with torch.autocast(_device_type(local_embeds), enabled=False):
+        if of_any_size(local_embeds):
+            return temp3 * _padded_gloria(local_embeds, word_embeds, word_mask, temp1, temp2)
         counts = word_mask.sum(dim=1)
         # Captions with as many words as each other come to lie side by side, and their words without any padding.
         order = counts.argsort(stable=True)
@@ -214,6 +232,19 @@ def gloria_logits(
         # No words, no similarity: such captions stand first.
         similarity = nn.functional.pad(temp3 * similarity, (len(counts) - len(sizes), 0))
         return similarity[:, order.argsort()]
+
+
+def _padded_gloria(local_embeds: Tensor, word_embeds: Tensor, word_mask: Tensor, temp1: float, temp2: float) -> Tensor:
+    """What `_GloriaSimilarity` gives, by tensors (B, N, W, M) of a size that no word count changes."""
+    regions, words, mask = local_embeds.float().flatten(2), word_embeds.float(), word_mask.unsqueeze(-1)
+    mean = (words * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp_min(1)
+    scores = torch.einsum("nwd,bdm->bnwm", words - mean, regions)
+    shares = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(dim=2)
+    contexts = torch.einsum("bnwm,bdm->bnwd", (temp1 * shares).softmax(dim=-1), regions)
+    cosines = (_unit(contexts) * _unit(words)).sum(dim=-1).masked_fill(~word_mask, -torch.inf)
+    worded = word_mask.any(dim=1)
+    # A caption without words: 0, and not the logarithm of nothing.
+    return (temp2 * cosines.masked_fill(~worded.unsqueeze(-1), 0.0)).logsumexp(dim=-1).masked_fill(~worded, 0.0)
 
 
 class _GloriaSimilarity(torch.autograd.Function):
@@ -275,7 +306,7 @@ class _GloriaSimilarity(torch.autograd.Function):
         regions, words, contexts, shares, cosines, similarity = ctx.saved_tensors
         wants_regions, wants_words = ctx.needs_input_grad[:2]
         _, depth, positions = regions.shape
-        with torch.autocast(regions.device.type, enabled=False):
+        with torch.autocast(_device_type(regions), enabled=False):
             # d similarity / d cos is temp2 times the softmax over a caption's words.
             sizes = torch.tensor(ctx.sizes, dtype=torch.long, device=words.device)
             spread = [part.repeat_interleave(sizes, dim=1) for part in (gradient * ctx.temp2, similarity)]
@@ -447,7 +478,7 @@ def token_logits(local_embeds: Tensor, word_embeds: Tensor, word_mask: Tensor, s
 
     Args, returns: as `gloria_logits`; `scale` is 1/τ.
     """
-    with torch.autocast(local_embeds.device.type, enabled=False):
+    with torch.autocast(_device_type(local_embeds), enabled=False):
         words, mask = _without_empty_slots(word_embeds, word_mask)
         count = mask.sum(dim=1).clamp_min(1)
         rows = []
@@ -473,7 +504,7 @@ def token_losses(local_embeds: Tensor, word_embeds: Tensor, word_mask: Tensor, s
     Returns:
         (B,) float32, of each report; 0 for one without words.
     """
-    with torch.autocast(local_embeds.device.type, enabled=False):
+    with torch.autocast(_device_type(local_embeds), enabled=False):
         cosines = scale * _token_cosines(local_embeds.float().flatten(2), word_embeds.float(), scale)
         lowest = torch.finfo(cosines.dtype).min
         log_probs = cosines.masked_fill(~word_mask.unsqueeze(1), lowest).log_softmax(dim=-1)
@@ -489,7 +520,7 @@ def modality_loss(config: Any, router_logits: Tensor, modality_labels: Tensor) -
         router_logits: (B, K).
         modality_labels: (B,) in 0..K-1, or -100. If all are -100 the loss is 0, with a gradient of 0.
     """
-    with torch.autocast(router_logits.device.type, enabled=False):
+    with torch.autocast(_device_type(router_logits), enabled=False):
         scores = router_logits.float()
         if config.aux_loss_on == "probabilities":
             scores = scores.softmax(dim=-1)
@@ -523,7 +554,7 @@ def word_attention(config: Any, regions: Tensor, words: Tensor, word_mask: Tenso
     Returns:
         (B, W, M) float32, rows that sum to 1; 0 where there is no word.
     """
-    with torch.autocast(regions.device.type, enabled=False):
+    with torch.autocast(_device_type(regions), enabled=False):
         scores = words.float() @ regions.float()
         if config.local_loss == "gloria":
             # A text without words has nothing to share out: NaN, and masked below.

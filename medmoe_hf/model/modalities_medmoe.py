@@ -26,7 +26,7 @@ _SPOKEN: dict[str, tuple[str, ...]] = {
     "fundus": ("retina", "retinal", "fundus photograph"),
 }
 
-MODALITIES = tuple(DICOM_CODES)
+MODALITIES: Any = tuple(DICOM_CODES)
 """The names in expert order: the position is the id."""
 
 MODALITY_ALIASES: dict[str, tuple[str, ...]] = {

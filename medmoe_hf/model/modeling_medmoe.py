@@ -7,12 +7,12 @@ local map (and of the shared space where there are no projections).
 import inspect
 import math
 import re
-import shutil
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
@@ -22,23 +22,30 @@ from transformers import initialization as init
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .configuration_medmoe import (
     MedMoEConfig,
     MedMoESwinConfig,
     MedMoETextConfig,
     MedMoEVisionConfig,
+    attach_to_package,
 )
 from .losses_medmoe import (
     cosine_logits,
     local_logits,
     local_terms,
+    of_any_size,
     training_losses,
     word_attention,
     word_contributions,
     word_log_odds,
 )
 from .modalities_medmoe import UNKNOWN_MODALITY
+
+if TYPE_CHECKING:
+    # transformers reads this line: it keeps the processor's files beside this one, and saves them with every model.
+    from .processing_medmoe import MedMoEProcessor as MedMoEProcessor
 
 try:
     import timm
@@ -78,7 +85,8 @@ class MedMoEBackboneOutput(ModelOutput):
         last_hidden_state: (B, h*w, C), the last level's tokens, layer-normed.
         pooler_output: (B, C), their mean.
         feature_maps: S maps (B, C_s, H_s, W_s), finest first: the pyramid that the experts read.
-        hidden_states: the tokens that enter the first stage and leave each stage, if asked for.
+        hidden_states: the tokens that enter the first stage and leave each stage, if asked for (of a timm backbone:
+            the maps of its levels).
         attentions: the attention weights of the last block of each stage, if asked for.
     """
 
@@ -213,6 +221,27 @@ class MedMoEGroundingOutput(ModelOutput):
     expert_ids: Tensor | None = None
 
 
+def record_as_configured(config: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """`kwargs` with `config`'s `output_hidden_states` and `output_attentions` where the caller gave none."""
+    given = {name: value for name, value in kwargs.items() if value is not None or not name.startswith("output_")}
+    for name in ("output_hidden_states", "output_attentions"):
+        if name not in given and getattr(config, name, None):
+            given[name] = getattr(config, name)
+    return given
+
+
+def selected_states(states: Sequence[Tensor], wanted: bool | int | Sequence[int] | None) -> tuple[Any, ...] | None:
+    """What `output_hidden_states` selects, as in transformers: True for all of them, or indices (negative ones count
+    from the end) for some, with None in the place of the others."""
+    if not wanted:
+        return None
+    if wanted is True:
+        return tuple(states)
+    indices = [wanted] if isinstance(wanted, int) else wanted
+    kept = {index % len(states) for index in indices if -len(states) <= index < len(states)}
+    return tuple(state if number in kept else None for number, state in enumerate(states))
+
+
 def word_starts(word_ids: Tensor) -> Tensor:
     """(N, L) bool: the first piece of each word; `word_ids` as for `pool_words`."""
     starts = word_ids >= 0
@@ -280,9 +309,17 @@ class MedMoESwinModel(SwinModel):
         return [self.config.embed_dim * 2**stage for stage in range(len(self.config.depths))]
 
     def forward(
-        self, pixel_values: Tensor, output_hidden_states: bool = False, output_attentions: bool = False, **kwargs: Any
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
     ) -> MedMoEBackboneOutput:
         """(B, 3, H, W) to a `MedMoEBackboneOutput`; `config.pyramid` says which maps are its pyramid."""
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
         window, merged = self.config.window_size, self.config.pyramid == "merged"
         hidden_states, size = self.embeddings(pixel_values, interpolate_pos_encoding=True)
         feature_maps, all_states, attentions = [], [hidden_states], []
@@ -304,7 +341,7 @@ class MedMoESwinModel(SwinModel):
             last_hidden_state=tokens,
             pooler_output=tokens.mean(dim=1),
             feature_maps=tuple(feature_maps),
-            hidden_states=tuple(all_states) if output_hidden_states else None,
+            hidden_states=selected_states(all_states, output_hidden_states),
             attentions=tuple(attentions) if output_attentions and attentions[0] is not None else None,
         )
 
@@ -336,20 +373,7 @@ class MedMoEPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:
         """As in transformers; the folder also gets every Python file, and an `auto_map` for every Auto class."""
         self.config.auto_map = dict(self._auto_map)
-        result = super().save_pretrained(save_directory, **kwargs)
-        here = Path(__file__).parent
-        for target in (
-            "image_processing_medmoe",
-            "image_files_medmoe",
-            "medical_images_medmoe",
-            "tokenization_medmoe",
-            "processing_medmoe",
-        ):
-            # A model that was itself loaded from the Hub has only the files that it imports beside it.
-            source = here / f"{target}.py"
-            if source.is_file() and Path(save_directory).is_dir():
-                shutil.copyfile(source, Path(save_directory) / source.name)
-        return result
+        return super().save_pretrained(save_directory, **kwargs)
 
     def _upload_modified_files(
         self, working_dir: Any, repo_id: str, files_timestamps: Any, commit_message: str | None = None, **commit: Any
@@ -417,6 +441,10 @@ class MedMoETimmBackbone(MedMoEPreTrainedModel):
             for name, module in self.features.named_modules()
             if isinstance(module, nn.modules.batchnorm._BatchNorm)
         }
+        if torch.get_default_dtype().itemsize < 4:
+            for module in self.features.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.float()
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -448,7 +476,9 @@ class MedMoETimmBackbone(MedMoEPreTrainedModel):
             init.ones_(module.weight)
             init.zeros_(module.bias)
 
-    def forward(self, pixel_values: Tensor, **kwargs: Any) -> MedMoEBackboneOutput:
+    def forward(
+        self, pixel_values: Tensor, output_hidden_states: bool | int | Sequence[int] | None = None, **kwargs: Any
+    ) -> MedMoEBackboneOutput:
         """(B, 3, H, W) to a `MedMoEBackboneOutput`."""
         channels_last = getattr(self.features, "output_fmt", "NCHW") == "NHWC"
         maps = []
@@ -458,7 +488,10 @@ class MedMoETimmBackbone(MedMoEPreTrainedModel):
             maps.append(feature_map.contiguous())
         tokens = self.layernorm(maps[-1].flatten(2).transpose(1, 2))
         return MedMoEBackboneOutput(
-            last_hidden_state=tokens, pooler_output=tokens.mean(dim=1), feature_maps=tuple(maps)
+            last_hidden_state=tokens,
+            pooler_output=tokens.mean(dim=1),
+            feature_maps=tuple(maps),
+            hidden_states=selected_states(maps, output_hidden_states),
         )
 
 
@@ -469,9 +502,23 @@ def _joined(parts: Sequence[MedMoEBackboneOutput]) -> MedMoEBackboneOutput:
     joined: dict[str, Any] = {}
     for name, value in parts[0].items():
         values = [part[name] for part in parts]
-        several = isinstance(value, tuple)
-        joined[name] = tuple(map(torch.cat, zip(*values, strict=True))) if several else torch.cat(values)
+        if isinstance(value, tuple):
+            # States that were not asked for are None.
+            joined[name] = tuple(None if one[0] is None else torch.cat(one) for one in zip(*values, strict=True))
+        else:
+            joined[name] = torch.cat(values)
     return MedMoEBackboneOutput(**joined)
+
+
+def _without_rows(output: Any) -> Any:
+    """A `ModelOutput` of the same fields and sizes for a batch of nothing."""
+
+    def emptied(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(emptied, value))
+        return value[:0] if isinstance(value, Tensor) else value
+
+    return type(output)(**{name: emptied(value) for name, value in output.items()})
 
 
 def in_process_group() -> bool:
@@ -490,6 +537,11 @@ class MedMoEBatchNorm(nn.BatchNorm2d):
     """
 
     normalise: Callable[[Tensor], Tensor] | None = None
+
+    def __init__(self, num_features: int) -> None:
+        # float32 also where a model is made in 16 bits, as `from_pretrained` keeps it.
+        default = torch.get_default_dtype()
+        super().__init__(num_features, dtype=default if default.itemsize >= 4 else torch.float32)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if self.training and self.normalise is not None:
@@ -553,20 +605,20 @@ class _SharedBatchNorm(torch.autograd.Function):
 
 
 class MedMoEConv2d(nn.Conv2d):
-    """A convolution that keeps the size, and that also runs with kernels of each image's own.
+    """A convolution that also runs with kernels of each image's own; its arguments are those of `nn.Conv2d`.
 
     Where routing happens inside a graph (see `MedMoEVisionModel.fuse`) its `weight` is (B, C_out, C_in, k, k) and its
     `bias` (B, C_out).
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, bias: bool = True) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias)
-
     def forward(self, hidden_states: Tensor) -> Tensor:
         return self.convolve(hidden_states, self.weight, self.bias)
 
     def convolve(self, hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """(B, C_in, H, W) to (B, C_out, H, W) with another weight and bias than the layer's own."""
+        """(B, C_in, H, W) to (B, C_out, H, W) with another weight and bias than the layer's own.
+
+        Kernels of each image's own take a convolution that keeps the size.
+        """
         if weight.dim() == 4:
             return self._conv_forward(hidden_states, weight, bias)
         size = hidden_states.shape[-2:]
@@ -585,24 +637,42 @@ class MedMoEConvLayer(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
         super().__init__()
-        self.convolution = MedMoEConv2d(in_channels, out_channels, kernel_size, bias=False)
+        self.convolution = MedMoEConv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
         self.batch_norm = MedMoEBatchNorm(out_channels)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        norm = self.batch_norm
+        convolution, norm = self.convolution, self.batch_norm
+        if norm.training:
+            return norm(convolution(hidden_states)).relu_()
         # A convolution that an adapter wraps is more than its weight.
-        if norm.training or not isinstance(self.convolution, MedMoEConv2d):
-            return norm(self.convolution(hidden_states)).relu_()
+        plain = isinstance(convolution, MedMoEConv2d)
+        if norm.weight.dim() == 1 and not (plain and _unobserved(convolution) and _unobserved(norm)):
+            return norm(convolution(hidden_states)).relu_()
         # Outside training the norm is a scale and a shift: on the kernel they cost a thousandth of what they cost on
         # the map.
         assert norm.running_mean is not None
         assert norm.running_var is not None
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         shift = norm.bias - norm.running_mean * scale
-        kernel = self.convolution.weight
+        if not plain:
+            mapped = convolution(hidden_states)
+            return (mapped * scale[..., None, None] + shift[..., None, None]).to(mapped.dtype).relu_()
+        kernel = convolution.weight
         weight = kernel * scale[..., None, None, None]
         # Norms stay float32 in a model of another type.
-        return self.convolution.convolve(hidden_states, weight.to(kernel.dtype), shift.to(kernel.dtype)).relu_()
+        return convolution.convolve(hidden_states, weight.to(kernel.dtype), shift.to(kernel.dtype)).relu_()
+
+
+def _unobserved(module: nn.Module) -> bool:
+    """Whether a module's parameters may be used without calling it: nobody has hooked it or wrapped its `forward`, as
+    Accelerate does to bring offloaded parameters in. Inside a graph hooks have no say."""
+    return torch.compiler.is_compiling() or not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
 
 
 class MedMoEScaleScorer(nn.Module):
@@ -809,7 +879,13 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
                 f"`pixel_values` must be (batch, channels, height, width) with sides of {MINIMUM_IMAGE_SIDE} pixels "
                 f"and more, got {tuple(pixel_values.shape)}."
             )
-        pixel_values = pixel_values.to(self.backbone.dtype)
+        kwargs = record_as_configured(self.config, kwargs)
+        if not torch.compiler.is_compiling() and not len(pixel_values):
+            # Reshapes inside the backbones cannot tell the sizes of nothing.
+            return _without_rows(self.encode(pixel_values.new_zeros(1, *pixel_values.shape[1:]), **kwargs))
+        # The dual encoder calls this and not `forward`, where Accelerate's hook would do it.
+        device = getattr(getattr(self, "_hf_hook", None), "execution_device", None)
+        pixel_values = pixel_values.to(device=device, dtype=self.backbone.dtype)
         if self._on_cpu_for_inference(pixel_values):
             pieces = pixel_values.split(max(1, CPU_PIXELS // math.prod(pixel_values.shape[-2:])))
             output = _joined([self.backbone(piece, **kwargs) for piece in pieces])
@@ -907,6 +983,9 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
             every = [_floating_tensors(expert) for expert in self.experts]
             own = {name: torch.stack([tensors[name] for tensors in every])[expert_ids] for name in every[0]}
             return torch.func.functional_call(self.experts[0], own, (feature_maps, size, mean_only))
+        if expert_ids.is_meta or not len(expert_ids):
+            # Only sizes are asked for, and those are the same for every expert.
+            return self.experts[0](feature_maps, size, mean_only)
         if self._on_cpu_for_inference(expert_ids):
             return self._send_one_by_one(feature_maps, expert_ids, size, mean_only)
         order = expert_ids.argsort(stable=True)
@@ -923,7 +1002,10 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
             expert([feature_map[rows] for feature_map in feature_maps], size, mean_only) for expert, rows in groups
         ]
         back = order.argsort()
-        return tuple(torch.cat(values)[back] for values in zip(*parts, strict=True))
+        # Experts may lie on several devices.
+        return tuple(
+            torch.cat([value.to(order.device) for value in values])[back] for values in zip(*parts, strict=True)
+        )
 
     def _send_one_by_one(
         self, feature_maps: Sequence[Tensor], expert_ids: Tensor, size: Sequence[int], mean_only: bool
@@ -991,6 +1073,23 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
         )
 
 
+def _without_recorders(module: Any) -> Any:
+    """A module, on the same parameters, without the hooks by which transformers records outputs: those are local
+    functions, which cannot be pickled."""
+    if module is None:
+        return None
+    twin = module.__class__.__new__(module.__class__)
+    twin.__dict__.update(module.__dict__)
+    twin.__dict__.pop("_output_capturing_hooks_installed", None)
+    twin._modules = {name: _without_recorders(child) for name, child in module._modules.items()}
+    twin._forward_hooks = OrderedDict(
+        (number, hook)
+        for number, hook in module._forward_hooks.items()
+        if getattr(hook, "__module__", None) != maybe_install_capturing_hooks.__module__
+    )
+    return twin
+
+
 class MedMoETextModel(MedMoEPreTrainedModel):
     """The text tower: a BERT-like encoder whose last layers are summed and whose pieces become words."""
 
@@ -1038,14 +1137,22 @@ class MedMoETextModel(MedMoEPreTrainedModel):
             word_ids: (N, L), the word each token belongs to, -1 for none (`MedMoETokenizer` gives them). Without them
                 every attended token counts as a word of its own.
         """
-        wants_states = kwargs.pop("output_hidden_states", None)
-        if wants_states is None:
-            wants_states = self.config.output_hidden_states
+        kwargs = record_as_configured(self.config, kwargs)
+        given = inputs_embeds if input_ids is None else input_ids
+        if given is not None and not torch.compiler.is_compiling() and not len(given):
+            # Reshapes inside the encoders cannot tell the sizes of nothing.
+            one = [
+                None if value is None else value.new_ones(1, *value.shape[1:])
+                for value in (input_ids, attention_mask, token_type_ids, word_ids, inputs_embeds)
+            ]
+            return _without_rows(self(*one, return_dict=True, **kwargs))
+        wants_states = kwargs.pop("output_hidden_states", self.encoder.config.output_hidden_states)
         if token_type_ids is not None and "token_type_ids" in self._encoder_arguments:
             kwargs["token_type_ids"] = token_type_ids
         outputs = self.encoder(
             input_ids=input_ids,
-            attention_mask=attention_mask,
+            # On the meta device transformers cannot look into a mask; the sizes are the same without one.
+            attention_mask=None if attention_mask is not None and attention_mask.is_meta else attention_mask,
             inputs_embeds=inputs_embeds,
             output_hidden_states=True,
             return_dict=True,
@@ -1070,9 +1177,19 @@ class MedMoETextModel(MedMoEPreTrainedModel):
             pooler_output=word_embeds.sum(dim=1) / count,
             word_embeds=word_embeds,
             word_mask=word_mask,
-            hidden_states=outputs.hidden_states if wants_states else None,
+            hidden_states=selected_states(outputs.hidden_states, wants_states),
             attentions=outputs.attentions,
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        state["_modules"] = {name: _without_recorders(module) for name, module in self._modules.items()}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # At once: installed in the first call, they would break the graph of a compiled one.
+        maybe_install_capturing_hooks(self.encoder)
 
     def _word_ids(self, attention_mask: Tensor, word_ids: Tensor | None) -> Tensor:
         """(N, L) word numbers; a text without any word becomes one word of all its tokens, to be embedded at all."""
@@ -1152,6 +1269,7 @@ class MedMoEModel(MedMoEPreTrainedModel):
         self, pixel_values: Tensor, modality: Any = None, local: bool = True, **kwargs: Any
     ) -> MedMoEVisionOutput:
         """The image tower, `pooler_output` and `local_embeds` in the shared space; see `MedMoEVisionModel.forward`."""
+        kwargs = record_as_configured(self.config, kwargs)
         outputs = self.vision_model(pixel_values, modality=modality, local=local, return_dict=True, **kwargs)
         outputs.pooler_output, outputs.local_embeds = self._project_image(outputs.pooler_output, outputs.local_embeds)
         return outputs
@@ -1183,7 +1301,7 @@ class MedMoEModel(MedMoEPreTrainedModel):
             token_type_ids=token_type_ids,
             word_ids=word_ids,
             return_dict=True,
-            **kwargs,
+            **record_as_configured(self.config, kwargs),
         )
 
     def _project_text(self, outputs: MedMoETextOutput) -> MedMoETextOutput:
@@ -1311,6 +1429,8 @@ class MedMoEModel(MedMoEPreTrainedModel):
         Returns:
             the logits; and what `fuse` gives for `expert_ids`: local maps and scale weights.
         """
+        if of_any_size(pair_ids) or not len(pair_ids):
+            return self._compare_by_every_expert(backbone_output, text, pair_ids, expert_ids)
         logits = backbone_output.pooler_output.new_zeros(pair_ids.shape, dtype=torch.float32)
         parts, size = [], self.vision_model.map_size(backbone_output.feature_maps)
         for expert in torch.cat([expert_ids, pair_ids.flatten()]).unique().tolist():
@@ -1335,6 +1455,20 @@ class MedMoEModel(MedMoEPreTrainedModel):
             logits = logits.index_put(block, torch.where(pairs[block], part, logits[block]))
         back = expert_ids.argsort(stable=True).argsort()
         local_embeds, scale_weights = (torch.cat(part)[back] for part in zip(*parts, strict=True))
+        return logits, local_embeds, scale_weights
+
+    def _compare_by_every_expert(
+        self, backbone_output: MedMoEBackboneOutput, text: MedMoETextOutput, pair_ids: Tensor, expert_ids: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `_compare_by_expert`, but every expert reads every image: no step depends on where images go."""
+        vision, kinds, maps = self.vision_model, [], []
+        for expert in vision.experts:
+            maps.append(expert(backbone_output.feature_maps, vision.map_size(backbone_output.feature_maps)))
+            embeds, local = self._project_image(vision.global_embeds(backbone_output, maps[-1][0]), maps[-1][0])
+            kinds.append(self._similarity(embeds, local, text).float())
+        logits = torch.stack(kinds).gather(0, pair_ids.unsqueeze(0)).squeeze(0)
+        rows = torch.arange(expert_ids.shape[0], device=expert_ids.device)
+        local_embeds, scale_weights = (torch.stack(values)[expert_ids, rows] for values in zip(*maps, strict=True))
         return logits, local_embeds, scale_weights
 
     @can_return_tuple
@@ -1383,15 +1517,17 @@ class MedMoEModel(MedMoEPreTrainedModel):
             return self.get_image_features(pixel_values, modality=modality, return_dict=True, **kwargs)
 
         vision, config = self.vision_model, self.config
+        kwargs = record_as_configured(config, kwargs)
         text = self._encode_text(input_ids, attention_mask, token_type_ids, word_ids, **kwargs)
         report_logits = None if self.report_router is None else self.report_router(text.pooler_output)
         report_embeds = text.pooler_output
         text = self._project_text(text)
         backbone_output = vision.encode(pixel_values, **kwargs)
         router_logits = vision.router(backbone_output.pooler_output)
-        if return_loss and len(pixel_values) != len(input_ids):
+        if return_loss and (len(pixel_values) != len(input_ids) or (not len(pixel_values) and gather is None)):
             raise ValueError(
-                f"`return_loss` needs one text for each image, got {len(pixel_values)} images, {len(input_ids)} texts."
+                "`return_loss` needs images, and one text for each; "
+                f"got {len(pixel_values)} images, {len(input_ids)} texts."
             )
         if return_loss and positive_groups is not None and positive_groups.shape != input_ids.shape[:1]:
             raise ValueError(
@@ -1406,7 +1542,7 @@ class MedMoEModel(MedMoEPreTrainedModel):
         logits_per_image = None
         per_expert = config.similarity != "global" or config.vision_config.global_features != "backbone"
         if selecting is not None and per_expert and not return_loss:
-            pair_ids = vision.select_experts(selecting.expand(len(pixel_values), -1, -1), modality)
+            pair_ids = vision.select_experts(selecting.expand(pixel_values.shape[0], -1, -1), modality)
             logits_per_image, local, scale_weights = self._compare_by_expert(
                 backbone_output, text, pair_ids, expert_ids
             )
@@ -1506,7 +1642,9 @@ class MedMoEForImageClassification(MedMoEPreTrainedModel):
             modality: overrules the router, as in `MedMoEModel.forward`.
         """
         kind = self.config.classifier_features
-        backbone_output = self.vision_model.encode(pixel_values, **kwargs)
+        if labels is not None and not len(pixel_values):
+            raise ValueError("A loss needs images; `pixel_values` holds none.")
+        backbone_output = self.vision_model.encode(pixel_values, **record_as_configured(self.config, kwargs))
         features = [] if kind == "expert" else [backbone_output.pooler_output]
         if kind != "backbone":
             router_logits = self.vision_model.router(backbone_output.pooler_output)
@@ -1532,3 +1670,4 @@ MedMoEModel.register_for_auto_class("AutoModel")
 MedMoEVisionModel.register_for_auto_class("AutoModel")
 MedMoETextModel.register_for_auto_class("AutoModel")
 MedMoEForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+attach_to_package(__name__)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers.processing_utils import ProcessorMixin
 
+from .configuration_medmoe import attach_to_package
 from .image_processing_medmoe import resize_heatmaps, smooth_heatmaps
 from .tokenization_medmoe import MedMoETokenizer
 
@@ -103,3 +104,4 @@ class MedMoEProcessor(ProcessorMixin):
 
 
 MedMoEProcessor.register_for_auto_class("AutoProcessor")
+attach_to_package(__name__)

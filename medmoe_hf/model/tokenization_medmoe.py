@@ -2,6 +2,7 @@
 
 # First, for with older releases of transformers it stops, and says so.
 from .configuration_medmoe import REQUIRED_TRANSFORMERS as REQUIRED_TRANSFORMERS
+from .configuration_medmoe import attach_to_package
 
 # isort: split
 import copy
@@ -275,3 +276,4 @@ class MedMoETokenizer(TokenizersBackend):
 
 
 MedMoETokenizer.register_for_auto_class("AutoTokenizer")
+attach_to_package(__name__)

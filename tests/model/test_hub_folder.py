@@ -117,6 +117,28 @@ for size in (1, 2):
     found[f"features pipeline {size}"] = torch.tensor(extract(pictures)).squeeze(1)
     found[f"pooled pipeline {size}"] = torch.tensor(extract(pictures, pool=True)).squeeze(1)
 
+zero_shot.save_pretrained("piped")
+again = AutoProcessor.from_pretrained("piped", **remote)
+found["piped"] = dict(again(images=pictures, text=TEXTS, return_tensors="pt"))
+
+from datasets.fingerprint import Hasher
+loaded_twice = [AutoProcessor.from_pretrained("dual", **remote) for _ in range(2)]
+found["fingerprints"] = [Hasher.hash(one) for one in (*loaded_twice, processor)]
+other = AutoProcessor.from_pretrained("dual", max_length=7, **remote)
+found["other fingerprint"] = Hasher.hash(other)
+
+from sentence_transformers import SentenceTransformer
+sentences = SentenceTransformer("dual", trust_remote_code=True, device="cpu")
+assert type(sentences[0].model).__module__.startswith("transformers_modules")
+for kind, items in (("images", pictures), ("texts", TEXTS)):
+    found[f"sentence-transformers {kind}"] = torch.cat([torch.tensor(sentences.encode([item])) for item in items])
+with torch.no_grad():
+    found["images one by one"] = torch.cat([dual.get_image_features(one[None]).pooler_output
+                                            for one in inputs["pixel_values"]])
+    found["texts one by one"] = torch.cat([
+        dual.get_text_features(**processor(text=[text], return_tensors="pt")).pooler_output for text in TEXTS])
+found["similarity"] = sentences.similarity(sentences.encode(pictures), sentences.encode(TEXTS))
+
 dual.train()
 dual(**inputs, return_loss=True, modality_labels=torch.tensor([0, 1, 2])).loss.backward()
 torch.optim.SGD(dual.parameters(), lr=0.1).step()
@@ -268,6 +290,29 @@ def test_stock_pipelines(saved, first, inputs, pictures, batch_size):
     assert first[f"classification pipeline {batch_size}"] == by_label(classes)
     torch.testing.assert_close(first[f"features pipeline {batch_size}"], features.last_hidden_state)
     torch.testing.assert_close(first[f"pooled pipeline {batch_size}"], features.pooler_output)
+
+
+def test_a_pipelines_folder_gives_a_processor(saved, first, inputs):
+    assert_same(first["piped"], inputs)
+    assert (saved[0] / "piped" / "processing_medmoe.py").is_file()
+
+
+def test_datasets_can_tell_processors_apart(first):
+    """`map` finds its cache again only by equal fingerprints, of another load and after a call."""
+    assert len(set(first["fingerprints"])) == 1
+    assert first["other fingerprint"] not in first["fingerprints"]
+
+
+@pytest.mark.parametrize("kind", ["images", "texts"])
+def test_sentence_transformers_gives_the_same(first, kind):
+    assert torch.equal(first[f"sentence-transformers {kind}"], first[f"{kind} one by one"])
+
+
+def test_sentence_transformers_compares_images_with_texts(saved, first, inputs):
+    with torch.no_grad():
+        outputs = saved[1]["dual"](**inputs)
+    cosines = outputs.image_embeds @ outputs.text_embeds.T
+    torch.testing.assert_close(first["similarity"], cosines, rtol=1e-5, atol=1e-5)
 
 
 def test_a_model_tuned_without_the_package_is_saved_whole(saved, first):
