@@ -63,7 +63,7 @@ def text_similarity_targets(text_embeds: Tensor, temperature: float) -> Tensor:
     Returns:
         (B, B) float32, rows that sum to 1.
     """
-    with torch.autocast(text_embeds.device.type, enabled=False):
+    with torch.autocast(_device_type(text_embeds), enabled=False):
         text = nn.functional.normalize(text_embeds.detach().float(), dim=-1)
         cosines = (text @ text.t()).fill_diagonal_(1.0)
         return (cosines / temperature).softmax(dim=-1)
