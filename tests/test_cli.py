@@ -62,8 +62,9 @@ def test_train_stops_on_bad_data_with_a_message_and_code_1(tmp_path):
     )
     result = run(app, ["train", str(tmp_path / "run.yaml")])
     assert result.exit_code == 1
-    assert "3 of 3 samples are faulty" in str(result.exception)
-    assert "mine: 3 missing image" in str(result.exception)
+    # Before the first step: what can be checked is checked before anything is trained.
+    assert "of mine none of the samples that were tried can be used" in str(result.exception)
+    assert f"{tmp_path}/none.png: missing image" in str(result.exception)
     assert not (tmp_path / "out").exists()
 
 
