@@ -73,6 +73,8 @@ class EncodeRecord:
     def __str__(self) -> str:
         rate = self.samples / self.seconds if self.seconds else 0.0
         skipped = ", ".join(f"{count} {cause}" for cause, count in sorted(self.skipped.items())) or "none"
+        if not self.samples:
+            return f"Nothing was left to encode: {self.total} pairs are there. Skipped: {skipped}."
         return (
             f"{self.samples} pairs encoded in {self.seconds:.0f} s, {rate:.0f} a second; {self.total} in all. "
             f"Skipped: {skipped}."

@@ -290,7 +290,7 @@ def search(
         ValueError: for both a text and an image, or neither, or an unknown modality.
     """
     if (text is None) == (image is None):
-        raise ValueError("A search takes either a text or an image.")
+        raise ValueError("A search takes either a text or an image (--text or --image).")
     index = EmbeddingIndex(out, among)
     model = index.manifest["model"] if model is None else model
     loaded: Any = MedMoEModel.from_pretrained(model).eval()

@@ -130,6 +130,7 @@ def test_interrupted_twice_it_is_as_if_never(data, model, whole, tmp_path, monke
     assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in whole.iterdir())
     again = encode_all(data, out, model)  # and there is nothing more to do
     assert (again.samples, again.total, again.skipped) == (0, GOOD, record.skipped)
+    assert str(again).startswith(f"Nothing was left to encode: {GOOD} pairs are there.")
 
 
 @pytest.mark.parametrize("samples", [GOOD, 31])
