@@ -170,7 +170,9 @@ def _main_process() -> bool:
 @contextmanager
 def _errors_of(command: str, *others: type[Exception]) -> Iterator[None]:
     """What a user can mend, in a line and without a traceback; `others` are a command's own."""
-    mendable: tuple[type[Exception], ...] = (ValueError, ImportError, OSError, *others)
+    from huggingface_hub.errors import StrictDataclassError  # of a configuration
+
+    mendable: tuple[type[Exception], ...] = (ValueError, ImportError, OSError, StrictDataclassError, *others)
     hide_foreign_bars()
     try:
         yield

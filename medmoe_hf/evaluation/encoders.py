@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoProcessor, PretrainedConfig
 
 from medmoe_hf.console import progress
+from medmoe_hf.data.checkpoint_names import refuse_missing_folder
 from medmoe_hf.model.image_processing_medmoe import MedMoEImageProcessor, MedMoEImageProcessorPil, to_rgb
 from medmoe_hf.model.losses_medmoe import local_logits
 from medmoe_hf.model.medical_images_medmoe import is_medical_image, read_medical_image
@@ -92,6 +93,10 @@ def load_encoder(name: str | Path, batch_size: int = BATCH_SIZE, device: str | N
         return OpenClipEncoder(str(name), batch_size, device)
     if str(name).startswith(ONNX):
         return ExportedEncoder(str(name).removeprefix(ONNX), batch_size)
+    try:
+        refuse_missing_folder(name, bare_ids=True)
+    except FileNotFoundError as error:
+        raise EncoderError(str(error)) from None
     try:
         config, _ = PretrainedConfig.get_config_dict(name)
     except (OSError, ValueError) as error:

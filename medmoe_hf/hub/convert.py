@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, BertTokenizer, SwinModel
 
 from medmoe_hf.data.atomic import whole_folder
+from medmoe_hf.data.checkpoint_names import refuse_missing_folder
 from medmoe_hf.data.phantom import phantom_vocabulary
 from medmoe_hf.data.places import without_places
 from medmoe_hf.hub.checkpoint_files import ConvertError, read_state_dict
@@ -29,7 +30,7 @@ from medmoe_hf.model import (
     MedMoEProcessor,
     MedMoETokenizer,
 )
-from medmoe_hf.model.configuration_medmoe import OFFICIAL_VERSIONS, PRESET_MAX_LENGTH
+from medmoe_hf.model.configuration_medmoe import OFFICIAL_VERSIONS, PRESET_MAX_LENGTH, preset_fields
 from medmoe_hf.model.modalities_medmoe import MODALITIES
 
 CLINICAL_BERT = "emilyalsentzer/Bio_ClinicalBERT"
@@ -283,6 +284,14 @@ def _fill(
     report.initialised = [name for name in own if name not in tensors and not expected(name)]
 
 
+def _check_preset(name: str) -> None:
+    """Before anything is read: a wrong name is not to be told after a download."""
+    try:
+        preset_fields(name)
+    except ValueError as error:
+        raise ConvertError(str(error)) from None
+
+
 def _open_tokenizer(source: str, max_length: int | None) -> MedMoETokenizer:
     """A folder, a Hub id, or BERT's vocab.txt itself.
 
@@ -292,6 +301,7 @@ def _open_tokenizer(source: str, max_length: int | None) -> MedMoETokenizer:
     try:
         if Path(source).is_file():
             return MedMoETokenizer.from_tokenizer(BertTokenizer(vocab=str(source)), max_length=max_length)
+        refuse_missing_folder(source, bare_ids=True)
         found = MedMoETokenizer.from_pretrained(source)
         return found if max_length is None else MedMoETokenizer.from_tokenizer(found, max_length=max_length)
     except (OSError, ValueError) as error:
@@ -465,6 +475,7 @@ def convert_medclip(
         ConvertError, FileExistsError: as `convert_official`.
     """
     _refuse_existing(out, force)
+    _check_preset(preset)
     state = read_state_dict(checkpoint)
     towers = ("vision_model.model.", "text_model.model.")
     lacking = [tower for tower in towers if not any(name.startswith(tower) for name in state)]
@@ -577,6 +588,7 @@ def _open_vision(source: str) -> _VisionSource:
         tensors, dropped = _vision_from_state(read_state_dict(source), source)
         return _VisionSource({"swin_config": swin_fields(tensors)}, tensors, dropped, {}, _IMAGENET_NOTE)
     try:
+        refuse_missing_folder(source, bare_ids=True)
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise ConvertError(f'No vision tower at "{source}": {error}') from error
@@ -634,10 +646,11 @@ def init_model(
         force: replace `out`.
 
     Raises:
-        ConvertError: for sources that cannot be read or do not fit.
+        ConvertError: for an unknown preset, and sources that cannot be read or do not fit.
         FileExistsError: if `out` exists and `force` is False.
     """
     _refuse_existing(out, force)
+    _check_preset(preset)
     report = LoadReport(f"a new {preset} model")
     fields: dict[str, Any] = dict(overrides or {})
     tensors: dict[str, tuple[str, Tensor]] = {}
@@ -657,6 +670,7 @@ def init_model(
         raise ConvertError(f"A {preset} model needs a vocabulary: name a text tower by --text or a --tokenizer.")
     if text is not None:
         try:
+            refuse_missing_folder(text, bare_ids=True)
             encoder, info = AutoModel.from_pretrained(text, output_loading_info=True)
         except (OSError, ValueError) as error:
             raise ConvertError(f'No text tower at "{text}": {error}') from error

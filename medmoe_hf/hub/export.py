@@ -20,6 +20,7 @@ from torch.nn.functional import cosine_similarity, normalize
 from transformers.tokenization_utils_base import LARGE_INTEGER
 
 from medmoe_hf.data.atomic import whole_folder
+from medmoe_hf.data.checkpoint_names import refuse_missing_folder
 from medmoe_hf.model import MedMoEConfig, MedMoEModel, MedMoEProcessor, MedMoETokenizer
 
 try:
@@ -223,6 +224,7 @@ def export(
 
 
 def _load(folder: str | Path, format: str) -> tuple[MedMoEModel, MedMoEProcessor]:
+    refuse_missing_folder(folder)
     kind = MedMoEConfig.get_config_dict(folder)[0].get("model_type")
     if kind != MedMoEConfig.model_type:
         raise ExportError(f'{folder} holds a model of type "{kind}"; export takes the dual encoder, "medmoe".')

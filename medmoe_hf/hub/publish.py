@@ -10,6 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
+from medmoe_hf.data.checkpoint_names import refuse_missing_folder
 from medmoe_hf.hub.access import HubUnreachableError, explained
 from medmoe_hf.hub.folder_checks import GOLDEN, PublishError, check_folder, published_files
 from medmoe_hf.hub.golden import RELATIVE_TOLERANCE, compare_with_golden, write_golden
@@ -221,6 +222,10 @@ def verify(
     if record:
         raise PublishError(f"--record writes {GOLDEN} into a folder, and {repo} is none. Download the repo first.")
     api = HfApi(token=token)
+    try:
+        refuse_missing_folder(source)
+    except FileNotFoundError as error:
+        raise PublishError(str(error)) from None
     with explained(repo, revision):
         # Asked for by itself: where there is no access, a download is content with what an older one has left.
         commit = api.model_info(repo, revision=revision).sha

@@ -4,6 +4,7 @@ String annotations would switch the type validation of these classes off, so thi
 ``from __future__ import annotations``.
 """
 
+import math
 import sys
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
@@ -44,6 +45,12 @@ def attach_to_package(name: str) -> None:
         setattr(sys.modules[package], last, sys.modules[name])
 
 
+def _shown(value: Any) -> str:
+    """A value of a configuration as an error shows it: one made to be large stays out of the terminal."""
+    text = str(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """`base` with `changes` laid over it, dictionaries merged key by key and not replaced."""
     out = deepcopy(dict(base))
@@ -75,11 +82,41 @@ def _refuse_unknown(config_class: type[PreTrainedConfig], overrides: Mapping[str
             _refuse_unknown(nested, value, f"{where}{key}.")
 
 
-def _positive(config: PreTrainedConfig, *names: str) -> None:
+# A configuration comes from strangers, and its model is made before anything else of a folder is looked at. Sizes far
+# beyond every model there is are errors, or meant to fill the memory.
+MAX_EXPERTS = 1000
+MAX_LAYERS = 1000
+MAX_LABELS = 1_000_000
+MAX_WIDTH = 65_536
+MAX_ROWS = 2**24
+MAX_IMAGE_SIDE = 16_384
+_LIMITS = {
+    "num_hidden_layers": MAX_LAYERS,
+    "hidden_size": MAX_WIDTH,
+    "intermediate_size": 16 * MAX_WIDTH,
+    "num_attention_heads": MAX_WIDTH,
+    "vocab_size": MAX_ROWS,
+    "max_position_embeddings": MAX_ROWS,
+    "type_vocab_size": MAX_ROWS,
+}
+
+
+def _positive(config: PreTrainedConfig, *names: str, most: float = math.inf) -> None:
     for name in names:
         value = getattr(config, name)
         if value <= 0:
             raise ValueError(f"`{name}` must be greater than 0, got {value}.")
+        if not math.isfinite(value):
+            raise ValueError(f"`{name}` must be a finite number, got {value}.")
+        if value > most:
+            raise ValueError(f"`{name}` must be at most {most}, got {value}.")
+
+
+def _refuse_many_labels(config: Any) -> None:
+    """transformers makes a table of all labels as soon as it is told their number."""
+    number = config.get("num_labels") if isinstance(config, Mapping) else None
+    if isinstance(number, int) and number > MAX_LABELS:
+        raise ValueError(f"`num_labels` must be at most {MAX_LABELS}, got {number}.")
 
 
 @strict
@@ -105,8 +142,10 @@ class MedMoEVisionConfig(PreTrainedConfig):
     """The image tower: backbone, pyramid, experts and image router.
 
     Args:
-        backbone: `"swin"`, or `"timm/<name>"` for any hierarchical timm model (its channels and strides are read from
-            timm's feature info; the timm package must be installed wherever the model is loaded).
+        backbone: `"swin"`, or `"timm/<name>"` for any hierarchical model that comes with timm (its channels and
+            strides are read from timm's feature info; the timm package must be installed wherever the model is
+            loaded). Names by which timm would fetch a model from elsewhere (`timm/hf-hub:...`) need
+            MEDMOE_FOREIGN_BACKBONES=1 in the environment of whoever loads the model.
         swin_config: the Swin (`backbone="swin"` only); Swin-T by default.
         out_indices: which feature levels of a timm backbone make the pyramid; by default all of stride 4 and more.
         image_size: side in pixels that the tower was made for (224 by default). Other sizes from 64 up work too.
@@ -153,6 +192,8 @@ class MedMoEVisionConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for given in (kwargs, self.swin_config):
+            _refuse_many_labels(given)
         if self.backbone == "swin":
             self.swin_config = {} if self.swin_config is None else self.swin_config
         elif self.backbone.startswith("timm/"):
@@ -219,15 +260,30 @@ class MedMoEVisionConfig(PreTrainedConfig):
         return ids
 
     def validate_sizes(self) -> None:
-        _positive(self, "image_size", "expert_hidden_size", "local_size", "scale_attention_size", "router_hidden_size")
+        widths = ("expert_hidden_size", "local_size", "scale_attention_size", "router_hidden_size")
+        _positive(self, *widths, most=MAX_WIDTH)
+        _positive(self, "image_size", most=MAX_IMAGE_SIDE)
         if self.map_size is not None:
-            _positive(self, "map_size")
+            _positive(self, "map_size", most=MAX_IMAGE_SIDE)
+        _positive(self, "initializer_range")
+
+    def validate_swin(self) -> None:
+        swin = self.swin_config
+        if swin is None:
+            return
+        if not 1 <= len(swin.depths) <= MAX_LAYERS or not 1 <= sum(swin.depths) <= MAX_LAYERS or min(swin.depths) < 0:
+            raise ValueError(f"`swin_config.depths` must sum up to 1..{MAX_LAYERS} layers, got {_shown(swin.depths)}.")
+        _positive(swin, "embed_dim", most=MAX_WIDTH)
+        _positive(swin, "hidden_size", "window_size", "patch_size", most=MAX_WIDTH)
+        _positive(swin, "mlp_ratio", most=1000)
 
     def validate_modalities(self) -> None:
         names = list(self.modalities.values())
+        if len(names) > MAX_EXPERTS:
+            raise ValueError(f"`modalities` must name at most {MAX_EXPERTS} experts, got {len(names)}.")
         if not names or sorted(self.modalities) != list(range(len(names))):
             raise ValueError(
-                f"`modalities` must number at least one expert 0, 1, ... without a gap, got {self.modalities}."
+                f"`modalities` must number at least one expert 0, 1, ... without a gap, got {_shown(self.modalities)}."
             )
         if len({name.lower() for name in names}) != len(names) or not all(name.strip() for name in names):
             raise ValueError(f"`modalities` must give each expert a name of its own, got {names}.")
@@ -276,9 +332,21 @@ class MedMoETextConfig(PreTrainedConfig):
             config_dict = {key: config_dict[key] for key in (*_TEXT_FIELDS, "dtype") if key in config_dict}
         return super().from_dict(config_dict, **kwargs)
 
+    def __post_init__(self, **kwargs: Any) -> None:
+        for given in (kwargs, self.text_config):
+            _refuse_many_labels(given)
+        super().__post_init__(**kwargs)
+
     def validate_report_length(self) -> None:
         if self.report_length is not None:
-            _positive(self, "report_length")
+            _positive(self, "report_length", most=MAX_ROWS)
+
+    def validate_text_sizes(self) -> None:
+        for name, most in _LIMITS.items():
+            value = getattr(self.text_config, name, None)
+            if isinstance(value, int) and value > most:
+                raise ValueError(f"`text_config.{name}` must be at most {most}, got {value}.")
+        _positive(self, "initializer_range")
 
     def validate_summed_layers(self) -> None:
         layers = self.text_config.num_hidden_layers
@@ -383,10 +451,9 @@ class MedMoEConfig(MedMoETextConfig):
         Raises:
             ValueError: if the name is unknown; lists the known ones.
         """
-        if name not in PRESETS:
-            raise ValueError(f'Unknown preset "{name}". Known presets: {", ".join(sorted(PRESETS))}.')
+        fields_of_preset = preset_fields(name)
         _refuse_unknown(cls, overrides)
-        return cls(**_merged(PRESETS[name], overrides))
+        return cls(**_merged(fields_of_preset, overrides))
 
     @property
     def modalities(self) -> dict[int, str]:
@@ -403,7 +470,7 @@ class MedMoEConfig(MedMoETextConfig):
 
     def validate_projection(self) -> None:
         if self.projection_dim is not None:
-            _positive(self, "projection_dim")
+            _positive(self, "projection_dim", most=MAX_WIDTH)
             return
         if self.vision_config.global_features == "both":
             raise ValueError(
@@ -421,7 +488,7 @@ class MedMoEConfig(MedMoETextConfig):
     def validate_temperatures(self) -> None:
         _positive(self, "temp1", "temp2", "temp3", "positives_temperature")
         if self.temp1_regions is not None:
-            _positive(self, "temp1_regions")
+            _positive(self, "temp1_regions", most=MAX_IMAGE_SIDE**2)
 
     def validate_routing(self) -> None:
         if self.vision_config.mixture == "soft" and self.router == "report":
@@ -435,8 +502,8 @@ class MedMoEConfig(MedMoETextConfig):
 
     def validate_loss_weights(self) -> None:
         for name in ("global_loss_weight", "local_loss_weight", "aux_loss_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` must be finite and not negative, got {getattr(self, name)}.")
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -516,6 +583,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
     },
 }
+
+
+def preset_fields(name: str) -> dict[str, Any]:
+    """What `PRESETS` holds under a name.
+
+    Raises:
+        ValueError: if the name is unknown; lists the known ones.
+    """
+    if name not in PRESETS:
+        near = get_close_matches(name, PRESETS, n=1)
+        hint = f" Did you mean `{near[0]}`?" if near else ""
+        raise ValueError(f'Unknown preset "{name}". Known presets: {", ".join(sorted(PRESETS))}.{hint}')
+    return PRESETS[name]
+
 
 PRESET_MAX_LENGTH = {"paper": 25, "official": 25, "plus": 256, "tiny": 48}
 """Longest text of each preset, in tokens with the special ones; the processor of a new model truncates to it."""

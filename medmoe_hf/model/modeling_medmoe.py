@@ -6,6 +6,7 @@ local map (and of the shared space where there are no projections).
 
 import inspect
 import math
+import os
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -63,6 +64,9 @@ below 32 MiB, above which the C library asks the system for new ones each time, 
 
 # What `save_pretrained` of any model writes: a single file, or shards and their index.
 _OWN_WEIGHTS = re.compile(r"model(?:-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
+
+FOREIGN_BACKBONES = "MEDMOE_FOREIGN_BACKBONES"
+"""The environment variable that allows backbones from elsewhere. No configuration can: it comes with the model."""
 
 _PROCESSING_AUTO_MAP = {
     "AutoImageProcessor": {
@@ -410,7 +414,7 @@ class MedMoETimmBackbone(MedMoEPreTrainedModel):
 
     Raises:
         ImportError: without the timm package.
-        ValueError: for a model that is not a pyramid.
+        ValueError: for a model that is not a pyramid, or one from elsewhere that nobody has allowed.
     """
 
     config: MedMoEVisionConfig
@@ -421,6 +425,11 @@ class MedMoETimmBackbone(MedMoEPreTrainedModel):
     def __init__(self, config: MedMoEVisionConfig) -> None:
         super().__init__(config)
         name = config.backbone.removeprefix("timm/")
+        if not re.fullmatch(r"[\w.\-]+", name) and os.environ.get(FOREIGN_BACKBONES) != "1":
+            raise ValueError(
+                f'The backbone "{config.backbone}" is none that comes with timm: timm would fetch it from another '
+                f"repository or folder. If you trust that too, set {FOREIGN_BACKBONES}=1."
+            )
         if timm is None:
             raise ImportError(f'The backbone "{config.backbone}" needs the timm package: pip install timm')
         self.features = self._create(name, config.image_size, config.out_indices)

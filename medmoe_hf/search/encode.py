@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 
 from medmoe_hf.console import progress
 from medmoe_hf.data.atomic import whole_file
+from medmoe_hf.data.checkpoint_names import refuse_missing_folder
 from medmoe_hf.data.collate import ContrastiveCollator
 from medmoe_hf.data.stream import Place, Sample, SampleStream
 from medmoe_hf.model import MedMoEModel, MedMoEProcessor
@@ -148,6 +149,7 @@ def encode_sources(
             raise EncodeError("An endless phantom source cannot be encoded; give it a `length`.")
     # Activations fade into denormals, which CPUs multiply a hundred times slower.
     torch.set_flush_denormal(True)
+    refuse_missing_folder(model)
     accelerator = Accelerator()
     loaded: Any = MedMoEModel.from_pretrained(model).to(accelerator.device).eval()
     processor = MedMoEProcessor.from_pretrained(model)

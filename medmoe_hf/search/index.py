@@ -18,6 +18,7 @@ from torch import nn
 
 from medmoe_hf.console import progress, text_table
 from medmoe_hf.data.atomic import whole_folder
+from medmoe_hf.data.checkpoint_names import refuse_missing_folder
 from medmoe_hf.model import MedMoEModel, MedMoEProcessor
 from medmoe_hf.search.encode import (
     EncodeError,
@@ -293,6 +294,7 @@ def search(
         raise ValueError("A search takes either a text or an image (--text or --image).")
     index = EmbeddingIndex(out, among)
     model = index.manifest["model"] if model is None else model
+    refuse_missing_folder(model)
     loaded: Any = MedMoEModel.from_pretrained(model).eval()
     processor = MedMoEProcessor.from_pretrained(model)
     if model_fingerprint(loaded, processor) != index.manifest["fingerprint"]:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from medmoe_hf.data.atomic import whole_folder
+from medmoe_hf.data.checkpoint_names import refuse_missing_folder
 from medmoe_hf.model import MedMoEForImageClassification, MedMoEModel, MedMoEProcessor
 from medmoe_hf.training.build import nearest_names, split_tower
 
@@ -164,6 +165,7 @@ def merge_adapter(adapter: str | Path, out: str | Path, base: str | Path | None 
         raise ValueError(f"{adapter} does not say what it belongs to; name its base.")
     kind = _MODELS.get((config.auto_mapping or {}).get("base_model_class"), MedMoEModel)
     try:
+        refuse_missing_folder(base)
         model = kind.from_pretrained(base)
     except (OSError, ValueError) as error:
         raise ValueError(f"The base {base} of {adapter} cannot be loaded ({error}); say where it is now.") from error

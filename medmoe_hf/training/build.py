@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import AutoTokenizer
 
+from medmoe_hf.data.checkpoint_names import refuse_missing_folder
 from medmoe_hf.data.phantom import phantom_vocabulary
 from medmoe_hf.model import (
     MedMoEConfig,
@@ -30,9 +31,11 @@ def build_model(section: "ModelSection") -> tuple[MedMoEModel, MedMoEProcessor]:
     A new model's vocabulary and positions follow its tokenizer.
 
     Raises:
+        FileNotFoundError: for a folder that is not there.
         ValueError: for an unknown preset or a wrong override.
     """
     if section.from_pretrained is not None:
+        refuse_missing_folder(section.from_pretrained)
         model = MedMoEModel.from_pretrained(section.from_pretrained, **section.overrides)
         return model, MedMoEProcessor.from_pretrained(section.from_pretrained)
     assert section.preset is not None  # checked by ModelSection
@@ -40,6 +43,7 @@ def build_model(section: "ModelSection") -> tuple[MedMoEModel, MedMoEProcessor]:
     if section.tokenizer is None:
         tokenizer = MedMoETokenizer.from_words(phantom_vocabulary(), max_length=max_length)
     else:
+        refuse_missing_folder(section.tokenizer, bare_ids=True)
         tokenizer = MedMoETokenizer.from_tokenizer(
             AutoTokenizer.from_pretrained(section.tokenizer), max_length=max_length
         )

@@ -142,8 +142,24 @@ def test_a_timm_backbone_has_no_swin():
     (MedMoETextConfig, {"word_pooling": "max"}, "word_pooling"),
     (MedMoEConfig, {"temp1": 0}, "`temp1` must be greater than 0, got 0"),
     (MedMoEConfig, {"temp3": -1.0}, "`temp3` must be greater than 0"),
+    (MedMoEConfig, {"temp1": float("nan")}, "`temp1` must be a finite number, got nan"),
+    (MedMoEConfig, {"temp2": float("inf")}, "`temp2` must be a finite number, got inf"),
+    (MedMoEConfig, {"local_loss_weight": float("nan")}, "`local_loss_weight` must be finite and not negative"),
+    (MedMoEConfig, {"initializer_range": float("nan")}, "`initializer_range` must be a finite number"),
+    (MedMoEConfig, {"projection_dim": 10**9}, "`projection_dim` must be at most 65536, got 1000000000"),
+    (MedMoEConfig, {"text_config": {"num_hidden_layers": 10**9}}, "_layers` must be at most 1000, got 1000000000"),
+    (MedMoEConfig, {"text_config": {"model_type": "distilbert", "n_layers": 10**9}}, "_layers` must be at most 1000"),
+    (MedMoEConfig, {"text_config": {"vocab_size": 10**9}}, "`text_config.vocab_size` must be at most 16777216"),
+    (MedMoEVisionConfig, {"modalities": [f"m{k}" for k in range(10**5)]}, "at most 1000 experts, got 100000"),
+    (MedMoEVisionConfig, {"local_size": 10**9}, "`local_size` must be at most 65536"),
+    (MedMoEVisionConfig, {"map_size": 10**9}, "`map_size` must be at most 16384"),
+    (MedMoEVisionConfig, {"image_size": 10**9}, "`image_size` must be at most 16384"),
+    (MedMoEVisionConfig, {"swin_config": {"depths": [10**9]}}, r"depths` must sum up to 1\.\.1000 layers"),
+    (MedMoEVisionConfig, {"swin_config": {"depths": [1] * 40}}, "`hidden_size` must be at most 65536"),
+    (MedMoEVisionConfig, {"swin_config": {"embed_dim": 10**9}}, "`embed_dim` must be at most 65536"),
+    (MedMoEVisionConfig, {"modalities": {2 * k: "x" * 99 for k in range(500)}}, r"without a gap, got .{200}\.\.\.\.$"),
     (MedMoEConfig, {"positives_temperature": 0.0}, "`positives_temperature` must be greater than 0"),
-    (MedMoEConfig, {"local_loss_weight": -1}, "`local_loss_weight` must not be negative"),
+    (MedMoEConfig, {"local_loss_weight": -1}, "`local_loss_weight` must be finite and not negative, got -1"),
     (MedMoEConfig, {"projection_dim": 0}, "`projection_dim` must be greater than 0"),
     (MedMoEConfig, {"router": "reports"}, "router"),
     (MedMoEConfig, {"similarity": "cosine"}, "similarity"),
@@ -290,6 +306,32 @@ def test_modalities_by_name_alias_or_id(given, ids):
 def test_unknown_modalities_are_refused(given, message):
     with pytest.raises(ValueError, match=message):
         MedMoEVisionConfig().modality_ids(given, 3)
+
+
+@pytest.mark.parametrize("fields", [
+    {"num_labels": 10**9},
+    {"text_config": {"num_labels": 10**9}},
+    {"vision_config": {"num_labels": 10**9}},
+    {"vision_config": {"swin_config": {"num_labels": 10**9}}},
+])  # fmt: skip
+def test_a_table_of_labels_is_not_made_without_a_bound(fields):
+    with pytest.raises(ValueError, match="`num_labels` must be at most 1000000, got 1000000000"):
+        MedMoEConfig(**fields)
+
+
+def test_a_preset_that_is_nearly_known_is_suggested():
+    with pytest.raises(ValueError, match=r'Unknown preset "tinny"\. .* Did you mean `tiny`\?'):
+        MedMoEConfig.from_preset("tinny")
+
+
+@pytest.mark.parametrize(("given", "ids"), [
+    ("image", [-100, -100, -100]),
+    (("image", "text"), [-100, -100, -100]),
+])  # fmt: skip
+def test_the_kind_of_an_input_is_no_modality(given, ids):
+    """sentence-transformers passes it by this name."""
+    assert MedMoEVisionConfig().modality_ids(given, 3) == ids
+    assert MedMoEVisionConfig(modalities=["ct", "image"]).modality_ids("image", 3) == [1, 1, 1]
 
 
 def test_own_names_come_before_the_aliases():

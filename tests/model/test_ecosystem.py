@@ -330,6 +330,29 @@ def test_a_timm_backbone_gives_its_maps(small_config):
     assert [tuple(states[index].shape) for index in (0, 2)] == [(1, 64, 16, 16), (1, 256, 4, 4)]
 
 
+@pytest.mark.parametrize(
+    "name", ["hf-hub:someone/model", "hf_hub:someone/model", "local-dir:/tmp/x", "timm:a/b", "a/b"]
+)
+def test_backbones_from_elsewhere_are_refused(small_config, monkeypatch, name):
+    """timm would fetch the configuration of a third party's repository when the model is made."""
+    timm = pytest.importorskip("timm")
+    asked = []
+
+    def create(name, **options):
+        asked.append(name)
+        raise RuntimeError("asked")
+
+    monkeypatch.setattr(timm, "create_model", create)
+    config = small_config(vision_config={"backbone": f"timm/{name}"}, projection_dim=16)
+    with pytest.raises(ValueError, match=r"is none that comes with timm.* set MEDMOE_FOREIGN_BACKBONES=1"):
+        MedMoEModel(config)
+    assert not asked
+    monkeypatch.setenv("MEDMOE_FOREIGN_BACKBONES", "1")
+    with pytest.raises(RuntimeError, match="asked"):
+        MedMoEModel(config)
+    assert asked == [name]
+
+
 # 16 bits
 
 

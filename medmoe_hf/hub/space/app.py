@@ -139,7 +139,8 @@ class Checkpoint:
     """
 
     def __init__(self, name: str, say: Callable[[str], None] = lambda text: None) -> None:
-        if not Path(name).is_dir() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
+        local = name.count("/") != 1 or name.startswith((".", "/", "~")) or Path(name).parent.is_dir()
+        if local and not Path(name).is_dir():
             raise FileNotFoundError(f"{name}: there is no such folder, and an id on the Hub has the form user/name")
         # Of a folder its last two parts: the whole path is nobody's business.
         self.name = "/".join(Path(name).resolve().parts[-2:]) if Path(name).is_dir() else name

@@ -1,0 +1,48 @@
+"""What a checkpoint is named by: a folder on this machine, or an id on the Hub."""
+
+from difflib import get_close_matches
+from pathlib import Path
+
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+
+def refuse_missing_folder(name: str | Path, bare_ids: bool = False) -> None:
+    """Refuses the name of a folder that does not exist, before anything asks the Hub for it.
+
+    transformers takes whatever is no folder for a Hub id. Without a network that is a minute of retries, and an error
+    that does not say the name.
+
+    Args:
+        name: a folder, a file, or an id on the Hub.
+        bare_ids: whether an id may lack the user, as `bert-base-uncased` does. Models of this package have one.
+
+    Raises:
+        FileNotFoundError: there is no such folder or file, and `name` is not an id either: it has not the form
+            user/name, or what stands before the slash is a folder here (and the Hub's cache has no such model).
+    """
+    text, path = str(name), Path(name)
+    if path.exists() or _may_be_an_id(text, bare_ids):
+        return
+    hint = ""
+    if path.expanduser().exists():
+        hint = f' Did you mean "{path.expanduser()}"?'
+    elif path.parent.is_dir():
+        beside = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir())
+        near = get_close_matches(path.name, beside, n=1)
+        hint = f' Did you mean "{path.parent / near[0]}"?' if near else ""
+    else:
+        hint = f' There is no folder "{path.parent}" either.'
+    raise FileNotFoundError(f'There is no folder "{text}", and an id on the Hub has the form user/name.{hint}')
+
+
+def _may_be_an_id(text: str, bare_ids: bool) -> bool:
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    user, slash, _ = text.partition("/")
+    if slash:
+        return not Path(user).is_dir() or isinstance(try_to_load_from_cache(text, "config.json"), str)
+    return bare_ids
