@@ -185,13 +185,14 @@ def test_states_of_other_versions_are_refused_by_name(shards):
 
 def test_sources_are_called_by_their_place(tmp_path):
     tars = [str(tmp_path / "a.tar"), str(tmp_path / "b.tar")]
+    (tmp_path / "x.png").write_bytes(picture(0))
     made = [
         source(kind="webdataset", files=tars[:1]),
         source(kind="webdataset", files=tars),
         source(kind="webdataset", files=tars[:1], name="mine"),
         source(kind="webdataset", files=tars[:1]),
         source(kind="phantom", seed=3),
-        source(kind="imagefolder", path=str(tmp_path)),
+        source(kind="imagefolder", path=str(tmp_path), caption_template="a scan"),
     ]
     names = [tars[0], f"{tars[0]} and 1 more", "mine", f"{tars[0]} (2)", "phantoms 3", str(tmp_path)]
     assert SampleStream(made).names == names
@@ -369,6 +370,9 @@ class _Long:
 
     def __len__(self):
         return 10**7
+
+    def fields(self):
+        return ["image", "caption"]
 
     def locate(self, row):
         return row
