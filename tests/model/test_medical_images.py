@@ -479,6 +479,7 @@ def test_only_the_photometric_interpretation_inverts(shape):
         np.testing.assert_array_equal(shown(dataset), expected)
 
 
+@pytest.mark.filterwarnings("ignore:Invalid value for VR CS")
 def test_without_photometric_interpretation():
     gray = dicom(RAMP, "CR")
     del gray.PhotometricInterpretation, gray.SamplesPerPixel
@@ -488,6 +489,16 @@ def test_without_photometric_interpretation():
     del picture.PhotometricInterpretation, picture.PlanarConfiguration
     np.testing.assert_array_equal(read_medical_image(written(picture)).pixels, colours)
     assert "PhotometricInterpretation" not in picture
+    # JPEG files hold YCbCr; pylibjpeg and Pillow give them as they are.
+    colours[:] = (200, 60, 20)
+    file = io.BytesIO()
+    Image.fromarray(colours).save(file, "jpeg", quality=95)
+    picture = compressed(dicom(colours, "US", SamplesPerPixel=3), JPEGBaseline8Bit, file.getvalue())
+    del picture.PhotometricInterpretation
+    assert np.abs(read_medical_image(picture).pixels.astype(int) - colours).max() < 6
+    lower_case = dicom(RAMP, "CR")
+    lower_case.PhotometricInterpretation = "monochrome1"
+    np.testing.assert_allclose(shown(lower_case), 1 - by_percentiles(RAMP), atol=1e-6)
 
 
 # --- limits
