@@ -2,8 +2,10 @@
 
 import codecs
 import hashlib
+import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from glob import escape, glob, has_magic
 from itertools import product
@@ -33,6 +35,8 @@ from medmoe_hf.data.shards import (
 from medmoe_hf.data.yaml_files import in_words, nearest, read_yaml
 from medmoe_hf.model.medical_images_medmoe import WINDOWS, is_medical_image
 from medmoe_hf.model.modalities_medmoe import MODALITIES
+
+logger = logging.getLogger(__name__)
 
 
 class _Fields(BaseModel):
@@ -282,7 +286,12 @@ class FolderSource(_Fields):
         root = Path(_with_environment(self.path))
         if not root.is_dir():
             raise FileNotFoundError(f'There is no folder "{root}" (`path` of an imagefolder source).')
-        return sorted(Path(path) for path in _images_below(str(root), ()))
+        others: Counter[str] = Counter()
+        images = sorted(Path(path) for path in _images_below(str(root), (), others))
+        if others:
+            kinds = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in others.most_common())
+            logger.warning("%s: files that are no images are left out (%s)", root, kinds)
+        return images
 
 
 class DatasetSource(_Fields):
@@ -339,8 +348,18 @@ _PLAIN_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP
 """Those that begin in a way that nothing else does."""
 
 
-def _images_below(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
-    """Paths of the images in a folder and its subfolders, linked ones too; `above` are the folders on the way."""
+_COMPANIONS = (".csv", ".db", ".ini", ".json", ".jsonl", ".md", ".tsv", ".txt", ".xml", ".yaml", ".yml")
+"""What lies beside images everywhere, and is not worth a word."""
+
+
+def _images_below(folder: str, above: tuple[tuple[int, int], ...], others: Counter[str]) -> Iterator[str]:
+    """Paths of the images in a folder and its subfolders, linked ones too.
+
+    Args:
+        folder: where to look.
+        above: the folders on the way to it.
+        others: counts the suffixes of files that are no images.
+    """
     status = os.stat(folder)
     identity = status.st_dev, status.st_ino
     if identity in above:
@@ -351,10 +370,12 @@ def _images_below(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[s
             if entry.name.startswith(".") or entry.name == "@eaDir":
                 continue
             if entry.is_dir():
-                yield from _images_below(entry.path, (*above, identity))
+                yield from _images_below(entry.path, (*above, identity), others)
             # A link to nothing is an image that is missing.
             elif _is_image(entry.path) and (entry.is_file() or entry.is_symlink()):
                 yield entry.path
+            elif (suffix := os.path.splitext(entry.name)[1].lower()) not in _COMPANIONS:
+                others[suffix] += 1
 
 
 def _is_image(path: str) -> bool:
