@@ -425,7 +425,12 @@ class TrainingRun:
         self._forget_idle_experts(counts)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         self._before_step, self._updating = None, True
+        scaler = self.accelerator.scaler
+        scale = None if scaler is None else scaler.get_scale()
         self.optimizer.step()
+        # A fused optimiser is called for a step that overflows too, and leaves it out by itself: Accelerate does not
+        # see that, but the scale goes down.
+        skipped = self.optimizer.step_was_skipped or (scale is not None and scaler.get_scale() < scale)
         self.optimizer.zero_grad()
         record = self.record
         record.steps += 1
@@ -433,7 +438,7 @@ class TrainingRun:
             self.ema.update(self.accelerator.unwrap_model(self.model), step=record.steps)
         if self.config.schedule == "plateau":
             self._warm_up()
-        elif not self.optimizer.step_was_skipped:
+        elif not skipped:
             self.scheduler.step()
         record.samples += sum(len(keys) for _, keys in taken) * self.accelerator.num_processes
         record.seconds += time.monotonic() - started
