@@ -554,6 +554,7 @@ def test_somebody_else_pushes_during_the_export(hub, monkeypatch):
 
 def test_sources_without_samples_replace_nothing(hub, tmp_path):
     push_data([phantoms(3)], "user/scans")
-    with pytest.raises(ValueError, match="holds no samples"):
-        push_data([table(tmp_path / "in", [])], "user/scans")
+    tarfile.open(tmp_path / "empty.tar", "w").close()
+    with pytest.raises(ValueError, match="sources hold no samples"):
+        push_data([source(kind="webdataset", files=[str(tmp_path / "empty.tar")])], "user/scans")
     assert "data/train-00000.parquet" in hub.repo("user/scans", "dataset").files()
