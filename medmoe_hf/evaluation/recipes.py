@@ -559,6 +559,11 @@ def _missing_columns(path: Path, row: Mapping[str, Any], needed: Iterable[str]) 
     return problems
 
 
+def _number(cell: Any) -> float:
+    """A cell as a number; spreadsheets of many countries write 9,5 for 9.5."""
+    return float(cell.replace(",", ".") if isinstance(cell, str) else cell)
+
+
 def _fields(template: str | None) -> set[str]:
     return {name for _, name, _, _ in Formatter().parse(template or "") if name}
 
@@ -704,8 +709,8 @@ def _read_boxes(recipe: Recipe, layout: BoxesLayout, folder: Path, copy: _Copy) 
     sizes: dict[str, tuple[int, int]] = {}
     for number, entry in enumerate(entries):
         try:
-            left, top, width, height = (float(entry[name]) for name in ("x", "y", "w", "h"))
-            size = int(float(entry["image_width"])), int(float(entry["image_height"]))
+            left, top, width, height = (_number(entry[name]) for name in ("x", "y", "w", "h"))
+            size = int(_number(entry["image_width"])), int(_number(entry["image_height"]))
         except (TypeError, ValueError):
             copy.problems.append(f"{path}: box {number} is made of something other than numbers. Get the file again.")
             return

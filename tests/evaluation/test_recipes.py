@@ -391,6 +391,11 @@ def test_ms_cxr_from_json_and_from_csv(tmp_path):
     again = only("ms_cxr", tmp_path)
     assert again.boxes == found.boxes
     assert again.phrases == found.phrases
+    # as a spreadsheet of a country with decimal commas saves it
+    table = tmp_path / "MS_CXR_Local_Alignment_v1.0.0.csv"
+    lines = table.read_text().replace(",", ";").replace("9.5", "9,5")
+    table.write_text(lines, encoding="utf-16")
+    assert only("ms_cxr", tmp_path).boxes == found.boxes
     assert again.images == found.images
 
 
