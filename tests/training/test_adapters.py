@@ -49,6 +49,21 @@ def test_the_folder_loads_on_the_base_and_merged_weights_say_the_same(trained, t
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl"))]
 
 
+@pytest.mark.parametrize("targets", [["scale_attention.fc1"], ["vision_model.experts.*.convolution"]])
+def test_updates_of_expert_layers(trained, targets):
+    folder, batch = trained
+    wrapped = add_lora(MedMoEModel.from_pretrained(folder / "base"), LoraSection(targets=targets, train=[]))
+    before = outputs(wrapped, batch)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    adapted = outputs(wrapped, batch)
+    assert (adapted["local_embeds"] - before["local_embeds"]).abs().max() > 1e-3
+    merged = outputs(wrapped.merge_and_unload(safe_merge=True), batch)
+    for name, value in adapted.items():
+        torch.testing.assert_close(merged[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_only_adapters_and_what_is_named_change(trained, tmp_path):
     folder, _ = trained
     merge_adapter(folder / "adapter", tmp_path / "merged")
