@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from medmoe_hf.console import hide_foreign_bars
+from medmoe_hf.common.console import hide_foreign_bars
 from medmoe_hf.data import FINDINGS, write_webdataset, zero_shot_prompts
 from medmoe_hf.training import TrainConfig, train
 

@@ -10,8 +10,8 @@ from PIL import Image
 from transformers import pipeline
 
 from medmoe_hf.data import FINDINGS, MODALITIES, phantom_sample, zero_shot_prompts
-from medmoe_hf.evaluation.encoders import load_encoder
 from medmoe_hf.evaluation.zero_shot import ZeroShotClassifier
+from medmoe_hf.inference.encoders import load_encoder
 
 
 def with_pipeline(model: str, image: Image.Image, labels: list[str]) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from medmoe_hf.console import close_bars, hide_foreign_bars
+from medmoe_hf.common.console import close_bars, hide_foreign_bars
 
 app = typer.Typer(
     help="MedMoE for Hugging Face: train, publish and evaluate modality-specialised medical image-text models.",

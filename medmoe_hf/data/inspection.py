@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 from tqdm.auto import tqdm
 
-from medmoe_hf.data.atomic import whole_file
+from medmoe_hf.common.files import atomic_write
 from medmoe_hf.data.captions import detect_rule
 from medmoe_hf.data.reading import Fault, Split
 from medmoe_hf.data.shards import ShardError
@@ -198,7 +198,7 @@ def inspect_sources(
     if sheet is not None and any(images for _, images in rows):
         _contact_sheet(rows).save(sheet)
     if problems is not None:
-        with whole_file(problems) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
+        with atomic_write(problems) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(COLUMNS)
             writer.writerows(listed)

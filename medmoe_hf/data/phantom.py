@@ -33,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from medmoe_hf.data.atomic import whole_file
+from medmoe_hf.common.files import atomic_write
 from medmoe_hf.model.modalities_medmoe import MODALITIES, modality_id
 
 Field = NDArray[np.floating[Any]]  # float32 all along, but numpy's stubs widen sums with a Python float
@@ -1233,7 +1233,7 @@ def write_webdataset(
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"phantom-{shard:06d}.tar" for shard in range(shards)]
     for shard, path in enumerate(paths):
-        with whole_file(path) as draft, tarfile.open(draft, "w", format=tarfile.USTAR_FORMAT) as archive:
+        with atomic_write(path) as draft, tarfile.open(draft, "w", format=tarfile.USTAR_FORMAT) as archive:
             for index in range(shard * samples_per_shard, (shard + 1) * samples_per_shard):
                 sample = phantom_sample(seed, index, image_size=image_size, modalities=chosen)
                 _add_to_archive(archive, f"{index:09d}", sample)

@@ -18,6 +18,7 @@ import datasets
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+from medmoe_hf.common.yaml_files import in_words, nearest, read_yaml
 from medmoe_hf.data.captions import CAPTION_RULES
 from medmoe_hf.data.shards import (
     CAPTION_FIELDS,
@@ -32,7 +33,6 @@ from medmoe_hf.data.shards import (
     files_facts,
     read_table,
 )
-from medmoe_hf.data.yaml_files import in_words, nearest, read_yaml
 from medmoe_hf.model.medical_images_medmoe import WINDOWS, is_medical_image
 from medmoe_hf.model.modalities_medmoe import MODALITIES
 

@@ -419,7 +419,7 @@ class SampleStream:
             chunks: Iterable = DataLoader(
                 reader,
                 batch_sampler=self._own_chunks(),
-                collate_fn=_as_it_is,
+                collate_fn=identity_collate,
                 num_workers=self.num_workers,
                 worker_init_fn=_leave_signals_to_main,
                 # Else the loader draws a seed from the global generator, which dropout draws from too: a resumed run,
@@ -632,7 +632,7 @@ def _leave_signals_to_main(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _as_it_is(items: list[Any]) -> list[Any]:
+def identity_collate(items: list[Any]) -> list[Any]:
     return items
 
 

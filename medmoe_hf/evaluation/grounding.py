@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from medmoe_hf.evaluation.encoders import Encoder, MedMoEEncoder, read_picture
 from medmoe_hf.evaluation.intervals import bootstrap
 from medmoe_hf.evaluation.metrics import box_mask, contrast_to_noise, energy_in_box, mean_iou, pointing_hit
 from medmoe_hf.evaluation.recipes import Box, EvaluationSet
 from medmoe_hf.evaluation.results import HeatmapExample, Result, common_facts, tested
+from medmoe_hf.inference.encoders import Encoder, MedMoEEncoder, read_picture
 from medmoe_hf.model.modalities_medmoe import MODALITIES, UNKNOWN_MODALITY
 
 NONSENSE = ("glorbix", "quandle", "zwyvex")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike
 
-from medmoe_hf.console import progress
+from medmoe_hf.common.console import progress
 
 
 @dataclass(frozen=True)

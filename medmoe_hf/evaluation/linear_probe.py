@@ -12,12 +12,12 @@ from sklearn.metrics import log_loss
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from medmoe_hf.console import progress
-from medmoe_hf.evaluation.encoders import Encoder
+from medmoe_hf.common.console import progress
 from medmoe_hf.evaluation.intervals import bootstrap
 from medmoe_hf.evaluation.metrics import classification_metrics
 from medmoe_hf.evaluation.recipes import EvaluationSet
 from medmoe_hf.evaluation.results import Result, common_facts, count_by_class, tested
+from medmoe_hf.inference.encoders import Encoder
 
 FRACTIONS = (0.01, 0.1, 1.0)
 SEEDS = 5

@@ -22,10 +22,10 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from medmoe_hf.console import progress
+from medmoe_hf.common.console import progress
+from medmoe_hf.common.yaml_files import in_words, read_yaml
 from medmoe_hf.data.modality_words import modality_from_text
 from medmoe_hf.data.shards import ShardError, TarShard, read_table
-from medmoe_hf.data.yaml_files import in_words, read_yaml
 from medmoe_hf.model.modalities_medmoe import MODALITIES, UNKNOWN_MODALITY, modality_id
 
 Box: TypeAlias = tuple[float, float, float, float]

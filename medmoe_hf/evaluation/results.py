@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from huggingface_hub import EvalResult
 
-from medmoe_hf.console import text_table
-from medmoe_hf.data.atomic import whole_folder
-from medmoe_hf.evaluation.encoders import Encoder, fingerprint
+from medmoe_hf.common.console import text_table
+from medmoe_hf.common.files import atomic_dir
 from medmoe_hf.evaluation.figures import draw_confusions, draw_heatmaps, draw_probes, draw_recalls, draw_reliability
 from medmoe_hf.evaluation.intervals import Interval, bootstrap
 from medmoe_hf.evaluation.metrics import calibration, classification_metrics
 from medmoe_hf.evaluation.recipes import EvaluationSet
+from medmoe_hf.inference.encoders import Encoder, fingerprint
 
 PACKAGES = ("medmoe_hf", "torch", "torchvision", "transformers", "numpy", "scikit-learn", "pillow")
 
@@ -368,7 +368,7 @@ def write(results: Sequence[Result], folder: str | Path, force: bool = False) ->
     Raises:
         FileExistsError: if it exists and `force` is False.
     """
-    with whole_folder(folder, force) as place:
+    with atomic_dir(folder, force) as place:
         content = [result.to_json() for result in results]
         (place / "results.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         (place / "results.md").write_text(to_markdown(results), encoding="utf-8")

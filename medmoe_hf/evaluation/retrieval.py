@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from medmoe_hf.evaluation.encoders import SCORES, Encoder, MedMoEEncoder, scores_of
 from medmoe_hf.evaluation.intervals import bootstrap
 from medmoe_hf.evaluation.metrics import caption_groups, precision_at_k, ranks, retrieval_metrics
 from medmoe_hf.evaluation.recipes import EvaluationSet
 from medmoe_hf.evaluation.results import Result, common_facts, tested
+from medmoe_hf.inference.encoders import SCORES, Encoder, MedMoEEncoder, scores_of
 
 KS = (1, 5, 10)
 PRECISION_KS = (5, 10, 100)

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import numpy as np
 from torch import Tensor
 
-from medmoe_hf.evaluation.encoders import Encoder, MedMoEEncoder
 from medmoe_hf.evaluation.recipes import EvaluationSet
 from medmoe_hf.evaluation.results import Result, common_facts, count_by_class, tested
+from medmoe_hf.inference.encoders import Encoder, MedMoEEncoder
 
 
 def routing(encoder: Encoder, data: EvaluationSet, resamples: int = 1000, seed: int = 0) -> Result:

@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from medmoe_hf.evaluation.encoders import BATCH_SIZE, MedMoEEncoder, load_encoder
 from medmoe_hf.evaluation.grounding import grounding
 from medmoe_hf.evaluation.linear_probe import linear_probe
 from medmoe_hf.evaluation.recipes import EvaluationSet, joined, load_recipe, open_recipe
@@ -13,6 +12,7 @@ from medmoe_hf.evaluation.results import Result, write
 from medmoe_hf.evaluation.retrieval import retrieval
 from medmoe_hf.evaluation.routing import routing
 from medmoe_hf.evaluation.zero_shot import zero_shot
+from medmoe_hf.inference.encoders import BATCH_SIZE, MedMoEEncoder, load_encoder
 
 PROTOCOLS: dict[str, Callable[..., Result]] = {
     "zero-shot": zero_shot,

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from medmoe_hf.evaluation.encoders import SCORES, Encoder, MedMoEEncoder, scores_of
 from medmoe_hf.evaluation.intervals import bootstrap
 from medmoe_hf.evaluation.recipes import EvaluationSet
 from medmoe_hf.evaluation.results import Result, common_facts, count_by_class, tested
+from medmoe_hf.inference.encoders import SCORES, Encoder, MedMoEEncoder, scores_of
 
 
 class ZeroShotClassifier:
@@ -35,7 +35,7 @@ class ZeroShotClassifier:
         if empty or not prompts:
             raise ValueError(f"Each class needs a list of sentences; {empty[0] if empty else 'no class'} has none.")
         self.encoder, self.classes = encoder, list(prompts)
-        sentences, class_ids = _in_a_row(prompts)
+        sentences, class_ids = flatten_prompts(prompts)
         by_class = _by_class(encoder.encode_texts(sentences).t(), class_ids)
         self.class_embeds = nn.functional.normalize(by_class, dim=0)
 
@@ -67,7 +67,7 @@ def zero_shot(
     data = tested(data)
     if data.labels is None or not data.classes or list(data.prompts) != list(data.classes):
         raise ValueError(f"{data.name}: zero-shot needs labels, and prompts for each of its classes.")
-    sentences, class_ids = _in_a_row(data.prompts)
+    sentences, class_ids = flatten_prompts(data.prompts)
     result = Result(
         protocol="zero-shot",
         model=encoder.name,
@@ -96,7 +96,7 @@ def zero_shot(
     return result
 
 
-def _in_a_row(prompts: Mapping[str, Sequence[str]]) -> tuple[list[str], Tensor]:
+def flatten_prompts(prompts: Mapping[str, Sequence[str]]) -> tuple[list[str], Tensor]:
     """The M sentences of all classes, and the class of each, (M,)."""
     sentences = [sentence for name in prompts for sentence in prompts[name]]
     return sentences, torch.tensor([label for label, name in enumerate(prompts) for _ in prompts[name]])

@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import nn
 
-from medmoe_hf.data.atomic import whole_file
+from medmoe_hf.common.files import atomic_write
 from medmoe_hf.model import MedMoEConfig, MedMoEForImageClassification, MedMoEModel
 from medmoe_hf.model.configuration_medmoe import PRESETS
 from medmoe_hf.model.modalities_medmoe import MODALITY_ALIASES
@@ -146,7 +146,7 @@ def write_card(folder: str | Path, card: ModelCard, force: bool = False) -> Path
                 f"{path} was not written by `medmoe card`. Replace it with `--force`; or put the line\n"
                 f"{HAND_WRITTEN}\nabove what should stay, and only what is above it will be replaced."
             )
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(str(card).rstrip() + (kept.rstrip() or "") + "\n", encoding="utf-8")
     return path
 

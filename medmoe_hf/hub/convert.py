@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, BertTokenizer, SwinModel
 
-from medmoe_hf.data.atomic import whole_folder
+from medmoe_hf.common.files import atomic_dir, redact_paths
 from medmoe_hf.data.checkpoint_names import refuse_missing_folder
 from medmoe_hf.data.phantom import phantom_vocabulary
-from medmoe_hf.data.places import without_places
 from medmoe_hf.hub.checkpoint_files import ConvertError, read_state_dict
 from medmoe_hf.model import (
     MedMoEConfig,
@@ -333,11 +332,11 @@ def _save(
 ) -> None:
     side = model.config.vision_config.image_size
     images = MedMoEImageProcessor(size={"height": side, "width": side}, **(image_statistics or {}))
-    with whole_folder(out, force) as partial:
+    with atomic_dir(out, force) as partial:
         model.save_pretrained(partial)
         MedMoEProcessor(images, tokenizer).save_pretrained(partial)
         (partial / "conversion.json").write_text(
-            json.dumps(without_places(asdict(report)), indent=1) + "\n", encoding="utf-8"
+            json.dumps(redact_paths(asdict(report)), indent=1) + "\n", encoding="utf-8"
         )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, normalize
 from transformers.tokenization_utils_base import LARGE_INTEGER
 
-from medmoe_hf.data.atomic import whole_folder
+from medmoe_hf.common.files import atomic_dir
 from medmoe_hf.data.checkpoint_names import refuse_missing_folder
 from medmoe_hf.model import MedMoEConfig, MedMoEModel, MedMoEProcessor, MedMoETokenizer
 
@@ -181,7 +181,7 @@ def export(
             batch_sizes=[len(pixel_values), 1],
             experts=[modalities[index] for index in image_tower(pixel_values)[3].unique().tolist()],
         )
-    with whole_folder(out, force) as partial, torch.no_grad():
+    with atomic_dir(out, force) as partial, torch.no_grad():
         signatures = {
             "image_tower": _export_tower(
                 partial / f"image_tower{FORMATS[format]}",

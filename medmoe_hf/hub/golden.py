@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from medmoe_hf.data.atomic import whole_file
+from medmoe_hf.common.files import atomic_write
 from medmoe_hf.hub import clean_load
 from medmoe_hf.hub.folder_checks import GOLDEN, PublishError
 from medmoe_hf.model import (
@@ -87,7 +87,7 @@ def write_golden(folder: str | Path) -> Path:
     if place.is_file() and _agrees(place, tensors):
         return place
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    with whole_file(place) as partial:
+    with atomic_write(place) as partial:
         # Under one key, for several come in any order, and the same would be another file.
         save_file(tensors, partial, metadata={"golden": json.dumps({"texts": _TEXTS, "versions": versions})})
     return place

@@ -22,7 +22,7 @@ import numpy as np
 from huggingface_hub import DatasetCard, DatasetCardData
 from PIL import Image, ImageOps
 
-from medmoe_hf.data.atomic import whole_folder
+from medmoe_hf.common.files import atomic_dir
 from medmoe_hf.data.shards import ShardError
 from medmoe_hf.data.sources import IMAGE_FIELDS, field_of
 from medmoe_hf.data.stream import SampleStream
@@ -125,7 +125,7 @@ def export_data(
         if source.kind == "phantom" and source.length is None:
             raise ValueError("An endless phantom source cannot be published; give it a `length`.")
     findings: list[Finding] = []
-    with whole_folder(out_dir) as partial:
+    with atomic_dir(out_dir) as partial:
         if not i_have_removed_identifiers:
             for source in sources:
                 findings += _in_files(source)

@@ -330,6 +330,8 @@ class MedMoETextConfig(PreTrainedConfig):
         # encoder's folder takes its part and leaves the rest.
         if cls.model_type == "medmoe_text_model" and config_dict.get("model_type") == "medmoe":
             config_dict = {key: config_dict[key] for key in (*_TEXT_FIELDS, "dtype") if key in config_dict}
+        # Folders saved by earlier versions still load.
+        config_dict = {_RENAMED_FIELDS.get(key, key): value for key, value in config_dict.items()}
         return super().from_dict(config_dict, **kwargs)
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -363,6 +365,8 @@ class MedMoETextConfig(PreTrainedConfig):
 
 
 _TEXT_FIELDS = tuple(MedMoETextConfig.__annotations__)
+_RENAMED_FIELDS = {"local_loss_products": "local_loss_matmul_dtype"}
+"""Earlier names of fields, as written by version 0.1."""
 
 
 @strict
@@ -382,8 +386,8 @@ class MedMoEConfig(MedMoETextConfig):
         similarity: what `logits_per_image` scores: `"global"` (v_g with t_g), `"local"` (words with regions) or their
             `"mean"`.
         local_loss: `"gloria"` (Huang et al., ICCV 2021) or `"token"` (the formula of section 4.4).
-        local_loss_products: the type in which `gloria` multiplies its matrices. `"bfloat16"` is faster where a machine
-            has units for it, and rounds each factor to three digits; sums and all else stay float32.
+        local_loss_matmul_dtype: the dtype of the matrix products of `gloria`. `"bfloat16"` is faster on hardware with
+            matrix units for it, and rounds each factor to three digits; sums and everything else stay float32.
         temp1: inverse temperature of the attention over regions (`gloria`).
         temp1_regions: the number of regions that `temp1` is meant for (361 = 19x19 in GLoRIA): with M regions it grows
             to temp1 + ln(M / temp1_regions), so that the largest weight a region can have stays the same. None keeps
@@ -421,7 +425,7 @@ class MedMoEConfig(MedMoETextConfig):
     projection_dim: int | None = None
     similarity: Literal["global", "local", "mean"] = "global"
     local_loss: Literal["gloria", "token"] = "gloria"
-    local_loss_products: Literal["float32", "bfloat16"] = "float32"
+    local_loss_matmul_dtype: Literal["float32", "bfloat16"] = "float32"
     temp1: float | int = 4.0
     temp1_regions: int | None = None
     temp2: float | int = 5.0
@@ -526,8 +530,8 @@ PRESETS: dict[str, dict[str, Any]] = {
             "global_features": "expert",
         },
     },
-    # What examples/ablation.py has left of it: v_g from both and projections won by themselves, the rest together; a
-    # learned scale of the global loss lost.
+    # Result of examples/experiments/ablation.py: v_g from both and the projections won individually, the rest won as a
+    # group; a learned scale of the global loss lost.
     "plus": {
         "text_config": {"model_type": "bert", "vocab_size": 28996},
         "word_pooling": "mean",

@@ -290,8 +290,8 @@ class _GloriaSimilarity(torch.autograd.Function):
             maps, part = regions[chunk[0]].to(products), chunk[1]
             context = contexts[chunk if keeps_contexts else first]
             share, weight = shares[chunk if keeps_shares else first], weights[first]
-            _share_out(contrasts[part], maps, chunk_sizes, weight, share)
-            _weigh(share, chunk_sizes, temp1, weight)
+            _word_softmax_(contrasts[part], maps, chunk_sizes, weight, share)
+            _region_weights_(share, chunk_sizes, temp1, weight)
             torch.bmm(weight, maps.transpose(1, 2), out=context)
             cosines[chunk] = (_unit(context.float()) * unit_words[part]).sum(dim=-1)
         similarity = _by_caption(lambda values: values.logsumexp(dim=-1), temp2 * cosines, sizes)
@@ -325,8 +325,8 @@ class _GloriaSimilarity(torch.autograd.Function):
                 weight, grad_scores = terms[:, :number], terms[:, number:]
                 share = spare[first] if shares is None else shares[chunk]
                 if shares is None:
-                    _share_out(contrasts[part], maps, chunk_sizes, weight, share)
-                _weigh(share, chunk_sizes, ctx.temp1, weight)
+                    _word_softmax_(contrasts[part], maps, chunk_sizes, weight, share)
+                _region_weights_(share, chunk_sizes, ctx.temp1, weight)
                 context = torch.bmm(weight, maps.transpose(1, 2)) if contexts is None else contexts[chunk]
                 context, cosine = context.float(), cosines[chunk].unsqueeze(-1)
                 pull = grad_cosines[chunk].unsqueeze(-1) * _inverse_length(context)
@@ -426,7 +426,7 @@ def _contrasts(words: Tensor, sizes: list[int]) -> Tensor:
     return contrasts
 
 
-def _share_out(contrasts: Tensor, maps: Tensor, sizes: list[int], scores: Tensor, shares: Tensor) -> None:
+def _word_softmax_(contrasts: Tensor, maps: Tensor, sizes: list[int], scores: Tensor, shares: Tensor) -> None:
     """Fills `shares` (b, P, M): for each region the share of each word, a softmax over the words of each caption.
 
     `scores` is as large, and left with t_i·v_j.
@@ -436,7 +436,7 @@ def _share_out(contrasts: Tensor, maps: Tensor, sizes: list[int], scores: Tensor
         torch.softmax(section, 2, dtype=shares.dtype, out=share)
 
 
-def _weigh(shares: Tensor, sizes: list[int], temp1: float, weights: Tensor) -> None:
+def _region_weights_(shares: Tensor, sizes: list[int], temp1: float, weights: Tensor) -> None:
     """Fills `weights` (b, P, M) with the second softmax without its normaliser, which the cosine does not see.
 
     Shares lie in 0..1: unless `temp1` is large, exponentials neither overflow nor vanish.
@@ -569,7 +569,7 @@ def local_logits(config: Any, local_embeds: Tensor, word_embeds: Tensor, word_ma
     """The word-region similarity that belongs to `config.local_loss`; shapes as `gloria_logits`."""
     if config.local_loss == "gloria":
         temp1 = region_temperature(config, local_embeds.shape[2] * local_embeds.shape[3])
-        products = getattr(torch, config.local_loss_products)
+        products = getattr(torch, config.local_loss_matmul_dtype)
         return gloria_logits(local_embeds, word_embeds, word_mask, temp1, config.temp2, config.temp3, products)
     return token_logits(local_embeds, word_embeds, word_mask, config.temp3)
 

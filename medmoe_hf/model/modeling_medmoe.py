@@ -78,7 +78,7 @@ _PROCESSING_AUTO_MAP = {
 }
 
 
-_ALWAYS_GIVEN: Any = None  # `ModelOutput` wants a default for every field
+_REQUIRED: Any = None  # `ModelOutput` wants a default for every field
 
 
 @dataclass
@@ -94,9 +94,9 @@ class MedMoEBackboneOutput(ModelOutput):
         attentions: the attention weights of the last block of each stage, if asked for.
     """
 
-    last_hidden_state: Tensor = _ALWAYS_GIVEN
-    pooler_output: Tensor = _ALWAYS_GIVEN
-    feature_maps: tuple[Tensor, ...] = _ALWAYS_GIVEN
+    last_hidden_state: Tensor = _REQUIRED
+    pooler_output: Tensor = _REQUIRED
+    feature_maps: tuple[Tensor, ...] = _REQUIRED
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
@@ -137,10 +137,10 @@ class MedMoETextOutput(ModelOutput):
         hidden_states, attentions: the encoder's, if asked for.
     """
 
-    last_hidden_state: Tensor = _ALWAYS_GIVEN
-    pooler_output: Tensor = _ALWAYS_GIVEN
-    word_embeds: Tensor = _ALWAYS_GIVEN
-    word_mask: Tensor = _ALWAYS_GIVEN
+    last_hidden_state: Tensor = _REQUIRED
+    pooler_output: Tensor = _REQUIRED
+    word_embeds: Tensor = _REQUIRED
+    word_mask: Tensor = _REQUIRED
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
@@ -968,7 +968,7 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
             everything = [expert(feature_maps, size) for expert in self.experts]
             local, weights = (torch.stack(parts, dim=1) for parts in zip(*everything, strict=True))
             return torch.einsum("bk,bkdhw->bdhw", mixture, local), torch.einsum("bk,bkshw->bshw", mixture, weights)
-        local, weights = self._send(feature_maps, expert_ids, size)
+        local, weights = self._dispatch(feature_maps, expert_ids, size)
         return local, weights
 
     def mean_embeds(self, feature_maps: Sequence[Tensor], expert_ids: Tensor, mixture: Tensor | None = None) -> Tensor:
@@ -977,9 +977,9 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
         if mixture is not None:
             everything = torch.stack([expert(feature_maps, size, mean_only=True)[0] for expert in self.experts], dim=1)
             return (mixture.unsqueeze(1).to(everything.dtype) @ everything).squeeze(1)
-        return self._send(feature_maps, expert_ids, size, mean_only=True)[0]
+        return self._dispatch(feature_maps, expert_ids, size, mean_only=True)[0]
 
-    def _send(
+    def _dispatch(
         self, feature_maps: Sequence[Tensor], expert_ids: Tensor, size: Sequence[int], mean_only: bool = False
     ) -> tuple[Tensor, ...]:
         """What each image's own expert makes of it, in the order of the batch.
@@ -996,7 +996,7 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
             # Only sizes are asked for, and those are the same for every expert.
             return self.experts[0](feature_maps, size, mean_only)
         if self._on_cpu_for_inference(expert_ids):
-            return self._send_one_by_one(feature_maps, expert_ids, size, mean_only)
+            return self._dispatch_per_sample(feature_maps, expert_ids, size, mean_only)
         order = expert_ids.argsort(stable=True)
         counts = torch.bincount(expert_ids, minlength=len(self.experts)).tolist()
         together = in_process_group()
@@ -1016,10 +1016,10 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
             torch.cat([value.to(order.device) for value in values])[back] for values in zip(*parts, strict=True)
         )
 
-    def _send_one_by_one(
+    def _dispatch_per_sample(
         self, feature_maps: Sequence[Tensor], expert_ids: Tensor, size: Sequence[int], mean_only: bool
     ) -> tuple[Tensor, ...]:
-        """As `_send`, image by image, into one result: what lies between then stays in a processor's cache, and in
+        """As `_dispatch`, image by image, into one result: what lies between then stays in a processor's cache, and in
         memory that the system has already given."""
         results: tuple[Tensor, ...] = ()
         for row, expert in enumerate(expert_ids.tolist()):
@@ -1392,16 +1392,16 @@ class MedMoEModel(MedMoEPreTrainedModel):
         mixture = self.vision_model.mixture_weights(logits, modality)
         local, _ = self.vision_model.fuse(backbone_output.feature_maps, expert_ids, mixture)
         words, word_mask = text.word_embeds.expand(images, -1, -1), text.word_mask.expand(images, -1)
-        held_against = None
+        reference_embeds = None
         if reference is not None:
-            held_against = self.text_model(**reference, return_dict=True).pooler_output.mean(dim=0)
+            reference_embeds = self.text_model(**reference, return_dict=True).pooler_output.mean(dim=0)
 
         def project(regions_by: nn.Module | None, words_by: nn.Module | None) -> tuple[Tensor, Tensor, Tensor | None]:
             if regions_by is None or words_by is None:
-                return local.flatten(2), words, held_against
+                return local.flatten(2), words, reference_embeds
             regions = regions_by(local.flatten(2).transpose(1, 2)).transpose(1, 2)
             # Linear without a bias: the mean of the words and the projection may change places.
-            return regions, words_by(words), None if held_against is None else words_by(held_against)
+            return regions, words_by(words), None if reference_embeds is None else words_by(reference_embeds)
 
         regions, by_loss, absent = project(self.local_projection, self.word_projection)
         attention = word_attention(self.config, regions, by_loss, word_mask)

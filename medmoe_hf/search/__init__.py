@@ -1,6 +1,6 @@
 """Bulk encoding of image-report pairs, and search in what was encoded."""
 
-from medmoe_hf.search.encode import EncodeError, EncodeRecord, encode_sources, encode_texts
+from medmoe_hf.search.encode import EncodeError, EncodeRecord, encode_sources
 from medmoe_hf.search.index import EmbeddingIndex, Hit, hits_table, search
 
 __all__ = [
@@ -9,7 +9,6 @@ __all__ = [
     "EncodeRecord",
     "Hit",
     "encode_sources",
-    "encode_texts",
     "hits_table",
     "search",
 ]

@@ -29,14 +29,15 @@ import pyarrow.parquet
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
-from medmoe_hf.console import progress
-from medmoe_hf.data.atomic import whole_file
+from medmoe_hf.common.console import progress
+from medmoe_hf.common.files import atomic_write
 from medmoe_hf.data.checkpoint_names import refuse_missing_folder
 from medmoe_hf.data.collate import ContrastiveCollator
 from medmoe_hf.data.stream import Place, Sample, SampleStream
+from medmoe_hf.inference.texts import encode_texts
 from medmoe_hf.model import MedMoEModel, MedMoEProcessor
 
 MANIFEST = "encoding.json"
@@ -214,38 +215,6 @@ def _lasting(value: Any) -> Any:
     return [_lasting(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
-@torch.inference_mode()
-def encode_texts(model: Any, processor: Any, texts: Sequence[str], batch_size: int = 64) -> Tensor:
-    """Report embeddings (N, D) float32 of length 1, on the CPU: texts of like length share a batch, equal ones a row.
-
-    Args:
-        model: a `MedMoEModel`, in `eval` mode.
-        processor: its `MedMoEProcessor`.
-        texts: N of them.
-        batch_size: texts at a time.
-    """
-    different = list(dict.fromkeys(texts))
-    if not different:
-        return torch.zeros(0, embedding_size(model))
-    tokens = processor(text=different, padding=False)
-    order = sorted(range(len(different)), key=lambda index: len(tokens["input_ids"][index]))
-    rows = {different[index]: row for row, index in enumerate(order)}
-    parts = []
-    for start in progress(range(0, len(order), batch_size), "texts", unit="batch"):
-        some = order[start : start + batch_size]
-        batch = processor.tokenizer.pad(
-            {name: [values[index] for index in some] for name, values in tokens.items()}, return_tensors="pt"
-        )
-        features = model.get_text_features(**batch.to(model.device)).pooler_output
-        parts.append(nn.functional.normalize(features.float(), dim=-1).cpu())
-    return torch.cat(parts)[[rows[text] for text in texts]]
-
-
-def embedding_size(model: Any) -> int:
-    """D, the width of the space that images and reports share."""
-    return model.config.projection_dim or model.config.text_config.hidden_size
-
-
 @dataclass
 class _Encoder:
     """Samples to the columns of a shard."""
@@ -383,7 +352,7 @@ class _Writer:
     def write(self, table: pyarrow.Table, state: dict[str, Any]) -> None:
         table = table.replace_schema_metadata({_STATE: json.dumps(state).encode()})
         path = self.place(len(self.listed))
-        with whole_file(path) as partial:
+        with atomic_write(path) as partial:
             # Numbers like these do not compress.
             pyarrow.parquet.write_table(
                 table,
@@ -393,7 +362,7 @@ class _Writer:
                 write_page_checksum=True,
             )
             self.listed[path.name] = [partial.stat().st_size, _checksum(partial)]
-            with whole_file(self.list_path) as partial_list:
+            with atomic_write(self.list_path) as partial_list:
                 partial_list.write_text(json.dumps(self.listed, indent=1) + "\n", encoding="utf-8")
 
     def _read_list(self) -> dict[str, list[Any]]:
@@ -468,7 +437,7 @@ def _claim(out: Path, manifest: dict[str, Any]) -> None:
     if out.exists() and (not out.is_dir() or any(path.name != f".{MANIFEST}.partial" for path in out.iterdir())):
         raise EncodeError(f"{out} is there, and no folder of embeddings (no {MANIFEST} in it); choose another.")
     out.mkdir(parents=True, exist_ok=True)
-    with whole_file(out / MANIFEST) as partial:
+    with atomic_write(out / MANIFEST) as partial:
         partial.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 

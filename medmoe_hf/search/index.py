@@ -16,14 +16,14 @@ import pyarrow.parquet
 import torch
 from torch import nn
 
-from medmoe_hf.console import progress, text_table
-from medmoe_hf.data.atomic import whole_folder
+from medmoe_hf.common.console import progress, text_table
+from medmoe_hf.common.files import atomic_dir
 from medmoe_hf.data.checkpoint_names import refuse_missing_folder
+from medmoe_hf.inference.texts import encode_texts
 from medmoe_hf.model import MedMoEModel, MedMoEProcessor
 from medmoe_hf.search.encode import (
     EncodeError,
     FinishedShard,
-    encode_texts,
     finished_shards,
     model_fingerprint,
     read_shard,
@@ -231,7 +231,7 @@ def _build(place: Path, facts: dict[str, Any], shards: Sequence[FinishedShard], 
         empty.by_residual = False
         empty.train(_some_vectors(shards, column, _TRAINED_ON * LISTS))
     modalities = np.zeros(total, np.uint8)
-    with whole_folder(place, force=True) as partial:
+    with atomic_dir(place, force=True) as partial:
         segment, segments, row = faiss.clone_index(empty), 0, 0
         for shard in progress(shards, f"indexing {place.name}", "shard"):
             names = read_shard(shard.path, ["modality"]).column("modality").to_pylist()

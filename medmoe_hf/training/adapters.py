@@ -6,14 +6,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from medmoe_hf.data.atomic import whole_folder
+from medmoe_hf.common.files import atomic_dir
 from medmoe_hf.data.checkpoint_names import refuse_missing_folder
 from medmoe_hf.model import MedMoEForImageClassification, MedMoEModel, MedMoEProcessor
 from medmoe_hf.training.build import nearest_names, split_tower
+from medmoe_hf.training.config import LoraSection
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -32,33 +32,6 @@ _TRAINED = (
     "logit_scale",
 )
 _ATTENTION = re.compile(r"(?:^|\.)(?:self_?)?(?:attn|attentions?)\.")
-
-
-class LoraSection(BaseModel):
-    """Trains an update of low rank for some modules, in the place of all weights.
-
-    Modules are named whole, by the end of their name (`q_proj`, `attention.output.dense`), or by a pattern
-    (`vision_model.*.q_proj`).
-
-    Attributes:
-        rank: of the updates.
-        alpha: updates are multiplied by alpha / rank.
-        dropout: share of an update's inputs that is dropped in training.
-        targets: linear, convolutional or embedding layers that get an update; None: the projections of the attention
-            in both towers (in a tower without attention: its linear layers and 1x1 convolutions).
-        train: modules (or single parameters) that are trained and saved whole; None: routers, projections, classifier
-            and learned scale, of those that there are.
-        merge: whether the output folder holds a whole model, updates added to its weights, and not the adapter alone.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    rank: int = Field(default=8, ge=1)
-    alpha: float = Field(default=16.0, gt=0)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    targets: list[str] | None = Field(default=None, min_length=1)
-    train: list[str] | None = None
-    merge: bool = False
 
 
 def add_lora(model: nn.Module, section: LoraSection) -> "PeftModel":
@@ -174,7 +147,7 @@ def merge_adapter(adapter: str | Path, out: str | Path, base: str | Path | None 
     except (RuntimeError, KeyError) as error:
         raise ValueError(f"{adapter} does not fit {base}; is that its base? {error}") from error
     processor = MedMoEProcessor.from_pretrained(adapter if (adapter / "processor_config.json").is_file() else base)
-    with whole_folder(out, force) as partial:
+    with atomic_dir(out, force) as partial:
         merged.save_pretrained(partial)
         processor.save_pretrained(partial)
 

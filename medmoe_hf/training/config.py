@@ -5,9 +5,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from medmoe_hf.common.yaml_files import in_words, read_yaml
 from medmoe_hf.data.sources import SOURCE_SECTIONS, Source, SourceError, load_sources
-from medmoe_hf.data.yaml_files import in_words, read_yaml
-from medmoe_hf.training.adapters import LoraSection
 
 
 class ConfigError(ValueError):
@@ -98,6 +97,33 @@ class CheckpointSection(BaseModel):
     every_minutes: float = Field(default=15.0, ge=0)
     keep_last: int = Field(default=2, ge=1)
     keep_best: bool = True
+
+
+class LoraSection(BaseModel):
+    """Trains an update of low rank for some modules, in the place of all weights.
+
+    Modules are named whole, by the end of their name (`q_proj`, `attention.output.dense`), or by a pattern
+    (`vision_model.*.q_proj`).
+
+    Attributes:
+        rank: of the updates.
+        alpha: updates are multiplied by alpha / rank.
+        dropout: share of an update's inputs that is dropped in training.
+        targets: linear, convolutional or embedding layers that get an update; None: the projections of the attention
+            in both towers (in a tower without attention: its linear layers and 1x1 convolutions).
+        train: modules (or single parameters) that are trained and saved whole; None: routers, projections, classifier
+            and learned scale, of those that there are.
+        merge: whether the output folder holds a whole model, updates added to its weights, and not the adapter alone.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    rank: int = Field(default=8, ge=1)
+    alpha: float = Field(default=16.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: list[str] | None = Field(default=None, min_length=1)
+    train: list[str] | None = None
+    merge: bool = False
 
 
 class TrainConfig(BaseModel):

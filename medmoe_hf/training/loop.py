@@ -29,9 +29,8 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import get_scheduler
 
-from medmoe_hf.data.atomic import whole_folder
+from medmoe_hf.common.files import atomic_dir, redact_paths
 from medmoe_hf.data.collate import ContrastiveCollator
-from medmoe_hf.data.places import without_places
 from medmoe_hf.data.reading import Fault, Place, Reader
 from medmoe_hf.data.shards import ShardError
 from medmoe_hf.data.sources import SourceError, has_labels
@@ -642,7 +641,7 @@ class TrainingRun:
         }
         with self._written_by_main(f"The checkpoint of step {self.record.steps}"):
             if accelerator.is_main_process and self.record.steps not in self._written:
-                with whole_folder(self._place(), force=True) as partial:
+                with atomic_dir(self._place(), force=True) as partial:
                     self._write_model(partial, weights, averaged=False)
                     checkpoints.write_state(partial, state, tensors)
             if accelerator.is_main_process and rotate:
@@ -693,9 +692,9 @@ class TrainingRun:
                 save_adapter(model, self.processor, folder, weights)
 
     def _save_model(self, place: Path, weights: dict[str, Tensor]) -> None:
-        with whole_folder(place) as partial:
+        with atomic_dir(place) as partial:
             self._write_model(partial, weights, averaged=True)
-            text = json.dumps(without_places(asdict(self.record)), indent=1) + "\n"
+            text = json.dumps(redact_paths(asdict(self.record)), indent=1) + "\n"
             (partial / "training.json").write_text(text, encoding="utf-8")
 
     def _restore(self, checkpoint: Path, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:

@@ -14,7 +14,6 @@ from small_encoders import clip_folder, medmoe_folder, open_clip_architecture
 
 from medmoe_hf import console
 from medmoe_hf.data import MODALITIES, write_webdataset, zero_shot_prompts
-from medmoe_hf.evaluation.encoders import load_encoder
 from medmoe_hf.evaluation.grounding import NONSENSE, grounding
 from medmoe_hf.evaluation.linear_probe import linear_probe, own_splits, stratified_part
 from medmoe_hf.evaluation.recipes import EvaluationSet, joined, load_recipe, open_recipe
@@ -22,6 +21,7 @@ from medmoe_hf.evaluation.retrieval import retrieval
 from medmoe_hf.evaluation.routing import routing
 from medmoe_hf.evaluation.suite import PROTOCOLS, evaluate
 from medmoe_hf.evaluation.zero_shot import ZeroShotClassifier, zero_shot
+from medmoe_hf.inference.encoders import load_encoder
 
 
 class FakeEncoder:

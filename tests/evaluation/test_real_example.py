@@ -1,4 +1,4 @@
-"""`examples/evaluate_real.py`: labels from masks, and a split whose parts do not touch."""
+"""`examples/experiments/evaluate_real.py`: labels from masks, and a split whose parts do not touch."""
 
 import importlib.util
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 _spec = importlib.util.spec_from_file_location(
-    "evaluate_real", Path(__file__).parents[2] / "examples" / "evaluate_real.py"
+    "evaluate_real", Path(__file__).parents[2] / "examples" / "experiments" / "evaluate_real.py"
 )
 example = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(example)

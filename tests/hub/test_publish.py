@@ -617,7 +617,7 @@ def test_a_clean_process_sees_what_is_wrong(saved, folder, sharded):
     # Code that needs this package.
     code = folder / "losses_medmoe.py"
     source = code.read_text()
-    code.write_text(f"{source}\ntry:\n    from medmoe_hf.data import atomic\nexcept ValueError:\n    pass\n")
+    code.write_text(f"{source}\ntry:\n    from medmoe_hf.common import files\nexcept ValueError:\n    pass\n")
     with pytest.raises(PublishError, match=r"(?s)does not load where .* whoever loads this has not got it"):
         compare_with_golden(folder)
 

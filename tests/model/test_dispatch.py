@@ -108,12 +108,12 @@ def test_each_image_with_its_expert_s_parameters_is_what_groups_give(tower, mean
     """As it is done inside a graph."""
     maps = tower.encode(torch.randn(len(SIX_AND_TWO_ALIKE), 3, 64, 96)).feature_maps
     arguments = maps, torch.tensor(SIX_AND_TWO_ALIKE), tower.map_size(maps), mean_only
-    grouped = tower._send(*arguments)
+    grouped = tower._dispatch(*arguments)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     calls = []
     for expert in tower.experts[1:]:
         expert.register_forward_pre_hook(lambda *_: calls.append(1))
-    for found, right in zip(tower._send(*arguments), grouped, strict=True):
+    for found, right in zip(tower._dispatch(*arguments), grouped, strict=True):
         torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
     assert not calls
 
@@ -126,11 +126,11 @@ def test_one_by_one_without_gradients_is_what_groups_give_with_them(tower, mean_
     sizes = []
     for expert in tower.experts:
         expert.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0][0])))
-    grouped = tower._send(*arguments)
+    grouped = tower._dispatch(*arguments)
     assert max(sizes) > 1
     sizes.clear()
     with torch.no_grad():
-        alone = tower._send(*arguments)
+        alone = tower._dispatch(*arguments)
     assert sizes == [1] * len(SIX_AND_TWO_ALIKE)
     for found, right in zip(alone, grouped, strict=True):
         torch.testing.assert_close(found, right.detach(), rtol=1e-5, atol=1e-5)

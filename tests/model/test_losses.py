@@ -127,7 +127,7 @@ def slow_modality(logits, labels):
 def config(local_loss):
     return SimpleNamespace(
         local_loss=local_loss,
-        local_loss_products="float32",
+        local_loss_matmul_dtype="float32",
         temp1=TEMP1,
         temp1_regions=None,
         temp2=TEMP2,
@@ -226,7 +226,7 @@ def test_products_in_bfloat16_stay_near(kept, local, words, word_mask, monkeypat
     found = {}
     for products in ("float32", "bfloat16"):
         settings = config("gloria")
-        settings.local_loss_products = products
+        settings.local_loss_matmul_dtype = products
         loss = losses.local_loss(settings, local, words, word_mask)
         found[products] = loss, *torch.autograd.grad(loss, (local, words))
         assert all(tensor.dtype == torch.float32 for tensor in found[products])

@@ -35,7 +35,7 @@ def test_outputs_are_equal(name, expected, outputs):
 
 def test_the_precision_of_the_local_loss_is_read(expected, outputs):
     model, output = outputs
-    assert model.config.local_loss_products == "bfloat16"
+    assert model.config.local_loss_matmul_dtype == "bfloat16"
     # bfloat16 has eight bits, and not every processor rounds its sums at the same places.
     torch.testing.assert_close(output.loss_local, expected["output.loss_local"], rtol=5e-3, atol=5e-3)
 

@@ -6,9 +6,9 @@ import pytest
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from medmoe_hf.data import yaml_files
+from medmoe_hf.common import yaml_files
+from medmoe_hf.common.yaml_files import in_words, nearest, read_yaml
 from medmoe_hf.data.sources import SourceError, load_sources
-from medmoe_hf.data.yaml_files import in_words, nearest, read_yaml
 from medmoe_hf.evaluation.recipes import RecipeError, load_recipe
 from medmoe_hf.training import ConfigError, TrainConfig
 

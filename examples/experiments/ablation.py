@@ -1,6 +1,8 @@
 """Does each part of the design help? One change at a time, on synthetic phantoms.
 
-    python examples/ablation.py [--output ablation]     (half an hour on two quiet cores; --smoke: half a minute)
+    python examples/experiments/ablation.py [--output ablation] [--smoke]
+
+Takes half an hour on two quiet cores, or half a minute with --smoke.
 
 The base is `plus` in the size of `tiny`, with a third stage, and with the learned scale that the preset lost by this.
 Each row undoes one thing in which it differs from `paper`, or takes one part of the design away. All runs of a seed
@@ -38,8 +40,8 @@ from accelerate.utils import set_seed
 from scipy import stats
 from transformers import BertTokenizer, get_scheduler
 
+from medmoe_hf.common.files import atomic_write
 from medmoe_hf.data import MODALITIES, phantom_sample, phantom_vocabulary, zero_shot_prompts
-from medmoe_hf.data.atomic import whole_file
 from medmoe_hf.data.collate import ContrastiveCollator
 from medmoe_hf.evaluation import accuracy, recall_at_k
 from medmoe_hf.model import (
@@ -529,7 +531,7 @@ def draw_scale_weights(results: dict[str, Any], path: Path) -> None:
 
 def write(path: Path, text: str) -> None:
     """A file that is there whole or as it was before."""
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 

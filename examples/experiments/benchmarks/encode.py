@@ -1,6 +1,7 @@
 """Bulk encoding that is killed twice: no gap, no duplicate, flat memory, and the planted neighbours are found.
 
-    python examples/benchmarks/encode.py [--samples 20000] [--image-size 64] [--output bulk] [--processes 1]
+    python examples/experiments/benchmarks/encode.py [--samples 20000] [--image-size 64] [--output bulk]
+        [--processes 1]
 
 Draws phantoms into tars, plants a copy of one image and of one report among them, and runs `medmoe encode` with a new
 `tiny` model. The process is killed (SIGKILL) at two random moments and started again. Prints the resident memory of

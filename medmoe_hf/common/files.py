@@ -1,15 +1,16 @@
-"""Files and folders that appear whole, by rename, or not at all."""
+"""Files and folders that are written atomically, and records without the paths of a machine."""
 
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 
 @contextmanager
-def whole_file(target: str | Path) -> Iterator[Path]:
+def atomic_write(target: str | Path) -> Iterator[Path]:
     """Gives a path beside `target` to write to, which takes its name when the block ends well.
 
     What is there already stays until then, and is replaced. An interruption leaves at most `.NAME.partial`.
@@ -26,7 +27,7 @@ def whole_file(target: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(target: str | Path, force: bool = False) -> Iterator[Path]:
+def atomic_dir(target: str | Path, force: bool = False) -> Iterator[Path]:
     """Gives a new folder beside `target` to write into, which takes its name when the block ends well.
 
     Args:
@@ -66,3 +67,28 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def redact_paths(value: Any) -> Any:
+    """The same dictionaries, lists and values, in which the last part is all that is left of an absolute path.
+
+    Keys and patterns too, `::` between several included: `/home/me/shards/*.tar` becomes `*.tar`. Relative paths stay.
+    """
+    if isinstance(value, dict):
+        found: dict[Any, Any] = {}
+        for key, entry in value.items():
+            name, number = redact_paths(key) if isinstance(key, str) else key, 1
+            while (name if number == 1 else f"{name} ({number})") in found:
+                number += 1  # files of one name in two folders
+            found[name if number == 1 else f"{name} ({number})"] = redact_paths(entry)
+        return found
+    if isinstance(value, list | tuple):
+        return [redact_paths(entry) for entry in value]
+    return "::".join(_last_part(part) for part in value.split("::")) if isinstance(value, str) else value
+
+
+def _last_part(path: str) -> str:
+    if path.startswith(("/", "~")):
+        return PurePosixPath(path).name or path
+    windows = PureWindowsPath(path)
+    return windows.name or path if windows.drive else path

@@ -18,13 +18,13 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoModel, AutoProcessor, PretrainedConfig
 
-from medmoe_hf.console import progress
+from medmoe_hf.common.console import progress
 from medmoe_hf.data.checkpoint_names import refuse_missing_folder
+from medmoe_hf.inference.texts import encode_texts
 from medmoe_hf.model.image_processing_medmoe import MedMoEImageProcessor, MedMoEImageProcessorPil, to_rgb
 from medmoe_hf.model.losses_medmoe import local_logits
 from medmoe_hf.model.medical_images_medmoe import is_medical_image, read_medical_image
 from medmoe_hf.model.modalities_medmoe import MODALITIES, UNKNOWN_MODALITY, modality_id
-from medmoe_hf.search.encode import encode_texts
 
 try:
     import onnxruntime

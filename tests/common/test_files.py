@@ -2,13 +2,13 @@
 
 import pytest
 
-from medmoe_hf.data.atomic import whole_file
+from medmoe_hf.common.files import atomic_write
 
 
 def test_a_file_takes_its_name_when_it_is_whole(tmp_path):
     path = tmp_path / "facts.json"
     path.write_text("old")
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new"
@@ -20,7 +20,7 @@ def test_a_file_that_is_not_finished_leaves_the_old_one_and_nothing_else(tmp_pat
     path.write_text("old")
 
     def fail():
-        with whole_file(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_text("half")
             raise OSError("no space left")
 

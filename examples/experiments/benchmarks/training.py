@@ -1,6 +1,6 @@
 """Time and memory of the parts of a training step, each against a plain formulation.
 
-    python examples/benchmarks/training.py [--rounds 5] [--batches 16 32 48]
+    python examples/experiments/benchmarks/training.py [--rounds 5] [--batches 16 32 48]
 
 The local loss (GLoRIA's, forward and backward; 56x56 maps of 768, 25 words a caption) against the loop over captions
 of its formulation, in float32 and with bfloat16 products, and against the five matrix products it cannot do without;
@@ -51,7 +51,7 @@ def plain_gloria(maps: Tensor, words: Tensor) -> Tensor:
 def our_gloria(products: str) -> Callable[[Tensor, Tensor], Tensor]:
     config = SimpleNamespace(
         local_loss="gloria",
-        local_loss_products=products,
+        local_loss_matmul_dtype=products,
         temp1=TEMP1,
         temp1_regions=None,
         temp2=TEMP2,

@@ -1,6 +1,6 @@
 """Word-level heat-maps across modalities, like Figure 3 of the paper, of what `examples/quickstart.py` trained.
 
-    python examples/figure3.py quickstart [--output figure3.png]
+    python examples/experiments/figure3.py quickstart [--output figure3.png]
 
 One row a modality: an unseen phantom with the box of its finding, then the maps of up to four words of its report:
 the one that names the finding, and others that no normal report has. As in the quickstart, each word is read alone and

@@ -1,6 +1,6 @@
 """Parameters and operations of image towers, like Table 3 of the paper: computed, not copied.
 
-    python examples/table3.py [--output table3.json]
+    python examples/experiments/table3.py [--output table3.json]
 
 GMACs are multiply-adds for one image of 224x224 pixels: half of what PyTorch's `FlopCounterMode` counts, which are the
 convolutions and matrix products. Norms, activations, softmax and interpolation are not in it. All weights are random.
@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from medmoe_hf.data.atomic import whole_file
+from medmoe_hf.common.files import atomic_write
 from medmoe_hf.model import MedMoEConfig, MedMoEVisionModel
 
 SIDE = 224
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("table3.json"), help="the same numbers as JSON")
     arguments = parser.parse_args()
     table = rows()
-    with whole_file(arguments.output) as partial:
+    with atomic_write(arguments.output) as partial:
         partial.write_text(json.dumps({"image_size": SIDE, "towers": table}, indent=1) + "\n", encoding="utf-8")
     print("| image tower | parameters | GMACs |\n|---|---|---|")
     for row in table:

@@ -1,6 +1,6 @@
 """Images a second and core of the data path, from tar shards to normalised batches.
 
-    python examples/benchmarks/data.py [--images 600] [--rounds 5]
+    python examples/experiments/benchmarks/data.py [--images 600] [--rounds 5]
 
 Writes shards of 512x512 JPEGs, then runs in turn, on one thread and interleaved, so that a busy machine hurts all:
 decoding alone (the ceiling), the plain path (Pillow and transformers' stock image processor, in both of its backends),

@@ -1,6 +1,6 @@
 """What smaller numbers cost a trained model: zero-shot accuracy and retrieval in bfloat16, int8 and as ONNX.
 
-    python examples/benchmarks/precision.py [--model quickstart/model] [--data quickstart]
+    python examples/experiments/benchmarks/precision.py [--model quickstart/model] [--data quickstart]
 
 By default the quickstart's model, on the phantoms that it has not seen. Each format encodes the same images and texts;
 the cosines are those of its embeddings to float32's. int8 by torchao needs `pip install torchao`, ONNX the packages of
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from medmoe_hf.evaluation import recall_at_k
-from medmoe_hf.evaluation.encoders import Encoder, MedMoEEncoder, load_encoder
 from medmoe_hf.evaluation.recipes import load_recipe, open_recipe
 from medmoe_hf.evaluation.zero_shot import ZeroShotClassifier
 from medmoe_hf.hub.export import export
+from medmoe_hf.inference.encoders import Encoder, MedMoEEncoder, load_encoder
 
 
 class InBfloat16(MedMoEEncoder):

@@ -1,6 +1,6 @@
 """Absolute paths are cut down to their last part, and nothing else is touched."""
 
-from medmoe_hf.data.places import without_places
+from medmoe_hf.common.files import redact_paths
 
 
 def test_only_absolute_paths_lose_their_folders():
@@ -16,7 +16,7 @@ def test_only_absolute_paths_lose_their_folders():
         "root": "/",
         "skipped": {"/a/t.csv: missing image": 2, "/b/t.csv: missing image": 3, 7: "/c/d", "near/t.csv": 1},
     }
-    assert without_places(record) == {
+    assert redact_paths(record) == {
         "output_dir": "first",
         "data": {"train": [{"kind": "webdataset", "files": ["p-{000..012}.tar::*.tar", "near/*.tar"]}]},
         "resumed": [3, 5],

