@@ -15,11 +15,13 @@ from .image_files_medmoe import load_image
 from .image_processing_medmoe import MedMoEImageProcessor, MedMoEImageProcessorPil
 from .medical_images_medmoe import ImageError, ImageTooLargeError, MedicalImage, read_medical_image
 from .modeling_medmoe import (
+    MedMoEExpert,
     MedMoEForImageClassification,
     MedMoEModel,
     MedMoEOutput,
     MedMoETextModel,
     MedMoEVisionModel,
+    register_expert,
 )
 from .processing_medmoe import MedMoEProcessor
 from .tokenization_medmoe import MedMoETokenizer
@@ -43,6 +45,7 @@ __all__ = [
     "ImageError",
     "ImageTooLargeError",
     "MedMoEConfig",
+    "MedMoEExpert",
     "MedMoEForImageClassification",
     "MedMoEImageProcessor",
     "MedMoEImageProcessorPil",
@@ -58,4 +61,5 @@ __all__ = [
     "MedicalImage",
     "load_image",
     "read_medical_image",
+    "register_expert",
 ]

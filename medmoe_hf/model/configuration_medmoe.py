@@ -154,8 +154,9 @@ class MedMoEVisionConfig(PreTrainedConfig):
         pyramid_norm: whether each level of the pyramid is layer-normed before the experts read it.
         global_features: where the global embedding v_g comes from: `"backbone"` (mean of the backbone's last tokens),
             `"expert"` (mean of the selected expert's map) or `"both"` (the two side by side).
-        expert_type: `"convolution"` (three convolutions with BatchNorm a scale, two-dimensional alignment) or
-            `"token"` (one linear layer a scale, alignment of the flattened tokens, as in the official code).
+        expert_type: `"convolution"` (three convolutions with BatchNorm per scale, two-dimensional alignment),
+            `"token"` (one linear layer per scale, alignment of the flattened tokens, as in the official code), or a
+            name that was added with `register_expert`.
         expert_hidden_size: width C of a convolutional expert's 3x3 convolutions.
         local_size: width D of the local map V that an expert gives.
         map_size: side of the local map; None for that of the finest level.
@@ -180,7 +181,7 @@ class MedMoEVisionConfig(PreTrainedConfig):
     modalities: _Modalities = MODALITIES
     pyramid_norm: bool = False
     global_features: Literal["backbone", "expert", "both"] = "backbone"
-    expert_type: Literal["convolution", "token"] = "convolution"
+    expert_type: str = "convolution"
     expert_hidden_size: int = 144
     local_size: int = 768
     map_size: int | None = None

@@ -11,6 +11,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -817,7 +818,54 @@ def _interpolation(source: int, target: int) -> Tensor:
     return nn.functional.interpolate(rows, size=target, mode="linear", align_corners=False)[0]
 
 
-_EXPERTS = {"convolution": MedMoEExpert, "token": MedMoETokenExpert}
+_EXPERTS: dict[str, type[nn.Module]] = {"convolution": MedMoEExpert, "token": MedMoETokenExpert}
+
+
+def register_expert(name: str, cls: type[nn.Module], exist_ok: bool = False) -> None:
+    """Adds a class of experts, to be selected by `MedMoEVisionConfig.expert_type`.
+
+    The name is saved with the configuration, the class is not: register it before loading such a checkpoint too.
+
+    Args:
+        name: The value of `expert_type` that selects the class.
+        cls: A subclass of `MedMoEExpert`, or any module with the same constructor and `forward`. It is created once
+            per modality as `cls(config, channels)`, with the widths of the pyramid's S levels, and called with S
+            feature maps of shape `(B, C_s, H_s, W_s)`.
+        exist_ok: Whether a class that is registered under the same name may be replaced.
+
+    Raises:
+        ValueError: The name is already taken by another class.
+
+    Example:
+        >>> from medmoe_hf.model import MedMoEConfig, MedMoEExpert, MedMoEModel, register_expert
+        >>> class CoarseExpert(MedMoEExpert):
+        ...     def __init__(self, config, channels):
+        ...         super().__init__(config, channels[-1:])
+        ...
+        ...     def forward(self, feature_maps, *args, **kwargs):
+        ...         return super().forward(feature_maps[-1:], *args, **kwargs)
+        >>> register_expert("coarse", CoarseExpert)
+        >>> model = MedMoEModel(MedMoEConfig.from_preset("tiny", vision_config={"expert_type": "coarse"}))
+    """
+    if not exist_ok and _EXPERTS.get(name, cls) is not cls:
+        raise ValueError(
+            f'An expert named "{name}" is already registered ({_EXPERTS[name].__name__}); choose another name, '
+            "or pass `exist_ok=True` to replace it."
+        )
+    _EXPERTS[name] = cls
+
+
+def expert_class(name: str) -> type[nn.Module]:
+    """Returns the class that is registered under a name.
+
+    Raises:
+        ValueError: The name is unknown; the message lists the known ones.
+    """
+    if name not in _EXPERTS:
+        near = get_close_matches(name, _EXPERTS, n=1)
+        hint = f' Did you mean "{near[0]}"?' if near else " Add your own with `register_expert`."
+        raise ValueError(f'Unknown `expert_type` "{name}". Known types: {", ".join(sorted(_EXPERTS))}.{hint}')
+    return _EXPERTS[name]
 
 
 def align_map(feature_map: Tensor, size: Sequence[int]) -> Tensor:
@@ -863,7 +911,7 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
             channels[-1], config.router_hidden_size, config.num_experts, norm=config.router_norm
         )
         self.level_norms = nn.ModuleList(nn.LayerNorm(width) for width in channels if config.pyramid_norm)
-        expert = _EXPERTS[config.expert_type]
+        expert = expert_class(config.expert_type)
         self.experts = nn.ModuleList(expert(config, channels) for _ in range(config.num_experts))
         self.post_init()
 

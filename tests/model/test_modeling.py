@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from medmoe_hf.model import (
     MedMoEConfig,
+    MedMoEExpert,
     MedMoEForImageClassification,
     MedMoEModel,
     MedMoESwinConfig,
@@ -26,6 +27,8 @@ from medmoe_hf.model import (
     MedMoETextModel,
     MedMoEVisionConfig,
     MedMoEVisionModel,
+    modeling_medmoe,
+    register_expert,
 )
 from medmoe_hf.model.losses_medmoe import contrastive_loss, cosine_logits, local_logits, local_loss, modality_loss
 from medmoe_hf.model.modeling_medmoe import MedMoEConvLayer, MedMoERouter, MedMoESwinModel, align_map, pool_words
@@ -261,6 +264,52 @@ def test_scores_at_native_resolution_are_aligned_themselves(small):
     shares = shares / shares.sum(dim=1, keepdim=True)
     assert_same(weights, shares)
     assert_same(local, sum(shares[:, k : k + 1] * align_map(projected[k], (16, 16)) for k in range(4)))
+
+
+class CoarseExpert(MedMoEExpert):
+    """Reads the coarsest level alone."""
+
+    def __init__(self, config, channels):
+        super().__init__(config, channels[-1:])
+
+    def forward(self, feature_maps, *args, **kwargs):
+        return super().forward(feature_maps[-1:], *args, **kwargs)
+
+
+@pytest.fixture
+def registry():
+    with mock.patch.dict(modeling_medmoe._EXPERTS):
+        yield
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_registered_expert_is_used_saved_and_loaded(small, tmp_path):
+    register_expert("coarse", CoarseExpert)
+    model = small(vision_config={"expert_type": "coarse"})
+    assert {type(expert) for expert in model.vision_model.experts} == {CoarseExpert}
+    output = model(**texts(), pixel_values=images())
+    assert output.scale_weights.shape[1] == 1
+    model.save_pretrained(tmp_path)
+    assert MedMoEConfig.from_pretrained(tmp_path).vision_config.expert_type == "coarse"
+    again = MedMoEModel.from_pretrained(tmp_path)
+    assert all(map(torch.equal, model.state_dict().values(), again.state_dict().values()))
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_name_belongs_to_one_class_unless_it_is_replaced():
+    register_expert("coarse", CoarseExpert)
+    register_expert("coarse", CoarseExpert)
+    with pytest.raises(ValueError, match=r'"coarse" is already registered \(CoarseExpert\)'):
+        register_expert("coarse", MedMoEExpert)
+    register_expert("coarse", MedMoEExpert, exist_ok=True)
+    assert modeling_medmoe.expert_class("coarse") is MedMoEExpert
+
+
+def test_an_unknown_expert_type_names_the_known_ones(small):
+    with pytest.raises(ValueError, match=r'"tokens"\. Known types: convolution, token\. Did you mean "token"'):
+        small(vision_config={"expert_type": "tokens"})
+    with pytest.raises(ValueError, match="register_expert"):
+        small(vision_config={"expert_type": "mine"})
 
 
 def test_levels_of_the_pyramid_are_normed(small):
