@@ -1,9 +1,9 @@
 """Fine-tune a MedMoE image tower as a classifier with transformers' Trainer.
 
-    python examples/finetune_classification.py                      # on the quickstart's model and ultrasound phantoms
+    python examples/finetune_classification.py                      # the quickstart's model on ultrasound phantoms
     python examples/finetune_classification.py --model you/medmoe --data FOLDER
 
-FOLDER holds one folder of images for each class (the `imagefolder` layout).
+FOLDER contains one folder of images per class (the `imagefolder` layout).
 """
 
 import argparse
@@ -17,7 +17,7 @@ from medmoe_hf.data import FINDINGS, phantom_sample
 
 
 def phantoms(modality: str, count: int, seed: int) -> datasets.Dataset:
-    """Labelled synthetic images, in the columns of an image folder."""
+    """Return labelled synthetic images, with the columns of an image folder."""
     names = list(FINDINGS[modality])
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
     samples = [phantom_sample(seed, index, image_size=96, modalities=[modality]) for index in range(count)]
@@ -31,12 +31,14 @@ def phantoms(modality: str, count: int, seed: int) -> datasets.Dataset:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="quickstart/model", help="folder or Hub id of a MedMoE checkpoint")
-    parser.add_argument("--data", help="image folder; without it, ultrasound phantoms are drawn")
-    parser.add_argument("--output", default="runs/classifier")
-    parser.add_argument("--features", default="both", choices=("backbone", "expert", "both"))
-    parser.add_argument("--freeze", action="store_true", help="train the head alone (linear probe)")
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--data", help="image folder; default: synthetic ultrasound phantoms")
+    parser.add_argument("--output", default="runs/classifier", help="folder for the fine-tuned model")
+    parser.add_argument(
+        "--features", default="both", choices=("backbone", "expert", "both"), help="features that the head reads"
+    )
+    parser.add_argument("--freeze", action="store_true", help="train the classification head only (linear probe)")
+    parser.add_argument("--epochs", type=int, default=3, help="number of epochs")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak learning rate")
     arguments = parser.parse_args()
 
     if arguments.data:
@@ -85,12 +87,12 @@ def main() -> None:
         eval_dataset=test,
         compute_metrics=accuracy,
     )
-    print("before:", trainer.evaluate()["eval_accuracy"])
+    print("Accuracy before training:", trainer.evaluate()["eval_accuracy"])
     trainer.train()
-    print("after: ", trainer.evaluate()["eval_accuracy"], "of", len(test), "test images")
+    print(f"Accuracy after training: {trainer.evaluate()['eval_accuracy']} ({len(test)} test images)")
     trainer.save_model(arguments.output)
     processor.save_pretrained(arguments.output)
-    print(f"saved: AutoModelForImageClassification.from_pretrained({arguments.output!r}, trust_remote_code=True)")
+    print(f"Saved to {arguments.output}. Load it with AutoModelForImageClassification.from_pretrained.")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
-"""MedMoE from nothing to a checkpoint that loads anywhere, in one command, offline, on a laptop.
+"""Train and evaluate a small MedMoE from scratch: one command, offline, on a laptop.
 
     python examples/quickstart.py [--output quickstart]
 
-1. trains the `tiny` preset on synthetic image-report pairs (phantoms) of six modalities;
-2. saves it as a folder ready for the Hub;
-3. starts a second process that cannot import `medmoe_hf` (`quickstart_measure.py`), loads the folder there with the
-   Auto classes, measures it on phantoms it has not seen, and sends three real images through it;
-4. prints one table. `report.json` and `heatmaps.png` stay in the output folder.
+The script
 
-The numbers say that the software works. They are measured on drawings, and say nothing about patients.
+1. trains the `tiny` preset on synthetic image-report pairs (phantoms) of six modalities;
+2. saves the model as a folder that is ready for the Hub;
+3. starts a second process that cannot import `medmoe_hf` (`experiments/quickstart_measure.py`), which loads the folder
+   with the Auto classes, evaluates the model on unseen phantoms and routes three real images;
+4. prints a table, and writes `report.json` and `heatmaps.png` to the output folder.
+
+The numbers show that the software works. They are measured on drawings and say nothing about patients.
 """
 
 import argparse
@@ -27,12 +29,12 @@ TRAIN_SEED, HELD_OUT_SEED, UNSEEN_SEED = 0, 1, 2
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, default=Path("quickstart"), help="folder for all results")
-    parser.add_argument("--steps", type=int, default=1000, help="training steps")
-    parser.add_argument("--unseen", type=int, default=600, help="phantoms to measure on")
+    parser.add_argument("--output", type=Path, default=Path("quickstart"), help="new folder for all results")
+    parser.add_argument("--steps", type=int, default=1000, help="number of training steps")
+    parser.add_argument("--unseen", type=int, default=600, help="number of phantoms to evaluate on")
     arguments = parser.parse_args()
     if arguments.output.exists():
-        parser.error(f"{arguments.output} exists already; remove it or name another folder by --output")
+        parser.error(f"{arguments.output} already exists; remove it or choose another folder with --output")
     hide_foreign_bars()
     started = time.monotonic()
     side = 64
@@ -60,9 +62,8 @@ def main() -> None:
     )
     prompts = {modality: zero_shot_prompts(modality) for modality in FINDINGS}
     (arguments.output / "prompts.json").write_text(json.dumps(prompts, indent=1) + "\n")
-    subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("quickstart_measure.py")), str(arguments.output)], check=True
-    )
+    measure = Path(__file__).parent / "experiments" / "quickstart_measure.py"
+    subprocess.run([sys.executable, str(measure), str(arguments.output)], check=True)
     report_path = arguments.output / "report.json"
     report = json.loads(report_path.read_text())
     report["training"] = {"steps": record.steps, "pairs": record.samples, "seconds": round(record.seconds, 1)}
@@ -72,11 +73,11 @@ def main() -> None:
 
 
 def print_table(report: dict) -> None:
-    """One readable table of `report.json`."""
+    """Print the content of `report.json` as a table."""
     count = report["unseen_phantoms"]
     training = report["training"]
     print(f"\nMedMoE quickstart: {training['pairs']} phantom pairs in {training['seconds']:.0f} s of training;")
-    print(f"measured on {count} unseen phantoms (drawings, not patients), in a process without medmoe_hf\n")
+    print(f"evaluated on {count} unseen phantoms (drawings, not patients), in a process without medmoe_hf\n")
 
     def row(name: str, value: float, note: str = "") -> None:
         print(f"  {name:<44}{value:>7.3f}  {note}")
@@ -94,12 +95,12 @@ def print_table(report: dict) -> None:
             row(f"retrieval {direction.replace('_', ' ')} R@{k}", retrieval[f"{direction}_r{k}"], chance)
     pointing = report["pointing_game"]
     row("pointing game, the finding's word", pointing["finding_word"], f"a random pixel hits {pointing['chance']:.3f}")
-    row("pointing game, a nonsense word in its place", pointing["nonsense_word"])
+    row("pointing game, a nonsense word instead", pointing["nonsense_word"])
     print("\n  real images (the model has seen drawings only):")
     for image in report["real_images"]:
         named = f"{image['routed_to']} with probability {image['probability']:.2f}"
-        print(f"    {image['name']:<28} is {image['modality']:<8} routed to {named}")
-    print(f"\n  {report['total_seconds']:.0f} s in all; see report.json and heatmaps.png\n")
+        print(f"    {image['name']:<28} ({image['modality']}) is routed to {named}")
+    print(f"\n  {report['total_seconds']:.0f} s in total; see report.json and heatmaps.png\n")
 
 
 if __name__ == "__main__":

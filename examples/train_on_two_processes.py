@@ -1,9 +1,10 @@
-"""Streaming training on two processes of one machine, stopped in the middle and taken up again.
+"""Train on two processes from streamed shards, interrupt the run, and resume it.
 
     python examples/train_on_two_processes.py
 
-Writes phantom shards, trains on them with readers, negatives from both processes, a moving average, evaluations and
-TensorBoard logs; stops the run by SIGTERM as a cluster would, goes on with `--resume auto`, and loads the result.
+Writes phantom shards and trains on them with data workers, negatives from both processes, an exponential moving
+average, evaluations and TensorBoard logs. Stops the run with SIGTERM, as a cluster would, resumes it with
+`--resume auto`, and loads the result.
 On GPUs: `accelerate launch --config_file examples/accelerate/ddp.yaml -m medmoe_hf.cli train run.yaml`.
 """
 
@@ -26,7 +27,7 @@ STEPS = 60
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("two-processes"), help="a new folder")
+    parser.add_argument("--output", type=Path, default=Path("two-processes"), help="new folder for all results")
     output = parser.parse_args().output
     output.mkdir(parents=True)
 
@@ -40,7 +41,7 @@ def main() -> None:
             "num_workers": 1,
         },
         "max_steps": STEPS,
-        "batch_size": 16,  # a process: a pair is contrasted with 31 others
+        "batch_size": 16,  # per process: each pair is contrasted with 31 others
         "learning_rate": 1e-3,
         "warmup_steps": 10,
         "ema_decay": 0.95,
@@ -52,7 +53,7 @@ def main() -> None:
     config = output / "run.yaml"
     config.write_text(yaml.safe_dump(run, sort_keys=False))
 
-    # `accelerate launch` starts several processes on GPUs alone; what torchrun starts, Accelerate finds.
+    # On CPUs `accelerate launch` starts one process only; Accelerate also detects processes started by torchrun.
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "medmoe_hf.cli"]
     command += ["train", str(config), "--resume", "auto"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -61,13 +62,13 @@ def main() -> None:
     first = subprocess.Popen(command, env=environment)
     while first.poll() is None and not any(checkpoints.glob("step-*")):
         time.sleep(0.5)
-    print(f"\nSIGTERM while {sorted(path.name for path in checkpoints.glob('step-*'))} is there.")
+    print(f"\nSending SIGTERM; checkpoints: {sorted(path.name for path in checkpoints.glob('step-*'))}.")
     first.send_signal(signal.SIGTERM)
     first.wait()
 
     subprocess.run(command, env=environment, check=True)
     record = json.loads((output / "model" / "training.json").read_text())
-    print(f"\nTaken up again after step {record['resumed'][0]}; {record['steps']} steps, {record['samples']} pairs.")
+    print(f"\nResumed after step {record['resumed'][0]}. Total: {record['steps']} steps, {record['samples']} pairs.")
     for measured in record["evaluations"]:
         print(
             f"step {measured['step']:3}: held-out loss {measured['loss']:.2f}, routing by image "

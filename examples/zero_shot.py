@@ -1,6 +1,6 @@
-"""Zero-shot labels for images with any MedMoE checkpoint, by the stock pipeline and by classes of several sentences.
+"""Zero-shot classification with a MedMoE checkpoint: by the stock pipeline, and with several prompts per class.
 
-python examples/zero_shot.py                           # on the quickstart's model and a few unseen phantoms
+python examples/zero_shot.py                           # the quickstart's model on unseen phantoms
 python examples/zero_shot.py --model you/medmoe --image scan.png --labels "a chest x-ray with effusion" "a normal ..."
 """
 
@@ -15,7 +15,7 @@ from medmoe_hf.inference.encoders import load_encoder
 
 
 def with_pipeline(model: str, image: Image.Image, labels: list[str]) -> None:
-    """One image, a handful of labels: no code of ours is needed."""
+    """Classify one image with the stock pipeline, which needs no import of `medmoe_hf`."""
     classifier = pipeline("zero-shot-image-classification", model=model, trust_remote_code=True)
     for answer in classifier(image, candidate_labels=labels, hypothesis_template="{}")[:3]:
         print(f"  {answer['score']:.3f}  {answer['label']}")
@@ -24,7 +24,7 @@ def with_pipeline(model: str, image: Image.Image, labels: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="quickstart/model", help="folder or Hub id")
-    parser.add_argument("--image", help="an image file; without it, phantoms are drawn")
+    parser.add_argument("--image", help="image file; default: synthetic phantoms")
     parser.add_argument("--labels", nargs="+", help="sentences to choose from")
     arguments = parser.parse_args()
     if arguments.image:
@@ -35,17 +35,17 @@ def main() -> None:
 
     sample = phantom_sample(7, 0)
     prompts = zero_shot_prompts(MODALITIES[sample["modality"]])
-    print(f"One phantom, by pipeline. Its report: {sample['caption']}")
+    print(f"One phantom, with the pipeline. Its report: {sample['caption']}")
     with_pipeline(arguments.model, sample["image"], [sentences[0] for sentences in prompts.values()])
 
-    print("\nForty phantoms of each modality, several prompts a class, which are encoded once:")
+    print("\nForty phantoms per modality, several prompts per class (the prompts are encoded once):")
     encoder = load_encoder(arguments.model)
     for number, modality in enumerate(MODALITIES):
         samples = [phantom_sample(7, index, modalities=[modality]) for index in range(40)]
         classify = ZeroShotClassifier(encoder, zero_shot_prompts(modality))
         best = classify([sample["image"] for sample in samples]).argmax(dim=1).tolist()
         right = sum(classify.classes[label] == sample["finding"] for label, sample in zip(best, samples, strict=True))
-        print(f"  {MODALITIES[number]:<16}{right}/40 right of {', '.join(FINDINGS[modality])}")
+        print(f"  {MODALITIES[number]:<16}{right}/40 correct; classes: {', '.join(FINDINGS[modality])}")
 
 
 if __name__ == "__main__":

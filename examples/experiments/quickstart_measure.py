@@ -1,8 +1,9 @@
-"""The second half of the quickstart: a saved MedMoE folder in a process that cannot import `medmoe_hf`.
+"""Second half of the quickstart: evaluate a saved MedMoE folder in a process that cannot import `medmoe_hf`.
 
-    python examples/quickstart_measure.py FOLDER     (FOLDER as quickstart.py leaves it)
+    python examples/experiments/quickstart_measure.py FOLDER
 
-Everything here works for anybody who has only the folder, or its repository on the Hub, and transformers.
+FOLDER is the output folder of `examples/quickstart.py`. Everything here needs transformers and the model's
+folder (or its repository on the Hub) only.
 """
 
 import json
@@ -28,9 +29,9 @@ from matplotlib.patches import Rectangle
 NONSENSE = ("glorbix", "quandle", "zwyvex")
 BATCH = 50
 CONTROL = (
-    "The control is a made-up word that no report contains. What its map shows, the model shows for\n"
-    "any word: a map of a finding means something as far as it is hotter in the box than the\n"
-    "control's. The two maps of a row share one colour scale, from dark (low) to yellow (high)."
+    "The control is a made-up word that no report contains. The model shows the control's map for any\n"
+    "word, so a finding's map is evidence only where it is hotter inside the box than the control's.\n"
+    "The two maps of a row share one colour scale, from dark (low) to yellow (high)."
 )
 
 
@@ -56,7 +57,7 @@ def main(folder: Path) -> None:
 
 
 def read_sample(sample: dict) -> dict:
-    """One sample of a shard: image, caption, modality id, finding, the word that names it and its box in pixels."""
+    """Return the image, caption, modality id, finding, the word that names it and its box in pixels."""
     facts = sample["json"]
     return {
         "image": sample["png"],
@@ -68,15 +69,15 @@ def read_sample(sample: dict) -> dict:
     }
 
 
-def batches(samples: list, what: str):
-    """Parts of so many samples, with a bar that says what is measured."""
-    starts = range(0, len(samples), BATCH)
-    yield from tqdm((samples[start : start + BATCH] for start in starts), desc=what, total=len(starts), leave=False)
+def batches(samples: list, description: str):
+    """Yield batches of `BATCH` samples, with a progress bar."""
+    parts = [samples[start : start + BATCH] for start in range(0, len(samples), BATCH)]
+    yield from tqdm(parts, desc=description, leave=False)
 
 
 @torch.no_grad()
 def image_embeddings(model, processor, samples: list) -> tuple:
-    """(N, D) embeddings of length 1 and (N,) the experts that the image router chose."""
+    """Return (N, D) embeddings of unit length and the (N,) experts that the image router selects."""
     embeds, experts = [], []
     for batch in batches(samples, "measuring: images"):
         pixels = processor(images=[sample["image"] for sample in batch], return_tensors="pt")
@@ -88,7 +89,7 @@ def image_embeddings(model, processor, samples: list) -> tuple:
 
 @torch.no_grad()
 def text_embeddings(model, processor, texts: list) -> torch.Tensor:
-    """(N, D) embeddings of length 1."""
+    """Return (N, D) embeddings of unit length."""
     parts = [
         model.get_text_features(**processor(text=batch, return_tensors="pt"))
         for batch in batches(texts, "measuring: texts")
@@ -97,7 +98,7 @@ def text_embeddings(model, processor, texts: list) -> torch.Tensor:
 
 
 def measure_pairs(model, processor, samples: list) -> dict:
-    """Routing by image and by report, and retrieval among all unseen pairs."""
+    """Measure routing by image and by report, and retrieval among all unseen pairs."""
     truth = torch.tensor([sample["modality"] for sample in samples])
     captions = [sample["caption"] for sample in samples]
     images, by_image = image_embeddings(model, processor, samples)
@@ -112,7 +113,7 @@ def measure_pairs(model, processor, samples: list) -> dict:
     scores = images @ texts.T
     for direction, table in (("image_to_text", scores), ("text_to_image", scores.T)):
         own = table.diagonal()[:, None]
-        # Ties count against us: a pair's rank is the number of others that score as much.
+        # Ties count against the model: the rank is the number of other pairs with the same score or a higher one.
         rank = (table >= own).sum(dim=1) - 1
         for k in (1, 5):
             retrieval[f"{direction}_r{k}"] = (rank < k).float().mean().item()
@@ -127,7 +128,7 @@ def measure_pairs(model, processor, samples: list) -> dict:
 
 
 def measure_zero_shot(model, processor, samples: list, prompts: dict) -> dict:
-    """Accuracy over the findings of each modality; a finding's prompts are averaged into one embedding."""
+    """Measure accuracy over the findings of each modality; the prompts of a finding are averaged to one embedding."""
     names = list(model.config.modalities.values())
     result = {}
     for number, modality in enumerate(names):
@@ -146,9 +147,9 @@ def measure_zero_shot(model, processor, samples: list, prompts: dict) -> dict:
 
 @torch.no_grad()
 def word_heatmaps(model, processor, samples: list, words: list, prompts: dict) -> list:
-    """For each sample the (H, W) heat-map of one word, in the pixels of its image.
+    """Return the (H, W) heat-map of one word per sample, in the pixels of its image.
 
-    The word alone is held against normal reports of the image's modality: what speaks for it and against them.
+    The map shows what makes the image more similar to the word than to normal reports of its modality.
     """
     heatmaps = [None] * len(samples)
     for number, name in model.config.modalities.items():
@@ -166,14 +167,14 @@ def word_heatmaps(model, processor, samples: list, words: list, prompts: dict) -
 
 
 def is_hit(heatmap: np.ndarray, box: list) -> bool:
-    """Whether the hottest pixel lies in the box."""
+    """Return whether the hottest pixel is inside the box."""
     y, x = np.unravel_index(heatmap.argmax(), heatmap.shape)
     left, top, right, bottom = box
     return bool(left <= x < right and top <= y < bottom)
 
 
 def measure_pointing(model, processor, samples: list, prompts: dict) -> dict:
-    """How often the hottest pixel of the finding's word lies in its box; and of words that mean nothing."""
+    """Measure how often the hottest pixel is inside the finding's box, for its word and for nonsense words."""
     chosen = [sample for sample in samples if sample["word"]]
 
     def hits(words: list) -> list:
@@ -200,7 +201,7 @@ def measure_pointing(model, processor, samples: list, prompts: dict) -> dict:
 
 
 def real_images() -> list:
-    """(name, modality, array): two DICOM files that pydicom ships and scikit-image's photograph of a retina."""
+    """Return (name, modality, image) of two DICOM files from pydicom and a retina photograph from scikit-image."""
     ct = pydicom.dcmread(pydicom.data.get_testdata_file("CT_small.dcm"))
     hounsfield = ct.pixel_array * float(ct.RescaleSlope) + float(ct.RescaleIntercept)
     soft_tissue = np.clip((hounsfield + 160) / 400, 0, 1)  # the window 40 ± 200 HU
@@ -215,6 +216,7 @@ def real_images() -> list:
 
 
 def route_real_images(model, processor) -> list:
+    """Return the router's probabilities for each of the real images."""
     report = []
     for name, modality, image in real_images():
         routed = model.route(**processor(images=image, return_tensors="pt"))
@@ -232,7 +234,7 @@ def route_real_images(model, processor) -> list:
 
 
 def draw_heatmaps(model, processor, samples: list, prompts: dict, path: Path) -> None:
-    """One row a modality: the image with the finding's box, the word's heat-map, the nonsense word's heat-map."""
+    """Draw a row per modality: the image with the finding's box, the word's heat-map and the control's."""
     names = list(model.config.modalities.values())
     chosen = [next(s for s in samples if s["modality"] == number and s["word"]) for number in range(len(names))]
     real = word_heatmaps(model, processor, chosen, [sample["word"] for sample in chosen], prompts)
@@ -243,7 +245,7 @@ def draw_heatmaps(model, processor, samples: list, prompts: dict, path: Path) ->
         left, top, right, bottom = sample["box"]
         control = f"{NONSENSE[0]} (control)"
         panels = ((None, f"{name}: {sample['finding']}"), (word_map, sample["word"]), (nonsense_map, control))
-        # One colour scale for both maps: only so can they be compared.
+        # Both maps share one colour scale, so that they can be compared.
         low, high = min(word_map.min(), nonsense_map.min()), max(word_map.max(), nonsense_map.max())
         for axis, (heatmap, title) in zip(row, panels, strict=True):
             axis.imshow(sample["image"], cmap="gray")
@@ -259,7 +261,7 @@ def draw_heatmaps(model, processor, samples: list, prompts: dict, path: Path) ->
             axis.set_title(title, fontsize=11)
             axis.set_axis_off()
     figure.suptitle(
-        "Synthetic phantoms: finding (box), heat-map of its word, and of the control; + is the hottest pixel"
+        "Synthetic phantoms: finding (box), heat-maps of its word and of the control; + is the hottest pixel"
     )
     figure.savefig(path, dpi=110)
 
