@@ -12,7 +12,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, r
 from sklearn.preprocessing import StandardScaler
 from small_encoders import clip_folder, medmoe_folder, open_clip_architecture
 
-from medmoe_hf import console
+from medmoe_hf.common import console
 from medmoe_hf.data import MODALITIES, write_webdataset, zero_shot_prompts
 from medmoe_hf.evaluation.grounding import NONSENSE, grounding
 from medmoe_hf.evaluation.linear_probe import linear_probe, own_splits, stratified_part
