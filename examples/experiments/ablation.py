@@ -1,22 +1,23 @@
-"""Does each part of the design help? One change at a time, on synthetic phantoms.
+"""Ablation of the design on synthetic phantoms, one change at a time.
 
     python examples/experiments/ablation.py [--output ablation] [--smoke]
 
-Takes half an hour on two quiet cores, or half a minute with --smoke.
+Takes half an hour on two idle cores, or half a minute with --smoke.
 
-The base is `plus` in the size of `tiny`, with a third stage, and with the learned scale that the preset lost by this.
-Each row undoes one thing in which it differs from `paper`, or takes one part of the design away. All runs of a seed
-see the same pairs in the same order, for equally many steps, and are measured on the same phantoms of another seed.
+The base is `plus` at the size of `tiny`, with a third stage and with a learned scale of the global loss (the preset
+had one until this ablation). Each row undoes one difference between `plus` and `paper`, or removes one part of the
+design. All runs of a seed see the same pairs in the same order for the same number of steps, and are evaluated on the
+same phantoms of another seed.
 
-`ablation.json` has every run and is written after each, so that an interrupted ablation goes on where it was.
-`ablation.md` has means over seeds with 95 % intervals (Student's t) and differences paired by seed; `ablation.png`
-shows the differences, `scale_weights.png` which scales each expert looks at.
+Results: `ablation.json` (all runs, written after each run, so that an interrupted ablation resumes), `ablation.md`
+(means over seeds with 95 % intervals by Student's t, and differences paired by seed), `ablation.png` (the differences)
+and `scale_weights.png` (the scales that each expert attends to).
 
-Phantoms are drawings. What helps here need not help with patients' images.
+Phantoms are drawings. What helps here need not help on images of patients.
 
-What `plus` changes and has no row here: a text tower that is not frozen (none is pretrained here), longer texts and
-padding to squares (no phantom needs them), negatives of all ranks (there is one), augmentation and the optimiser (they
-belong to recipes).
+Some changes of `plus` have no row: a text tower that is not frozen (none is pretrained here), longer texts and padding
+to squares (no phantom needs them), negatives from all processes (there is one process), and augmentation and the
+optimizer (they belong to the training configuration, not to the model).
 """
 
 import argparse
@@ -31,7 +32,6 @@ from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import matplotlib
 import numpy as np
@@ -46,25 +46,27 @@ from medmoe_hf.data.collate import ContrastiveCollator
 from medmoe_hf.evaluation import accuracy, recall_at_k
 from medmoe_hf.model import (
     MedMoEConfig,
+    MedMoEExpert,
     MedMoEImageProcessor,
     MedMoEModel,
     MedMoEProcessor,
     MedMoETokenizer,
-    modeling_medmoe,
+    register_expert,
 )
+from medmoe_hf.model.modeling_medmoe import MedMoETokenExpert
 from medmoe_hf.training.build import parameter_groups
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 SIDE = 64
-UNSEEN_SEED = 1_000_000  # of the phantoms measured on; seeds of training count from 0
+UNSEEN_SEED = 1_000_000  # phantoms of the evaluation; the seeds of training start at 0
 NONSENSE = "glorbix"
 LEARNING_RATE, WARMUP, WEIGHT_DECAY = 2e-3, 50, 0.05
 
-# All widths are 96, so that the model without projections exists too. Three stages leave 4x4 cells at 64 pixels; the
-# fourth would leave 2x2, where 224 pixels leave 7x7. `temp1_regions` stands to 16x16 regions as 361 to 56x56: temp1 is
-# then 6.2, as in `plus` at 224 pixels.
+# All widths are 96, because the model without projections needs equal widths. With 64 pixels three stages end in 4x4
+# cells; a fourth would end in 2x2, compared with 7x7 at 224 pixels. The ratio of `temp1_regions` to the 16x16 regions
+# is that of 361 to 56x56, so that temp1 is 6.2, as in `plus` at 224 pixels.
 BASE: dict[str, Any] = {
     "word_pooling": "mean",
     "router": "both",
@@ -88,25 +90,29 @@ BASE: dict[str, Any] = {
 }
 
 
-class LastStageExpert(modeling_medmoe.MedMoEExpert):
-    """An expert that reads the coarsest map alone."""
+class LastStageExpert(MedMoEExpert):
+    """An expert that reads the coarsest feature map only."""
 
     def __init__(self, config: Any, channels: Any) -> None:
         super().__init__(config, channels[-1:])
 
-    def forward(self, feature_maps: Any, *how: Any) -> Any:
-        # The model always says the size first.
-        return super().forward(feature_maps[-1:], *how)
+    def forward(self, feature_maps: Any, *args: Any) -> Any:
+        return super().forward(feature_maps[-1:], *args)
 
 
-class FlatExpert(modeling_medmoe.MedMoETokenExpert):
-    """An expert whose scales are aligned as rows of tokens, as in the official code, and projected as in the paper."""
+class FlatExpert(MedMoETokenExpert):
+    """An expert that aligns scales as token sequences, as the official code, and projects them as in the paper."""
 
-    projection = staticmethod(modeling_medmoe.MedMoEExpert.projection)
+    projection = staticmethod(MedMoEExpert.projection)
+
+
+# `exist_ok`: a process may import this file more than once.
+register_expert("last-stage", LastStageExpert, exist_ok=True)
+register_expert("flat", FlatExpert, exist_ok=True)
 
 
 def share_expert(model: MedMoEModel) -> None:
-    """Leaves one expert, for all images; the routers are trained and measured as before, and select nothing."""
+    """Keep one expert for all images; the routers are trained and evaluated as before, but select nothing."""
     vision = model.vision_model
     vision.experts = vision.experts[:1]
     vision.select_experts = lambda router_logits, modality=None: torch.zeros_like(router_logits.argmax(dim=-1))
@@ -117,19 +123,17 @@ class Variant:
     """A row of the table.
 
     Attributes:
-        label: what is different.
-        changes: fields of `MedMoEConfig` to change in the configuration of `against`.
-        against: the row that it is compared with; None for the base.
-        undoes: whether this is something that `plus` changes in `paper`; the row `paper` undoes all of it.
-        expert: the class of the experts, where no field of the configuration says what is wanted.
-        alter: the same for anything else: changes a new model.
+        label: Description of the difference.
+        changes: Fields of `MedMoEConfig` that differ from the configuration of `against`.
+        against: The row that this one is compared with; None for the base.
+        undoes: Whether the row undoes a difference between `plus` and `paper`; the row `paper` undoes all of them.
+        alter: Changes a new model, where no field of the configuration does.
     """
 
     label: str
     changes: dict[str, Any] = field(default_factory=dict)
     against: str | None = "plus"
     undoes: bool = False
-    expert: type[modeling_medmoe.MedMoEExpert] = modeling_medmoe.MedMoEExpert
     alter: Callable[[MedMoEModel], None] | None = None
 
 
@@ -138,7 +142,7 @@ def undo(label: str, changes: dict[str, Any], against: str = "plus") -> Variant:
 
 
 def merged(*layers: dict[str, Any]) -> dict[str, Any]:
-    """Dictionaries laid over each other, nested ones key by key."""
+    """Merge dictionaries recursively; later ones take precedence."""
     result: dict[str, Any] = {}
     for layer in layers:
         for key, value in layer.items():
@@ -147,45 +151,49 @@ def merged(*layers: dict[str, Any]) -> dict[str, Any]:
 
 
 _UNDONE = {
-    "words-sum": undo("pieces of a word summed, not averaged", {"word_pooling": "sum"}),
+    "words-sum": undo("subwords summed, not averaged", {"word_pooling": "sum"}),
     "router-report": undo("the report selects the expert, not the image", {"router": "report"}),
-    "global-backbone": undo("v_g: the Swin's mean, not both", {"vision_config": {"global_features": "backbone"}}),
+    "global-backbone": undo("v_g: mean of the Swin only", {"vision_config": {"global_features": "backbone"}}),
     "no-projection": undo("no projections", {"projection_dim": None}, against="global-expert"),
-    "temp1-fixed": undo("temp1 stays 4, does not grow with the regions", {"temp1_regions": None}),
+    "temp1-fixed": undo("temp1 fixed at 4, independent of the number of regions", {"temp1_regions": None}),
     "scale-fixed": undo("scale of the global loss fixed at 10", {"learned_scale": False}),
-    "contrast-sum": undo("directions of a contrast added, not averaged", {"contrast": "sum"}),
+    "contrast-sum": undo("the two directions of the losses summed, not averaged", {"contrast": "sum"}),
     "no-smoothing": undo("auxiliary loss without label smoothing", {"aux_label_smoothing": 0.0}),
-    "aux-4": undo("auxiliary loss weighs 4, not 0.5", {"aux_loss_weight": 4.0}),
+    "aux-4": undo("weight of the auxiliary loss 4, not 0.5", {"aux_loss_weight": 4.0}),
     "no-pyramid-norm": undo("no LayerNorm on the pyramid", {"vision_config": {"pyramid_norm": False}}),
     "no-router-norm": undo("no LayerNorm in the routers", {"vision_config": {"router_norm": False}}),
-    "attention-full": undo("scales scored at full resolution", {"vision_config": {"scale_attention_native": False}}),
+    "attention-full": undo("scale attention at full resolution", {"vision_config": {"scale_attention_native": False}}),
 }
 
 VARIANTS: dict[str, Variant] = {
-    "plus": Variant("`plus` in small (the base)", BASE, against=None),
-    "paper": Variant("`paper` in small (all of these undone)", merged(*(row.changes for row in _UNDONE.values()))),
+    "plus": Variant("small `plus` (the base)", BASE, against=None),
+    "paper": Variant(
+        "small `paper` (undoes all of the following)", merged(*(row.changes for row in _UNDONE.values()))
+    ),
     **_UNDONE,
     "kept": Variant(
-        "all undone but projections and v_g from both",
+        "undoes all except projections and v_g from both",
         merged(*(row.changes for name, row in _UNDONE.items() if name not in ("global-backbone", "no-projection"))),
     ),
-    "global-expert": Variant("v_g: the expert map's mean", {"vision_config": {"global_features": "expert"}}),
+    "global-expert": Variant("v_g: mean of the expert's map only", {"vision_config": {"global_features": "expert"}}),
     "shared-expert": Variant("one shared expert of the same size", alter=share_expert),
-    # C = 132 in one expert are as many parameters as C = 48 in six.
+    # One expert with C = 132 has as many parameters as six with C = 48.
     "shared-wide": Variant(
         "one shared expert with the parameters of six",
         {"vision_config": {"expert_hidden_size": 132}},
         alter=share_expert,
     ),
-    "last-stage": Variant("experts read the last stage only", expert=LastStageExpert),
-    # As in the official code, scores too are made of what was aligned.
-    "align-1d": Variant("scales aligned in one dimension", against="attention-full", expert=FlatExpert),
+    "last-stage": Variant("experts read the last stage only", {"vision_config": {"expert_type": "last-stage"}}),
+    # As in the official code, the scale attention reads the aligned scales too.
+    "align-1d": Variant(
+        "scales aligned in one dimension", {"vision_config": {"expert_type": "flat"}}, against="attention-full"
+    ),
     "local-token": Variant("local loss `token`, not `gloria`", {"local_loss": "token"}),
 }
 SMOKE = ("plus", "paper", "shared-expert", "last-stage")
 
 
-# key in a run's results -> heading; retrieval is the mean of both directions
+# Key in the results of a run -> heading; retrieval is the mean of both directions.
 METRICS = {
     "retrieval_r1": "R@1",
     "retrieval_r5": "R@5",
@@ -193,14 +201,14 @@ METRICS = {
     "pointing": "pointing",
     "pointing_nonsense": "nonsense",
     "routing_image": "routing",
-    "step_ms": "ms a step",
+    "step_ms": "ms per step",
 }
 PLOTTED = ("retrieval_r5", "zero_shot", "pointing", "step_ms")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all runs of a table share."""
+    """Settings that all runs of a table share."""
 
     steps: int
     batch_size: int
@@ -208,9 +216,9 @@ class Settings:
 
 
 def piece_tokenizer() -> MedMoETokenizer:
-    """A tokenizer of the phantoms' words that cuts long ones into pieces of four letters.
+    """Return a tokenizer of the phantoms' words that splits long words into subwords of four letters.
 
-    As real vocabularies cut medical words; with whole words there would be nothing to sum or to average.
+    Real vocabularies split medical words too; without subwords, summing and averaging them would not differ.
     """
     pieces = dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
     for letter in "abcdefghijklmnopqrstuvwxyz0123456789":
@@ -222,17 +230,15 @@ def piece_tokenizer() -> MedMoETokenizer:
 
 
 def new_model(name: str) -> tuple[MedMoEModel, MedMoEProcessor]:
-    """The untrained model of a row, and its processor."""
-    variant, row = VARIANTS[name], VARIANTS[name]
+    """Return the untrained model of a row, and its processor."""
+    variant = row = VARIANTS[name]
     changes = row.changes
     while row.against is not None:
         row = VARIANTS[row.against]
         changes = merged(row.changes, changes)
     tokenizer = piece_tokenizer()
     config = MedMoEConfig.from_preset("tiny", **merged(changes, {"text_config": {"vocab_size": len(tokenizer)}}))
-    # Through the model's own table, so that it is initialised as always.
-    with patch.dict(modeling_medmoe._EXPERTS, {"convolution": variant.expert}):
-        model = MedMoEModel(config)
+    model = MedMoEModel(config)
     if variant.alter is not None:
         variant.alter(model)
     return model, MedMoEProcessor(MedMoEImageProcessor(size={"height": SIDE, "width": SIDE}), tokenizer)
@@ -240,7 +246,7 @@ def new_model(name: str) -> tuple[MedMoEModel, MedMoEProcessor]:
 
 @lru_cache(maxsize=2)
 def phantoms(seed: int, count: int) -> list[dict[str, Any]]:
-    """The first samples of a stream, images made ready for the collator; drawn once for all runs of a process."""
+    """Return the first samples of a stream, with preprocessed images; cached for all runs of a process."""
     collator = ContrastiveCollator(new_model("plus")[1])
     samples = (phantom_sample(seed, index, image_size=SIDE) for index in range(count))
     return [{**sample, "image": collator.prepare(sample["image"])} for sample in samples]
@@ -251,7 +257,7 @@ def batch_of(collator: ContrastiveCollator, samples: list[dict[str, Any]]) -> di
 
 
 def run(name: str, seed: int, settings: Settings) -> dict[str, Any]:
-    """Trains the model of a row and measures it."""
+    """Train and evaluate the model of a row."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     pairs = phantoms(seed, settings.steps * settings.batch_size)
@@ -283,9 +289,9 @@ def step(model: MedMoEModel, optimizer: torch.optim.Optimizer, batch: dict[str, 
 
 
 def time_steps(names: list[str], settings: Settings, rounds: int) -> dict[str, list[float]]:
-    """CPU time of a training step of each row, in ms on one thread, once a round.
+    """Measure the CPU time of a training step on one thread, in ms per row and round.
 
-    Rows take turns, and only their own thread's time counts: what else the machine does falls on all alike.
+    Rows take turns and only their own thread's time counts, so that other load affects all rows alike.
     """
     torch.set_num_threads(1)
     samples = phantoms(0, settings.steps * settings.batch_size)[: settings.batch_size]
@@ -305,10 +311,10 @@ def time_steps(names: list[str], settings: Settings, rounds: int) -> dict[str, l
 
 @torch.no_grad()
 def measure(model: MedMoEModel, collator: ContrastiveCollator, samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Retrieval, zero-shot accuracy, pointing game, routing and scale weights on unseen phantoms.
+    """Measure retrieval, zero-shot accuracy, pointing game, routing and scale weights on unseen phantoms.
 
     Similarities are those of the model's `forward`: where reports select experts, each prompt or caption selects its
-    own. A finding's score is the mean over its prompts.
+    own. The score of a finding is the mean over its prompts.
     """
     batch = batch_of(collator, samples)
     labels, pixels = batch.pop("modality_labels"), batch["pixel_values"]
@@ -348,20 +354,20 @@ def measure(model: MedMoEModel, collator: ContrastiveCollator, samples: list[dic
     result["zero_shot"] = statistics.mean(zero_shot)
     result["pointing"] = statistics.mean(hits)
     result["pointing_nonsense"] = statistics.mean(nonsense_hits)
-    # expert -> mean weight of each scale, finest first
+    # Mean weight of each scale per expert, finest first.
     result["scale_weights"] = {name: one.tolist() for name, one in zip(MODALITIES, weights, strict=True)}
     return result
 
 
 def is_hit(heatmap: torch.Tensor, box: list[float]) -> float:
-    """1.0 if the hottest pixel of (H, W) lies in the box, else 0.0."""
+    """Return 1.0 if the hottest pixel of (H, W) is inside the box, else 0.0."""
     y, x = divmod(int(heatmap.argmax()), heatmap.shape[1])
     left, top, right, bottom = box
     return float(left <= x < right and top <= y < bottom)
 
 
 def chances(settings: Settings) -> dict[str, float]:
-    """What a model that knows nothing would reach."""
+    """Return the chance level of each metric."""
     samples = phantoms(UNSEEN_SEED, settings.unseen)
     boxes = [sample["box"] for sample in samples if sample["box"]]
     area = statistics.mean((right - left) * (bottom - top) / SIDE**2 for left, top, right, bottom in boxes)
@@ -379,7 +385,7 @@ def chances(settings: Settings) -> dict[str, float]:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half the width of its 95 % interval (Student's t); NaN for the width of a single value."""
+    """Return the mean and the half-width of its 95 % interval (Student's t); the half-width of one value is NaN."""
     mean = statistics.mean(values)
     if len(values) < 2:
         return mean, float("nan")
@@ -391,14 +397,14 @@ def by_seed(results: dict[str, Any], name: str) -> dict[int, Any]:
 
 
 def values(results: dict[str, Any], name: str, metric: str) -> dict[int, float]:
-    """What was measured for a row: for each seed, or the time of a step for each round."""
+    """Return the values of a row: one per seed, or one per round for the time of a step."""
     if metric == "step_ms":
         return dict(enumerate(results["step_ms"][name]))
     return {seed: run[metric] for seed, run in by_seed(results, name).items()}
 
 
 def differences(results: dict[str, Any], name: str, metric: str) -> list[float]:
-    """A row less the one it is compared with, for each seed (or round) that both have."""
+    """Return the row minus the one it is compared with, for each seed (or round) that both have."""
     against = VARIANTS[name].against
     if against is None or not by_seed(results, against):
         return []
@@ -406,16 +412,16 @@ def differences(results: dict[str, Any], name: str, metric: str) -> list[float]:
     return [own[key] - other[key] for key in sorted(own.keys() & other.keys())]
 
 
-def shown(metric: str, value: float, sign: bool = False) -> str:
+def format_value(metric: str, value: float, sign: bool = False) -> str:
     return f"{value:{'+' if sign else ''}.{0 if metric == 'step_ms' else 3}f}"
 
 
-def with_half(mean: float, half: float, metric: str = "") -> str:
-    return shown(metric, mean) + ("" if np.isnan(half) else f" ± {shown(metric, half)}")
+def format_interval(mean: float, half: float, metric: str = "") -> str:
+    return format_value(metric, mean) + ("" if np.isnan(half) else f" ± {format_value(metric, half)}")
 
 
 def table(results: dict[str, Any], settings: Settings) -> str:
-    """The results in Markdown."""
+    """Return the results as Markdown."""
     names = [name for name in VARIANTS if by_seed(results, name)]
     seeds = {run["seed"] for run in results["runs"].values()}
     chance = chances(settings)
@@ -424,33 +430,36 @@ def table(results: dict[str, Any], settings: Settings) -> str:
     lines = [
         "# Ablation on synthetic phantoms",
         "",
-        "Drawings, not patients: evidence on a task that was made up, and on nothing else.",
+        "Drawings, not patients: the results hold for an artificial task only.",
         "",
-        f"Seeds: {len(seeds)}. Every row: {settings.steps} steps of {settings.batch_size} pairs, measured on "
+        f"Seeds: {len(seeds)}. Every row: {settings.steps} steps of {settings.batch_size} pairs, evaluated on "
         f"{settings.unseen} phantoms of another seed. R@k: mean of both directions. Pointing: how often the hottest "
-        "pixel of the finding's word, held against normal reports, lies in its box; nonsense: of a word that means "
-        "nothing. "
-        "Routing: the image router. ms a step: CPU time of a training step on one thread, rows taking turns in "
-        f"{len(results['step_ms']['plus'])} rounds.",
+        "pixel of the map of the finding's word, with normal reports as reference, is inside the finding's box; "
+        "nonsense: the same for a made-up word. Routing: accuracy of the image router. ms per step: CPU time of a "
+        f"training step on one thread; rows take turns in {len(results['step_ms']['plus'])} rounds.",
         "",
-        "## Means over seeds, ± half of a 95 % interval (Student's t)",
+        "## Means over seeds, ± half-width of the 95 % interval (Student's t)",
         "",
         f"| | parameters | {head} |",
         rule,
-        "| chance | | " + " | ".join(shown(key, chance[key]) if key in chance else "" for key in METRICS) + " |",
+        "| chance | | "
+        + " | ".join(format_value(key, chance[key]) if key in chance else "" for key in METRICS)
+        + " |",
     ]
     for name in names:
         own = by_seed(results, name)
-        cells = [with_half(*interval(list(values(results, name, metric).values())), metric) for metric in METRICS]
+        cells = [
+            format_interval(*interval(list(values(results, name, metric).values())), metric) for metric in METRICS
+        ]
         parameters = next(iter(own.values()))["parameters"]
         lines.append(f"| `{name}`: {VARIANTS[name].label} | {parameters / 1e6:.2f} M | {' | '.join(cells)} |")
     lines += [
         "",
-        "## Differences, paired by seed (time by round): the row less the one it is compared with",
+        "## Differences to the row compared with, paired by seed (time: by round)",
         "",
-        "In brackets the 95 % interval; bold where it leaves out 0. One in twenty would by chance alone.",
+        "In brackets the 95 % interval; bold where it excludes 0. One in twenty would do so by chance alone.",
         "",
-        f"| | against | {head} |",
+        f"| | compared with | {head} |",
         rule,
     ]
     for name in names:
@@ -460,13 +469,14 @@ def table(results: dict[str, Any], settings: Settings) -> str:
             if not changes:
                 continue
             mean, half = interval(changes)
-            text = shown(metric, mean, sign=True)
+            text = format_value(metric, mean, sign=True)
             if len(changes) > 1:
-                text += f" [{shown(metric, mean - half, sign=True)}, {shown(metric, mean + half, sign=True)}]"
+                low, high = (format_value(metric, bound, sign=True) for bound in (mean - half, mean + half))
+                text += f" [{low}, {high}]"
             cells.append(f"**{text}**" if abs(mean) > half else text)
         if cells:
             lines.append(f"| `{name}`: {VARIANTS[name].label} | `{VARIANTS[name].against}` | {' | '.join(cells)} |")
-    lines += ["", "## Scale weights of the base: where each expert looks", ""]
+    lines += ["", "## Scale weights of the base: the scales that each expert attends to", ""]
     base = by_seed(results, "plus")
     if base:
         scales = len(next(iter(base.values()))["scale_weights"][MODALITIES[0]])
@@ -474,26 +484,26 @@ def table(results: dict[str, Any], settings: Settings) -> str:
         lines += [f"| expert | {' | '.join(titles)} |", "|---|" + "---|" * scales]
         for modality in MODALITIES:
             columns = zip(*(run["scale_weights"][modality] for run in base.values()), strict=True)
-            cells = [with_half(*interval(list(column))) for column in columns]
+            cells = [format_interval(*interval(list(column))) for column in columns]
             lines.append(f"| {modality} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def draw_differences(results: dict[str, Any], path: Path) -> None:
-    """A panel for each of the plotted metrics, a line for each row: seeds, their mean and its interval."""
+    """Draw a panel per plotted metric and a line per row: the seeds, their mean and its interval."""
     names = [name for name in VARIANTS if differences(results, name, "zero_shot")]
     figure, axes = plt.subplots(
         1, len(PLOTTED), figsize=(15, 1.6 + 0.34 * len(names)), sharey=True, layout="constrained"
     )
     for axis, metric in zip(axes, PLOTTED, strict=True):
         axis.axvline(0, color="black", linewidth=0.8)
-        for place, name in enumerate(names):
+        for y, name in enumerate(names):
             changes = differences(results, name, metric)
             mean, half = interval(changes)
             colour = "tab:blue" if VARIANTS[name].undoes or name == "paper" else "tab:orange"
-            axis.plot(changes, [place] * len(changes), "o", color=colour, alpha=0.35, markersize=4)
+            axis.plot(changes, [y] * len(changes), "o", color=colour, alpha=0.35, markersize=4)
             axis.errorbar(
-                mean, place, xerr=None if np.isnan(half) else half, fmt="D", color=colour, capsize=3, markersize=5
+                mean, y, xerr=None if np.isnan(half) else half, fmt="D", color=colour, capsize=3, markersize=5
             )
         axis.set_title(f"{METRICS[metric]}: {'lower' if metric == 'step_ms' else 'higher'} is better", fontsize=10)
         axis.grid(axis="x", alpha=0.3)
@@ -501,8 +511,8 @@ def draw_differences(results: dict[str, Any], path: Path) -> None:
     axes[0].set_yticks(range(len(names)), [label.replace("`", "") for label in labels], fontsize=9)
     axes[0].invert_yaxis()
     figure.suptitle(
-        "Synthetic phantoms: difference to plus in small, paired by seed, with 95 % intervals "
-        "(* to the row named in the table)\nblue: what plus changes in paper, undone; orange: parts of the design",
+        "Synthetic phantoms: difference to small plus, paired by seed, with 95 % intervals (*: to the row named "
+        "in the table)\nblue: undoes a difference between plus and paper; orange: changes a part of the design",
         fontsize=11,
     )
     figure.savefig(path, dpi=110)
@@ -510,27 +520,27 @@ def draw_differences(results: dict[str, Any], path: Path) -> None:
 
 
 def draw_scale_weights(results: dict[str, Any], path: Path) -> None:
-    """Bars of the base's mean scale weights by expert, with each seed as a dot."""
+    """Draw the base's mean scale weights per expert as bars, and each seed as a dot."""
     base = list(by_seed(results, "plus").values())
     weights = np.array([[run["scale_weights"][modality] for modality in MODALITIES] for run in base])  # seed, K, S
     scales = weights.shape[2]
     figure, axis = plt.subplots(figsize=(9, 3.8), layout="constrained")
     for scale in range(scales):
-        places = np.arange(len(MODALITIES)) + (scale - (scales - 1) / 2) * 0.8 / scales
+        positions = np.arange(len(MODALITIES)) + (scale - (scales - 1) / 2) * 0.8 / scales
         cells = SIDE // (4 * 2**scale)
-        axis.bar(places, weights[:, :, scale].mean(axis=0), 0.75 / scales, label=f"{cells}x{cells} cells")
-        axis.plot(np.tile(places, len(base)), weights[:, :, scale].ravel(), "k.", markersize=4)
+        axis.bar(positions, weights[:, :, scale].mean(axis=0), 0.75 / scales, label=f"{cells}x{cells} cells")
+        axis.plot(np.tile(positions, len(base)), weights[:, :, scale].ravel(), "k.", markersize=4)
     axis.axhline(1 / scales, color="black", linestyle=":", linewidth=1)
     axis.set_xticks(range(len(MODALITIES)), MODALITIES)
     axis.set_ylabel("mean attention")
     figure.legend(title="scale", ncols=scales, loc="outside lower center", fontsize=9)
-    axis.set_title("Synthetic phantoms: which scales each expert looks at (dots: seeds)", fontsize=11)
+    axis.set_title("Synthetic phantoms: the scales that each expert attends to (dots: seeds)", fontsize=11)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def write(path: Path, text: str) -> None:
-    """A file that is there whole or as it was before."""
+    """Write a file atomically."""
     with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
@@ -538,11 +548,11 @@ def write(path: Path, text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("ablation"), help="folder for all results")
-    parser.add_argument("--steps", type=int, default=300, help="training steps of each run")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each row")
-    parser.add_argument("--unseen", type=int, default=480, help="phantoms to measure on")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, of one thread each")
-    parser.add_argument("--smoke", action="store_true", help="a few rows and steps, to see that it works")
+    parser.add_argument("--steps", type=int, default=300, help="training steps per run")
+    parser.add_argument("--seeds", type=int, default=3, help="runs per row")
+    parser.add_argument("--unseen", type=int, default=480, help="number of phantoms to evaluate on")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="parallel runs, of one thread each")
+    parser.add_argument("--smoke", action="store_true", help="a few rows and steps, to check that the program works")
     arguments = parser.parse_args()
     names, seeds, rounds = list(VARIANTS), arguments.seeds, 10
     settings = Settings(arguments.steps, 24, arguments.unseen)
@@ -555,12 +565,12 @@ def main() -> None:
         found = json.loads(path.read_text(encoding="utf-8"))
         if found["settings"] != content["settings"]:
             parser.error(
-                f"{path} holds runs with {found['settings']}, not {content['settings']}; name another --output"
+                f"{path} holds runs with {found['settings']}, not {content['settings']}; choose another --output"
             )
         content = found
     arguments.output.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    # Seed by seed: a process draws the phantoms of a seed once.
+    # Ordered by seed, because a process caches the phantoms of a seed.
     wanted = [(name, seed) for seed in range(seeds) for name in names if f"{name}/{seed}" not in content["runs"]]
     with ProcessPoolExecutor(max(1, min(arguments.jobs, len(wanted))), mp_context=get_context("spawn")) as pool:
         tasks = {pool.submit(run, name, seed, settings): (name, seed) for name, seed in wanted}
@@ -573,7 +583,7 @@ def main() -> None:
             print(
                 f"{time.monotonic() - started:5.0f} s  {number}/{len(wanted)}  {name}, {seed}: {measured}", flush=True
             )
-    # Measured anew each time, when nothing of ours runs beside it.
+    # Measured after all runs have finished, so that they do not share the machine.
     content["step_ms"] = time_steps([name for name in VARIANTS if by_seed(content, name)], settings, rounds)
     write(path, json.dumps(content, indent=1) + "\n")
     text = table(content, settings)
