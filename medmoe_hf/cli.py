@@ -34,9 +34,8 @@ def train(
 ) -> None:
     """Train a dual encoder as a YAML file says. SIGTERM and Ctrl-C leave a checkpoint."""
     # Imports inside: `medmoe --help` should not wait for torch.
-    from medmoe_hf.data.shards import ShardError
-    from medmoe_hf.data.stream import StreamError
-    from medmoe_hf.training import Interrupted, TrainConfig, TrainingError, plan
+    from medmoe_hf.errors import Interrupted, ShardError, StreamError, TrainingError
+    from medmoe_hf.training import TrainConfig, plan
     from medmoe_hf.training import train as run
 
     with _errors_of("train", TrainingError, StreamError, ShardError):
@@ -379,7 +378,7 @@ def push_sources(
 ) -> None:
     """Publish sources as a dataset on the Hub."""
     from medmoe_hf.data.sources import load_sources
-    from medmoe_hf.data.stream import StreamError
+    from medmoe_hf.errors import StreamError
     from medmoe_hf.hub.publish_data import push_data
 
     with _errors_of("data push", StreamError):
@@ -444,9 +443,8 @@ def encode(
     max_bad_fraction: Annotated[float, typer.Option(min=0, max=1, help="Share of samples that may be broken.")] = 0.05,
 ) -> None:
     """Write image and report embeddings of sources as parquet; run again, it goes on where it was."""
-    from medmoe_hf.data.shards import ShardError
     from medmoe_hf.data.sources import load_sources
-    from medmoe_hf.data.stream import StreamError
+    from medmoe_hf.errors import ShardError, StreamError
     from medmoe_hf.search import encode_sources
 
     with _errors_of("encode", StreamError, ShardError):

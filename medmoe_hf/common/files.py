@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from medmoe_hf.errors import PathExistsError
+
 
 @contextmanager
 def atomic_write(target: str | Path) -> Iterator[Path]:
@@ -39,7 +41,7 @@ def atomic_dir(target: str | Path, force: bool = False) -> Iterator[Path]:
     """
     target = Path(target)
     if target.exists() and not force:
-        raise FileExistsError(f"{target} exists already; choose another folder or remove it.")
+        raise PathExistsError(f"{target} exists already; choose another folder or remove it.")
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:

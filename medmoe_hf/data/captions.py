@@ -4,9 +4,7 @@ import math
 import random
 from typing import Any, NamedTuple
 
-
-class CaptionError(ValueError):
-    """A caption that its rule cannot use. Captions may be patient data and errors reach logs: it never quotes them."""
+from medmoe_hf.errors import ArgumentError, CaptionError
 
 
 class CaptionRule(NamedTuple):
@@ -97,7 +95,7 @@ def apply_rule(rule: str, text: str, rng: random.Random) -> str:
         ValueError: if there is no such rule.
     """
     if rule not in CAPTION_RULES:
-        raise ValueError(f"Unknown caption rule {rule!r}; there are {', '.join(CAPTION_RULES)}.")
+        raise ArgumentError(f"Unknown caption rule {rule!r}; there are {', '.join(CAPTION_RULES)}.")
     tag, least, most, drawn, report, placeholder = CAPTION_RULES[rule]
     if tag not in text:
         raise CaptionError(f"Caption rule {rule!r} needs the tag {tag!r}; a text of {len(text)} characters has none.")

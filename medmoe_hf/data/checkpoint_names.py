@@ -7,6 +7,8 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from medmoe_hf.errors import PathNotFoundError
+
 
 def refuse_missing_folder(name: str | Path, bare_ids: bool = False) -> None:
     """Refuses the name of a folder that does not exist, before anything asks the Hub for it.
@@ -34,7 +36,7 @@ def refuse_missing_folder(name: str | Path, bare_ids: bool = False) -> None:
         hint = f' Did you mean "{path.parent / near[0]}"?' if near else ""
     else:
         hint = f' There is no folder "{path.parent}" either.'
-    raise FileNotFoundError(f'There is no folder "{text}", and an id on the Hub has the form user/name.{hint}')
+    raise PathNotFoundError(f'There is no folder "{text}", and an id on the Hub has the form user/name.{hint}')
 
 
 def _may_be_an_id(text: str, bare_ids: bool) -> bool:

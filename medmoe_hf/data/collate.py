@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from medmoe_hf.data.captions import is_empty
+from medmoe_hf.errors import ArgumentError
 from medmoe_hf.model import MedMoEImageProcessor
 
 UNKNOWN_GROUP = -1
@@ -100,7 +101,7 @@ class ContrastiveCollator:
         if self.positives == "caption":
             return [_group("caption", _normalised(sample["caption"])) for sample in samples]
         if not any("label" in sample or "group" in sample for sample in samples):
-            raise ValueError(
+            raise ArgumentError(
                 "`positives: label` needs to know which samples share a label, and no sample of the batch has a "
                 "`label` or `group`. Name the field that holds it by `label`, or use `positives: caption`."
             )

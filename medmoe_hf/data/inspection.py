@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 from medmoe_hf.common.files import atomic_write
 from medmoe_hf.data.captions import detect_rule
 from medmoe_hf.data.reading import Fault, Split
-from medmoe_hf.data.shards import ShardError
-from medmoe_hf.data.stream import SampleStream, StreamError, source_names
+from medmoe_hf.data.stream import SampleStream, source_names
+from medmoe_hf.errors import PathNotFoundError, ShardError, StreamError
 from medmoe_hf.model.image_processing_medmoe import to_rgb
 from medmoe_hf.model.modalities_medmoe import MODALITIES
 
@@ -182,7 +182,7 @@ def inspect_sources(
     for place in (sheet, problems):
         # Reading may take hours.
         if place is not None and not Path(place).absolute().parent.is_dir():
-            raise FileNotFoundError(f"There is no folder for {place}.")
+            raise PathNotFoundError(f"There is no folder for {place}.")
     reports, rows = [], []
     listed: list[tuple[Any, ...]] = []
     whole = problems is not None or validation_share is not None

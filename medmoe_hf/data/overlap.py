@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from medmoe_hf.data.stream import SampleStream
+from medmoe_hf.errors import ArgumentError, MissingPackageError
 
 try:
     import imagehash
@@ -82,12 +83,12 @@ def find_overlap(first: Sequence[Any], second: Sequence[Any], distance: int = 4,
         ValueError: for an endless source, or a distance out of range.
     """
     if imagehash is None:
-        raise ImportError('Comparing images needs the imagehash package: pip install "medmoe_hf[data]".')
+        raise MissingPackageError('Comparing images needs the imagehash package: pip install "medmoe_hf[data]".')
     if not 0 <= distance <= 12:
-        raise ValueError(f"distance must lie in 0..12 bits, got {distance}.")
+        raise ArgumentError(f"distance must lie in 0..12 bits, got {distance}.")
     for source in (*first, *second):
         if source.kind == "phantom" and source.length is None:
-            raise ValueError("An endless phantom source cannot be compared; give it a `length`.")
+            raise ArgumentError("An endless phantom source cannot be compared; give it a `length`.")
     (left, skipped_left), (right, skipped_right) = (_read(part, num_workers) for part in (first, second))
     exact = [(one.where, two.where) for one, two in _pairs(left, right, lambda image: [image.exact])]
     # Hashes that differ in at most d bits are equal in one of d + 1 pieces.

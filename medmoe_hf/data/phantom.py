@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from medmoe_hf.common.files import atomic_write
+from medmoe_hf.errors import ArgumentError, PathExistsError
 from medmoe_hf.model.modalities_medmoe import MODALITIES, modality_id
 
 Field = NDArray[np.floating[Any]]  # float32 all along, but numpy's stubs widen sums with a Python float
@@ -454,7 +455,7 @@ def zero_shot_prompts(modality: str) -> dict[str, list[str]]:
         ValueError: if ``modality`` is not known.
     """
     if modality not in MODALITIES:
-        raise ValueError(f"modality must be one of {MODALITIES}, got {modality!r}")
+        raise ArgumentError(f"modality must be one of {MODALITIES}, got {modality!r}")
     style = _STYLES[modality]
     views = [view for group in zip(*style.views.values(), strict=True) for view in group]
     prompts: dict[str, list[str]] = {}
@@ -1032,13 +1033,13 @@ def _check_modalities(modalities: Sequence[str]) -> tuple[str, ...]:
     except (ValueError, IndexError):
         chosen = ()
     if not chosen or len(set(chosen)) < len(chosen):
-        raise ValueError(f"modalities must be one or more distinct names out of {MODALITIES}, got {given}")
+        raise ArgumentError(f"modalities must be one or more distinct names out of {MODALITIES}, got {given}")
     return chosen
 
 
 def _check_at_least(name: str, value: int, least: int) -> None:
     if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
+        raise ArgumentError(f"{name} must be at least {least}, got {value}")
 
 
 def _box(mask: Mask) -> list[float]:
@@ -1229,7 +1230,7 @@ def write_webdataset(
     out = Path(out)
     present = sorted(out.glob("phantom-*.tar"))
     if present:
-        raise FileExistsError(f"out must not hold phantom shards yet, but {present[0]} exists; choose another folder")
+        raise PathExistsError(f"out must not hold phantom shards yet, but {present[0]} exists; choose another folder")
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"phantom-{shard:06d}.tar" for shard in range(shards)]
     for shard, path in enumerate(paths):

@@ -21,18 +21,14 @@ import pyarrow
 from PIL import Image
 from torch.utils.data import Dataset
 
-from medmoe_hf.data.captions import RULE_MODALITY, CaptionError, apply_rule, detect_rule, is_empty
+from medmoe_hf.data.captions import RULE_MODALITY, apply_rule, detect_rule, is_empty
 from medmoe_hf.data.modality_words import modality_from_text
-from medmoe_hf.data.shards import Shard, ShardError, TarShard
+from medmoe_hf.data.shards import Shard, TarShard
 from medmoe_hf.data.sources import CAPTION_FIELDS, IMAGE_FIELDS, PhantomSource, field_of
+from medmoe_hf.errors import CaptionError, ImageTooLargeError, MedicalImageError, ShardError
 from medmoe_hf.model.image_files_medmoe import load_image
 from medmoe_hf.model.image_processing_medmoe import to_rgb
-from medmoe_hf.model.medical_images_medmoe import (
-    MAX_PIXELS,
-    ImageTooLargeError,
-    MedicalImageError,
-    is_medical_image,
-)
+from medmoe_hf.model.medical_images_medmoe import MAX_PIXELS, is_medical_image
 from medmoe_hf.model.modalities_medmoe import MODALITIES, UNKNOWN_MODALITY, modality_id
 
 STRICT = "MEDMOE_STRICT_READERS"

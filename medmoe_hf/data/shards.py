@@ -27,6 +27,7 @@ import datasets
 import pyarrow.parquet
 
 from medmoe_hf.data.phantom import phantom_sample
+from medmoe_hf.errors import ArgumentError, ShardError
 
 logger = logging.getLogger(__name__)
 
@@ -37,14 +38,6 @@ CAPTION_FIELDS = ("caption", "txt", "text", "report")
 _Member = tuple[str, str, tuple[int, int]]
 """A file in a tar: key, extension, and where its bytes are."""
 _Run = list[tuple[str, tuple[int, int]]]
-
-
-class ShardError(RuntimeError):
-    """A shard that cannot be opened; `cause` is what is counted, in a few words and without a path."""
-
-    def __init__(self, cause: str, message: str) -> None:
-        super().__init__(message)
-        self.cause = cause
 
 
 class Shard(Protocol):
@@ -479,7 +472,7 @@ def _csv_rows(path: str, encoding: str, delimiter: str, keep_faults: bool) -> li
         header = [name.strip() for name in header]
         twice = [name for name, count in Counter(header).items() if count > 1 and name]
         if twice and keep_faults:
-            raise ValueError(f'it has more than one column "{twice[0]}"; rename all but one')
+            raise ArgumentError(f'it has more than one column "{twice[0]}"; rename all but one')
         width = len(header)
         while True:
             begun = above + reader.line_num

@@ -27,12 +27,12 @@ from medmoe_hf.data.shards import (
     ParquetShard,
     PhantomShard,
     Shard,
-    ShardError,
     TableShard,
     TarShard,
     files_facts,
     read_table,
 )
+from medmoe_hf.errors import ArgumentError, PathNotFoundError, ShardError, SourceError
 from medmoe_hf.model.medical_images_medmoe import WINDOWS, is_medical_image
 from medmoe_hf.model.modalities_medmoe import MODALITIES
 
@@ -285,7 +285,7 @@ class FolderSource(_Fields):
     def _images(self) -> list[Path]:
         root = Path(_with_environment(self.path))
         if not root.is_dir():
-            raise FileNotFoundError(f'There is no folder "{root}" (`path` of an imagefolder source).')
+            raise PathNotFoundError(f'There is no folder "{root}" (`path` of an imagefolder source).')
         others: Counter[str] = Counter()
         images = sorted(Path(path) for path in _images_below(str(root), (), others))
         if others:
@@ -318,11 +318,11 @@ class DatasetSource(_Fields):
             return datasets.load_dataset(self.path, self.subset, split=self.split)
         path = _with_environment(self.path)
         if not Path(path).is_dir():
-            raise FileNotFoundError(f'There is no folder "{path}" (`path` of a saved source).')
+            raise PathNotFoundError(f'There is no folder "{path}" (`path` of a saved source).')
         found = datasets.load_from_disk(path)
         if isinstance(found, datasets.DatasetDict):
             if self.split not in found:
-                raise ValueError(f'"{self.path}" has no split "{self.split}", but {", ".join(found)}.')
+                raise ArgumentError(f'"{self.path}" has no split "{self.split}", but {", ".join(found)}.')
             found = found[self.split]
         return found
 
@@ -403,7 +403,7 @@ def _template_fields(template: str) -> list[str]:
     names = [re.split(r"[.\[]", name)[0] for _, name, _, _ in Formatter().parse(template) if name is not None]
     for name in names:
         if not name or name.isdigit():
-            raise ValueError("`{" + name + "}` names no field")
+            raise ArgumentError("`{" + name + "}` names no field")
     return names
 
 
@@ -455,7 +455,9 @@ def expand(pattern: str) -> list[str]:
         choices = [_choices(piece) for piece in re.split(r"(\{[^{}]*\})", part)]
         count = prod(len(some) for some in choices) + len(paths)
         if count > _MOST_PATHS:
-            raise ValueError(f'"{_shortened(pattern)}" stands for {count} files; at most {_MOST_PATHS} are allowed.')
+            raise ArgumentError(
+                f'"{_shortened(pattern)}" stands for {count} files; at most {_MOST_PATHS} are allowed.'
+            )
         for chosen in product(*choices):
             path = "".join(chosen)
             if not has_magic(path) or os.path.lexists(path):
@@ -463,7 +465,7 @@ def expand(pattern: str) -> list[str]:
                 continue
             found = sorted(glob(_own_brackets(path)) or glob(path.replace("[", "[[]")))
             if not found:
-                raise FileNotFoundError(f'No file fits "{path}" (`files` of a source).')
+                raise PathNotFoundError(f'No file fits "{path}" (`files` of a source).')
             paths += found
     return paths
 
@@ -491,7 +493,7 @@ def _choices(piece: str) -> list[str]:
     """What a piece of a pattern stands for."""
     if not (piece.startswith("{") and piece.endswith("}")):
         if "{" in piece or "}" in piece:
-            raise ValueError(
+            raise ArgumentError(
                 f'"{_shortened(piece)}": braces within braces, or that do not close; write the names out.'
             )
         return [piece]
@@ -501,19 +503,15 @@ def _choices(piece: str) -> list[str]:
         return inside.split(",")
     first, last = counted.groups()
     if int(first) > int(last):
-        raise ValueError(f'"{piece}" counts down; write {{{last}..{first}}}.')
+        raise ArgumentError(f'"{piece}" counts down; write {{{last}..{first}}}.')
     numbers = range(int(first), int(last) + 1)
     if len(numbers) > _MOST_PATHS:
-        raise ValueError(f'"{piece}" stands for {len(numbers)} files; at most {_MOST_PATHS} are allowed.')
+        raise ArgumentError(f'"{piece}" stands for {len(numbers)} files; at most {_MOST_PATHS} are allowed.')
     return [str(number).zfill(len(first)) for number in numbers]
 
 
 def _shortened(text: str) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-class SourceError(ValueError):
-    """A file of sources that cannot be used; the message names the key and how to mend it."""
 
 
 def load_sources(path: str | Path) -> list[Any]:

@@ -35,8 +35,9 @@ from medmoe_hf.data.reading import (
     modality_before_reading,
     template_fields,
 )
-from medmoe_hf.data.shards import ShardError, TarShard
+from medmoe_hf.data.shards import TarShard
 from medmoe_hf.data.sources import PhantomSource
+from medmoe_hf.errors import ShardError, StreamError
 from medmoe_hf.model.modalities_medmoe import MODALITIES, UNKNOWN_MODALITY
 
 _CHUNK = 8  # samples that a worker fetches at a time
@@ -53,10 +54,6 @@ _PEEKED = 1000  # rows that it compares, of the first ones and of the rest
 _MOST_LABELS = 30  # more than these are no classes
 _FAR = 0.25  # share of the first samples that would have to be others
 _PARTS = {"train": "training part", "validation": "held-out part"}
-
-
-class StreamError(RuntimeError):
-    """The stream cannot go on, or cannot be resumed; the message says why and what to do."""
 
 
 @dataclass

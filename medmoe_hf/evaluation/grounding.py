@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from medmoe_hf.errors import ArgumentError
 from medmoe_hf.evaluation.intervals import bootstrap
 from medmoe_hf.evaluation.metrics import box_mask, contrast_to_noise, energy_in_box, mean_iou, pointing_hit
 from medmoe_hf.evaluation.recipes import Box, EvaluationSet
@@ -39,13 +40,13 @@ def grounding(encoder: Encoder, data: EvaluationSet, resamples: int = 1000, seed
         ValueError: for a model without heat-maps, or a set without phrases and boxes.
     """
     if not isinstance(encoder, MedMoEEncoder):
-        raise ValueError(f"{encoder.name} gives no heat-maps of words; only a MedMoE does.")
+        raise ArgumentError(f"{encoder.name} gives no heat-maps of words; only a MedMoE does.")
     data = tested(data)
     if data.phrases is None or data.boxes is None:
-        raise ValueError(f"{data.name}: grounding needs phrases and boxes.")
+        raise ArgumentError(f"{data.name}: grounding needs phrases and boxes.")
     rows = [row for row in range(len(data)) if data.phrases[row] and data.boxes[row]]
     if not rows:
-        raise ValueError(f"{data.name}: no image of the test split has both a phrase and a box.")
+        raise ArgumentError(f"{data.name}: no image of the test split has both a phrase and a box.")
     images, boxes = [data.images[row] for row in rows], [data.boxes[row] for row in rows]
     phrases = [data.phrases[row] for row in rows]
     references = None if data.references is None else [data.references[row] for row in rows]

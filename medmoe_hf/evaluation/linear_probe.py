@@ -13,6 +13,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from medmoe_hf.common.console import progress
+from medmoe_hf.errors import ArgumentError
 from medmoe_hf.evaluation.intervals import bootstrap
 from medmoe_hf.evaluation.metrics import classification_metrics
 from medmoe_hf.evaluation.recipes import EvaluationSet
@@ -53,7 +54,7 @@ def linear_probe(
         ValueError: for a set without labels or one of the three splits, or a class without training images.
     """
     if data.labels is None:
-        raise ValueError(f"{data.name}: a linear probe needs labels.")
+        raise ArgumentError(f"{data.name}: a linear probe needs labels.")
     split = None
     if data.splits is None or (data.splits == "test").all():
         data, split = own_splits(data, seed), _OWN_SPLITS
@@ -64,11 +65,11 @@ def linear_probe(
     assert test.labels is not None
     for part, name in ((train, "train"), (validation, "val")):
         if not len(part):
-            raise ValueError(f"{data.name}: a linear probe needs a {name} split, and no image is in it.")
+            raise ArgumentError(f"{data.name}: a linear probe needs a {name} split, and no image is in it.")
     counts = count_by_class(train.labels, data.classes)
     empty = [name for name, count in counts.items() if not count]
     if empty:
-        raise ValueError(f"{data.name}: the train split has no image of {', '.join(empty)}.")
+        raise ArgumentError(f"{data.name}: the train split has no image of {', '.join(empty)}.")
     result = Result(
         protocol="linear-probe",
         model=encoder.name,
@@ -163,7 +164,7 @@ def stratified_part(labels: np.ndarray, fraction: float, seed: int) -> np.ndarra
         fraction: of 0..1.
     """
     if not 0 < fraction <= 1:
-        raise ValueError(f"A fraction must lie in 0..1 and be more than 0, got {fraction}.")
+        raise ArgumentError(f"A fraction must lie in 0..1 and be more than 0, got {fraction}.")
     generator = np.random.default_rng(seed)
     parts = []
     for label in np.unique(labels):

@@ -12,6 +12,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from medmoe_hf.errors import ArgumentError
+
 CALIBRATION_BINS = 15
 _UNKNOWN = -100  # what the losses leave out, too
 
@@ -69,7 +71,7 @@ def ranks(
                 right |= (query[:, None] == candidate) & (query[:, None] >= 0)
         lost = (~right.any(dim=1)).nonzero().flatten()
         if len(lost):
-            raise ValueError(f"Query {start + int(lost[0])} has no right candidate: none shares a group with it.")
+            raise ArgumentError(f"Query {start + int(lost[0])} has no right candidate: none shares a group with it.")
         right = right.to(table.device)
         best = table.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
         # Not `>=`: a score that is no number is neither more nor less, and must not make a query look solved.
@@ -375,7 +377,7 @@ def _map_and_region(heatmap: ArrayLike, mask: ArrayLike) -> tuple[np.ndarray, np
             f"{region.dtype}."
         )
     if not region.any():
-        raise ValueError("The mask has no true pixel: there is no finding to point at.")
+        raise ArgumentError("The mask has no true pixel: there is no finding to point at.")
     if not np.isfinite(heat).all():
         raise ValueError("The heat-map holds values that are not finite numbers.")
     return heat, region

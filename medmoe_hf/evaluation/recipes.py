@@ -25,7 +25,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from medmoe_hf.common.console import progress
 from medmoe_hf.common.yaml_files import in_words, read_yaml
 from medmoe_hf.data.modality_words import modality_from_text
-from medmoe_hf.data.shards import ShardError, TarShard, read_table
+from medmoe_hf.data.shards import TarShard, read_table
+from medmoe_hf.errors import ArgumentError, RecipeError, ShardError
 from medmoe_hf.model.modalities_medmoe import MODALITIES, UNKNOWN_MODALITY, modality_id
 
 Box: TypeAlias = tuple[float, float, float, float]
@@ -113,10 +114,6 @@ def joined(sets: Sequence[EvaluationSet], name: str) -> EvaluationSet:
     else:
         columns["labels"] = None
     return EvaluationSet(name=name, facts=first.facts, **columns)
-
-
-class RecipeError(ValueError):
-    """A recipe, or a copy of its data, that cannot be used; the message says what to mend."""
 
 
 class _Layout(BaseModel):
@@ -292,15 +289,15 @@ class Recipe(BaseModel):
 
     def _consistent_table(self, layout: TableLayout) -> None:
         if bool(self.classes) != (layout.one_hot or layout.label is not None):
-            raise ValueError("`classes` go with `label` or `one_hot` of `layout`")
+            raise ArgumentError("`classes` go with `label` or `one_hot` of `layout`")
         if layout.one_hot and layout.label is not None:
-            raise ValueError("`layout` has a `label` column or `one_hot` columns, not both")
+            raise ArgumentError("`layout` has a `label` column or `one_hot` columns, not both")
         if layout.split_column is not None and list(layout.tables) != ["test"]:
-            raise ValueError("with `split_column`, `tables` must hold one file under `test`")
+            raise ArgumentError("with `split_column`, `tables` must hold one file under `test`")
         if layout.subject_pattern is not None and layout.subject is None:
-            raise ValueError("`subject_pattern` takes a part of `subject`, which is missing")
+            raise ArgumentError("`subject_pattern` takes a part of `subject`, which is missing")
         if "retrieval" in self.tasks and layout.caption is None:
-            raise ValueError("retrieval needs `caption` in `layout`")
+            raise ArgumentError("retrieval needs `caption` in `layout`")
 
 
 _SECTIONS = {

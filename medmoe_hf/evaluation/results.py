@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult
 
 from medmoe_hf.common.console import text_table
 from medmoe_hf.common.files import atomic_dir
+from medmoe_hf.errors import ArgumentError
 from medmoe_hf.evaluation.figures import draw_confusions, draw_heatmaps, draw_probes, draw_recalls, draw_reliability
 from medmoe_hf.evaluation.intervals import Interval, bootstrap
 from medmoe_hf.evaluation.metrics import calibration, classification_metrics
@@ -175,7 +176,7 @@ def tested(data: EvaluationSet) -> EvaluationSet:
     """
     part = data.split("test")
     if not len(part):
-        raise ValueError(f"{data.name}: none of the {len(data)} images is in the test split.")
+        raise ArgumentError(f"{data.name}: none of the {len(data)} images is in the test split.")
     return part
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from medmoe_hf.errors import ArgumentError
 from medmoe_hf.evaluation.intervals import bootstrap
 from medmoe_hf.evaluation.metrics import caption_groups, precision_at_k, ranks, retrieval_metrics
 from medmoe_hf.evaluation.recipes import EvaluationSet
@@ -38,7 +39,7 @@ def retrieval(
     """
     data = tested(data)
     if data.captions is None:
-        raise ValueError(f"{data.name}: retrieval needs a caption for each image.")
+        raise ArgumentError(f"{data.name}: retrieval needs a caption for each image.")
     kinds = scores_of(encoder, scores)
     image_groups, text_groups = _groups(data.images, data.captions)
     result = Result(

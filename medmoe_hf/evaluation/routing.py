@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 from torch import Tensor
 
+from medmoe_hf.errors import ArgumentError
 from medmoe_hf.evaluation.recipes import EvaluationSet
 from medmoe_hf.evaluation.results import Result, common_facts, count_by_class, tested
 from medmoe_hf.inference.encoders import Encoder, MedMoEEncoder
@@ -23,12 +24,12 @@ def routing(encoder: Encoder, data: EvaluationSet, resamples: int = 1000, seed: 
         ValueError: for a model without routers, or a set none of whose images has a modality with an expert.
     """
     if not isinstance(encoder, MedMoEEncoder):
-        raise ValueError(f"{encoder.name} has no router; only a MedMoE has.")
+        raise ArgumentError(f"{encoder.name} has no router; only a MedMoE has.")
     data = tested(data)
     truth = np.full(len(data), -1) if data.modalities is None else encoder.expert_ids(data.modalities)
     rows = (truth >= 0).nonzero()[0]
     if not len(rows):
-        raise ValueError(f"{data.name}: routing needs images whose modality is known and has an expert.")
+        raise ArgumentError(f"{data.name}: routing needs images whose modality is known and has an expert.")
     truth, names = truth[rows], encoder.modalities
     subjects = None if data.subjects is None else np.array(data.subjects)[rows]
     captions = None if data.captions is None else [data.captions[row] for row in rows]

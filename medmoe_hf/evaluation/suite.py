@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from medmoe_hf.errors import ArgumentError, PathExistsError
 from medmoe_hf.evaluation.grounding import grounding
 from medmoe_hf.evaluation.linear_probe import linear_probe
 from medmoe_hf.evaluation.recipes import EvaluationSet, joined, load_recipe, open_recipe
@@ -56,12 +57,12 @@ def evaluate(
         ValueError: for a protocol that is not the recipe's, a model that cannot be scored, or incomplete data.
     """
     if output is not None and Path(output).exists() and not force:
-        raise FileExistsError(f"{output} exists already; choose another folder or remove it.")
+        raise PathExistsError(f"{output} exists already; choose another folder or remove it.")
     read = load_recipe(recipe)
     chosen = list(read.tasks) if protocols is None else list(protocols)
     for protocol in chosen:
         if protocol not in read.tasks:
-            raise ValueError(f"The recipe {read.name} is not made for {protocol}, but for {', '.join(read.tasks)}.")
+            raise ArgumentError(f"The recipe {read.name} is not made for {protocol}, but for {', '.join(read.tasks)}.")
     sets = open_recipe(read, data_dir)
     results = []
     for model in models:

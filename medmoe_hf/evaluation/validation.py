@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from medmoe_hf.errors import ArgumentError
 from medmoe_hf.evaluation.metrics import accuracy, recall_at_k
 from medmoe_hf.model.losses_medmoe import cosine_logits
 from medmoe_hf.model.modalities_medmoe import UNKNOWN_MODALITY
@@ -66,7 +67,7 @@ def validate(
     finally:
         model.train(was_training)
     if not columns:
-        raise ValueError("There was nothing to evaluate: the stream of held-out samples is empty.")
+        raise ArgumentError("There was nothing to evaluate: the stream of held-out samples is empty.")
     joined = {name: torch.cat(parts) for name, parts in columns.items()}
     if gather is not None:
         joined = {name: gather(column) for name, column in joined.items()}
@@ -74,7 +75,7 @@ def validate(
     sizes = joined["size"]
     largest, pairs = int(sizes.max()), int(sizes.sum())
     if largest < 2:
-        raise ValueError("A contrastive loss needs batches of two or more pairs.")
+        raise ArgumentError("A contrastive loss needs batches of two or more pairs.")
     full = sizes == largest
     known = int((joined["label"] != UNKNOWN_MODALITY).sum())
     result: dict[str, float] = {name: joined[name].double()[full].mean().item() for name in LOSS_PARTS}

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from medmoe_hf.errors import ArgumentError
 from medmoe_hf.evaluation.intervals import bootstrap
 from medmoe_hf.evaluation.recipes import EvaluationSet
 from medmoe_hf.evaluation.results import Result, common_facts, count_by_class, tested
@@ -33,7 +34,7 @@ class ZeroShotClassifier:
     def __init__(self, encoder: Encoder, prompts: Mapping[str, Sequence[str]]) -> None:
         empty = [name for name, sentences in prompts.items() if isinstance(sentences, str) or not sentences]
         if empty or not prompts:
-            raise ValueError(f"Each class needs a list of sentences; {empty[0] if empty else 'no class'} has none.")
+            raise ArgumentError(f"Each class needs a list of sentences; {empty[0] if empty else 'no class'} has none.")
         self.encoder, self.classes = encoder, list(prompts)
         sentences, class_ids = flatten_prompts(prompts)
         by_class = _by_class(encoder.encode_texts(sentences).t(), class_ids)
@@ -66,7 +67,7 @@ def zero_shot(
     """
     data = tested(data)
     if data.labels is None or not data.classes or list(data.prompts) != list(data.classes):
-        raise ValueError(f"{data.name}: zero-shot needs labels, and prompts for each of its classes.")
+        raise ArgumentError(f"{data.name}: zero-shot needs labels, and prompts for each of its classes.")
     sentences, class_ids = flatten_prompts(data.prompts)
     result = Result(
         protocol="zero-shot",

@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from medmoe_hf.hub.folder_checks import PublishError
+from medmoe_hf.errors import HubUnreachableError, PublishError
 
 
 def writable(repo: str, token: str | None = None, dry_run: bool = False) -> str:
@@ -47,10 +47,6 @@ def writable(repo: str, token: str | None = None, dry_run: bool = False) -> str:
     if not account:
         raise PublishError(f"Whose {repo}? Name it as user/{repo}, or log in.")
     return f"{account['name']}/{repo}"
-
-
-class HubUnreachableError(PublishError):
-    """No answer from the Hub: offline mode, no network, or a connection that broke off."""
 
 
 def page_of(repo: str, kind: str = "model") -> str:

@@ -17,6 +17,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import nn
 
 from medmoe_hf.common.files import atomic_write
+from medmoe_hf.errors import CardError
 from medmoe_hf.model import MedMoEConfig, MedMoEForImageClassification, MedMoEModel
 from medmoe_hf.model.configuration_medmoe import PRESETS
 from medmoe_hf.model.modalities_medmoe import MODALITY_ALIASES
@@ -40,10 +41,6 @@ _MEASURED = ("protocol", "dataset", "N", "variant", "metric", "value", "95 % int
 # What a configuration holds that does not tell one model from another.
 _NO_DIFFERENCE = {"architectures", "auto_map", "dtype", "id2label", "label2id", "model_type", "transformers_version"}
 _ABSOLUTE = re.compile(r"(?<![\w.:/\\])(?:~|[A-Za-z]:)?[/\\](?=[^\s/\\])(?:[^\s/\\]+[/\\])*")
-
-
-class CardError(ValueError):
-    """A card that cannot be written; the message says which file or argument, and what to do."""
 
 
 def build_card(

@@ -13,9 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-
-class ConvertError(ValueError):
-    """A checkpoint that cannot be converted; the message says which file or key, and what to do."""
+from medmoe_hf.errors import ConvertError
 
 
 class _Ignored:

@@ -21,7 +21,8 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, BertTokenize
 from medmoe_hf.common.files import atomic_dir, redact_paths
 from medmoe_hf.data.checkpoint_names import refuse_missing_folder
 from medmoe_hf.data.phantom import phantom_vocabulary
-from medmoe_hf.hub.checkpoint_files import ConvertError, read_state_dict
+from medmoe_hf.errors import ConvertError, PathExistsError
+from medmoe_hf.hub.checkpoint_files import read_state_dict
 from medmoe_hf.model import (
     MedMoEConfig,
     MedMoEImageProcessor,
@@ -343,7 +344,7 @@ def _save(
 def _refuse_existing(out: str | Path, force: bool) -> None:
     # Before minutes of work, and not only when the folder is written.
     if Path(out).exists() and not force:
-        raise FileExistsError(f"{out} exists already; choose another folder, or replace it by --force.")
+        raise PathExistsError(f"{out} exists already; choose another folder, or replace it by --force.")
 
 
 def convert_official(

@@ -21,6 +21,7 @@ from transformers.tokenization_utils_base import LARGE_INTEGER
 
 from medmoe_hf.common.files import atomic_dir
 from medmoe_hf.data.checkpoint_names import refuse_missing_folder
+from medmoe_hf.errors import ExportError, MissingPackageError, PathExistsError
 from medmoe_hf.model import MedMoEConfig, MedMoEModel, MedMoEProcessor, MedMoETokenizer
 
 try:
@@ -43,10 +44,6 @@ _SEED = 0
 _ASCENT_STEPS, _ASCENT_STEP, _MARGIN = 60, 0.1, 0.01
 
 _Run = Callable[[Mapping[str, Tensor]], Sequence[Tensor]]
-
-
-class ExportError(ValueError):
-    """A model that cannot be exported, or whose export gives other numbers."""
 
 
 @dataclass
@@ -161,12 +158,14 @@ def export(
     if format not in FORMATS:
         raise ExportError(f'format must be one of {", ".join(FORMATS)}, got "{format}".')
     if format == "onnx" and onnxruntime is None:
-        raise ImportError('ONNX needs the onnxscript and onnxruntime packages: pip install "medmoe_hf[export]".')
+        raise MissingPackageError(
+            'ONNX needs the packages onnxscript and onnxruntime: pip install "medmoe_hf[export]"'
+        )
     if int8 and format != "onnx":
         raise ExportError("int8 is made by ONNX Runtime's quantisation: leave the format at onnx.")
     # Before minutes of work, and not only when the folder is written.
     if Path(out).exists() and not force:
-        raise FileExistsError(f"{out} exists already; choose another folder, or replace it by --force.")
+        raise PathExistsError(f"{out} exists already; choose another folder, or replace it by --force.")
     model, processor = _load(folder, format)
     size = processor.image_processor.size
     pixel_values = _images_for_every_expert(model, (size["height"], size["width"]))

@@ -92,10 +92,6 @@ _PLAIN_EXIF = frozenset(
 _GPS, _EXIF_PART = 0x8825, 0x8769
 
 
-class PublishError(ValueError):
-    """A checkpoint that was not published or verified; the message says why, and what to do."""
-
-
 def published_files(folder: Path) -> dict[str, Path]:
     """What of a folder is published: path in the repo -> file, in order."""
     return {

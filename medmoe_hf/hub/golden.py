@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from medmoe_hf.common.files import atomic_write
+from medmoe_hf.errors import PublishError
 from medmoe_hf.hub import clean_load
-from medmoe_hf.hub.folder_checks import GOLDEN, PublishError
+from medmoe_hf.hub.folder_checks import GOLDEN
 from medmoe_hf.model import (
     MedMoEForImageClassification,
     MedMoEModel,

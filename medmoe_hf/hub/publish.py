@@ -11,8 +11,9 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from medmoe_hf.data.checkpoint_names import refuse_missing_folder
-from medmoe_hf.hub.access import HubUnreachableError, explained
-from medmoe_hf.hub.folder_checks import GOLDEN, PublishError, check_folder, published_files
+from medmoe_hf.errors import HubUnreachableError, PublishError
+from medmoe_hf.hub.access import explained
+from medmoe_hf.hub.folder_checks import GOLDEN, check_folder, published_files
 from medmoe_hf.hub.golden import RELATIVE_TOLERANCE, compare_with_golden, write_golden
 from medmoe_hf.hub.remote import KEPT, MAIN, Change, Remote, readable_size
 

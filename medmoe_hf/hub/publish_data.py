@@ -23,12 +23,11 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from PIL import Image, ImageOps
 
 from medmoe_hf.common.files import atomic_dir
-from medmoe_hf.data.shards import ShardError
 from medmoe_hf.data.sources import IMAGE_FIELDS, field_of
 from medmoe_hf.data.stream import SampleStream
+from medmoe_hf.errors import ArgumentError, IdentifierError, MissingPackageError, PublishError, ShardError
 from medmoe_hf.hub.access import writable
 from medmoe_hf.hub.card import markdown_table, source_name
-from medmoe_hf.hub.folder_checks import PublishError
 from medmoe_hf.hub.identifiers import kinds
 from medmoe_hf.hub.remote import Remote, readable_size
 from medmoe_hf.model.medical_images_medmoe import is_medical_image
@@ -64,10 +63,6 @@ _IDENTIFYING = (
     *("InstitutionAddress",),
 )
 _PSEUDONYMS = ("PatientName", "PatientID")
-
-
-class IdentifierError(ValueError):
-    """Data that seem to identify patients; the message says how many and where, and never quotes them."""
 
 
 @dataclass(frozen=True)
@@ -120,10 +115,10 @@ def export_data(
         ValueError: for an endless source, another format or size, or sources without a single sample.
     """
     if format not in _WRITERS or shard_size < 1:
-        raise ValueError(f"`format` must be one of {', '.join(_WRITERS)}, `shard_size` 1 or more.")
+        raise ArgumentError(f"`format` must be one of {', '.join(_WRITERS)}, `shard_size` 1 or more.")
     for source in sources:
         if source.kind == "phantom" and source.length is None:
-            raise ValueError("An endless phantom source cannot be published; give it a `length`.")
+            raise ArgumentError("An endless phantom source cannot be published; give it a `length`.")
     findings: list[Finding] = []
     with atomic_dir(out_dir) as partial:
         if not i_have_removed_identifiers:
@@ -148,7 +143,7 @@ def export_data(
             _WRITERS[format](partial / "data", number, shard)
         _refuse(findings)
         if not counts:
-            raise ValueError("The sources hold no samples that can be published.")
+            raise ArgumentError("The sources hold no samples that can be published.")
         card = _card(
             sources, counts, stream.faults.bad, format, i_have_removed_identifiers, repo or Path(out_dir).name, license
         )
@@ -290,7 +285,7 @@ def _in_files(source: Any) -> Iterator[Finding]:
 def _in_header(content: Any) -> list[str]:
     """The fields of a DICOM header that hold an identifier; none for NIfTI, which has no such fields."""
     if pydicom is None:
-        raise ImportError('Looking into DICOM headers needs the package pydicom: pip install "medmoe_hf[dicom]"')
+        raise MissingPackageError('Reading DICOM headers needs the package pydicom: pip install "medmoe_hf[dicom]"')
     source = io.BytesIO(content) if isinstance(content, bytes) else content
     try:
         with warnings.catch_warnings():

@@ -13,8 +13,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
+from medmoe_hf.errors import PublishError
 from medmoe_hf.hub.access import explained, page_of, writable
-from medmoe_hf.hub.folder_checks import PublishError
 
 MAIN = "main"
 KEPT = ".gitattributes"

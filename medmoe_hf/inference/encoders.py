@@ -20,6 +20,7 @@ from transformers import AutoModel, AutoProcessor, PretrainedConfig
 
 from medmoe_hf.common.console import progress
 from medmoe_hf.data.checkpoint_names import refuse_missing_folder
+from medmoe_hf.errors import ArgumentError, EncoderError, MissingPackageError
 from medmoe_hf.inference.texts import encode_texts
 from medmoe_hf.model.image_processing_medmoe import MedMoEImageProcessor, MedMoEImageProcessorPil, to_rgb
 from medmoe_hf.model.losses_medmoe import local_logits
@@ -71,10 +72,6 @@ class Encoder(Protocol):
         """What a linear probe may read, each (N, width) float32, by name."""
 
 
-class EncoderError(ValueError):
-    """A model that cannot be scored; the message says why and what would do."""
-
-
 def load_encoder(name: str | Path, batch_size: int = BATCH_SIZE, device: str | None = None) -> Encoder:
     """The encoder for a model.
 
@@ -116,7 +113,7 @@ def scores_of(encoder: Encoder, scores: Sequence[str]) -> list[str]:
     """
     unknown = [score for score in scores if score not in SCORES]
     if unknown:
-        raise ValueError(f"There is no score {unknown[0]}, but {', '.join(SCORES)}.")
+        raise ArgumentError(f"There is no score {unknown[0]}, but {', '.join(SCORES)}.")
     return [score for score in scores if score == "global" or isinstance(encoder, MedMoEEncoder)]
 
 
@@ -372,7 +369,9 @@ class OpenClipEncoder:
 
     def __init__(self, name: str, batch_size: int = BATCH_SIZE, device: str | None = None) -> None:
         if open_clip is None:
-            raise ImportError("Models named open_clip:... need the open_clip package: pip install open_clip_torch.")
+            raise MissingPackageError(
+                'Models named open_clip:... need the package open_clip: pip install "medmoe_hf[compare]"'
+            )
         self.batch_size, self.device = batch_size, _device(device)
         rest = name.removeprefix(OPEN_CLIP)
         placed = rest.startswith(_OPEN_CLIP_PLACES)
@@ -443,7 +442,7 @@ class ExportedEncoder:
 
     def __init__(self, folder: str | Path, batch_size: int = BATCH_SIZE) -> None:
         if onnxruntime is None:
-            raise ImportError('Models named onnx:... need onnxruntime: pip install "medmoe_hf[export]".')
+            raise MissingPackageError('Models named onnx:... need onnxruntime: pip install "medmoe_hf[export]".')
         self.name, self.batch_size = ONNX + _short_name(folder), batch_size
         try:
             self.facts = json.loads((Path(folder) / "export.json").read_text(encoding="utf-8"))

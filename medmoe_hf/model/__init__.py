@@ -11,9 +11,10 @@ from transformers import (
 )
 
 from .configuration_medmoe import MedMoEConfig, MedMoESwinConfig, MedMoETextConfig, MedMoEVisionConfig
+from .errors_medmoe import ImageError, ImageTooLargeError
 from .image_files_medmoe import load_image
 from .image_processing_medmoe import MedMoEImageProcessor, MedMoEImageProcessorPil
-from .medical_images_medmoe import ImageError, ImageTooLargeError, MedicalImage, read_medical_image
+from .medical_images_medmoe import MedicalImage, read_medical_image
 from .modeling_medmoe import (
     MedMoEExpert,
     MedMoEForImageClassification,

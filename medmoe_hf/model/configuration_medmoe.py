@@ -24,6 +24,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, SwinConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .errors_medmoe import ArgumentError
 from .modalities_medmoe import MODALITIES, modality_id
 
 if TYPE_CHECKING:  # what these fields hold once a configuration is constructed
@@ -71,13 +72,13 @@ def _refuse_unknown(config_class: type[PreTrainedConfig], overrides: Mapping[str
         if key not in known:
             near = get_close_matches(key, known, n=1)
             hint = f" Did you mean `{where}{near[0]}`?" if near else ""
-            raise ValueError(f"`{where}{key}` is not a field of {config_class.__name__}.{hint}")
+            raise ArgumentError(f"`{where}{key}` is not a field of {config_class.__name__}.{hint}")
         if isinstance(value, Mapping) and key in config_class.sub_configs:
             nested = config_class.sub_configs[key]
             if nested is AutoConfig:
                 model_type = value.get("model_type", "bert")
                 if model_type not in CONFIG_MAPPING:
-                    raise ValueError(f'`{where}{key}.model_type`: transformers knows no "{model_type}".')
+                    raise ArgumentError(f'`{where}{key}.model_type`: transformers knows no "{model_type}".')
                 nested = CONFIG_MAPPING[model_type]
             _refuse_unknown(nested, value, f"{where}{key}.")
 
@@ -599,7 +600,7 @@ def preset_fields(name: str) -> dict[str, Any]:
     if name not in PRESETS:
         near = get_close_matches(name, PRESETS, n=1)
         hint = f" Did you mean `{near[0]}`?" if near else ""
-        raise ValueError(f'Unknown preset "{name}". Known presets: {", ".join(sorted(PRESETS))}.{hint}')
+        raise ArgumentError(f'Unknown preset "{name}". Known presets: {", ".join(sorted(PRESETS))}.{hint}')
     return PRESETS[name]
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from .errors_medmoe import PathNotFoundError
 from .medical_images_medmoe import (
     MAX_PIXELS,
     ImageError,
@@ -128,7 +129,7 @@ def _from_base64(name: str) -> bytes:
     except Image.DecompressionBombError:
         pass  # an image, and refused where it is decoded
     except Exception:
-        raise FileNotFoundError(
+        raise PathNotFoundError(
             f"{_shortened(name)!r} is no image file, no http(s) address and no base64 image"
         ) from None
     return content

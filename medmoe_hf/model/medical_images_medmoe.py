@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from .errors_medmoe import ImageError, ImageTooLargeError, MedicalImageError, MissingPackageError, PathNotFoundError
 from .modalities_medmoe import modality_of_dicom
 
 try:
@@ -62,21 +63,6 @@ _LONG_LENGTHS = (b"OB", b"OW", b"UN", b"SQ", b"UT", b"UC", b"UR", b"OF", b"OD", 
 _CHUNK = 2**20
 _CIFTI = range(3000, 3100)  # NIfTI's intent codes for data on surfaces
 _Windows = list[tuple[float, float]]
-
-
-class ImageError(OSError, ValueError):
-    """An image that cannot be used; the message names the file, the fault and, where there is one, a way out.
-
-    Readers of files expect an `OSError`, users of image processors a `ValueError`: it is both.
-    """
-
-
-class ImageTooLargeError(ImageError):
-    """An image with more pixels, or a file that inflates to more bytes, than allowed."""
-
-
-class MedicalImageError(ImageError):
-    """A DICOM or NIfTI file that gives no picture."""
 
 
 @dataclass(eq=False)
@@ -173,12 +159,12 @@ def read_medical_image(
         if isinstance(source, (str, os.PathLike)) and not os.path.isfile(source):
             if os.path.exists(source):
                 raise MedicalImageError(f"{name} is a folder, device or pipe and not a file")
-            raise FileNotFoundError(f"{name}: there is no such file")
+            raise PathNotFoundError(f"{name}: there is no such file")
         raise MedicalImageError(f"{name} is neither DICOM nor NIfTI")
     if kind == "dicom" and pydicom is None:
-        raise ImportError(_missing("DICOM", "pydicom"))
+        raise MissingPackageError(_missing("DICOM", "pydicom"))
     if kind == "nifti" and nibabel is None:
-        raise ImportError(_missing("NIfTI", "nibabel"))
+        raise MissingPackageError(_missing("NIfTI", "nibabel"))
     try:
         if kind == "nifti":
             return _read_nifti(source, name, frame, windows, max_pixels)
@@ -459,7 +445,7 @@ def _stored(dataset: Any, name: str, frame: int, photometric: str, max_pixels: i
             f"{name} is stored as {syntax.name}, which pydicom cannot decode; export it as another transfer syntax"
         ) from None
     if not available:
-        raise ImportError(f"{name} is stored as {syntax.name}; {_missing('that', 'pylibjpeg')}")
+        raise MissingPackageError(f"{name} is stored as {syntax.name}; {_missing('that', 'pylibjpeg')}")
     check_size(int(dataset.get("Columns") or 0), int(dataset.get("Rows") or 0), name, max_pixels)
     # What the decoder is told in place of what the header lacks, or says in another spelling.
     told: dict[str, Any] = {

@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .errors_medmoe import ArgumentError
+
 UNKNOWN_MODALITY = -100
 """The id of an unknown modality: ignored by the auxiliary loss, left to the router by the image tower."""
 
@@ -89,7 +91,7 @@ def modality_id(modality: Any, names: Sequence[str] | Mapping[int, str] = MODALI
     if isinstance(item, int) and not isinstance(item, bool) and item in (UNKNOWN_MODALITY, *known):
         return item
     listed = ", ".join(f"{index}: {name}" for index, name in known.items())
-    raise ValueError(
+    raise ArgumentError(
         f"Unknown modality {modality!r}. Known are {{{listed}}}, their aliases and DICOM's codes, and "
         f"{UNKNOWN_MODALITY} = unknown."
     )

@@ -37,6 +37,7 @@ from medmoe_hf.common.files import atomic_write
 from medmoe_hf.data.checkpoint_names import refuse_missing_folder
 from medmoe_hf.data.collate import ContrastiveCollator
 from medmoe_hf.data.stream import Place, Sample, SampleStream
+from medmoe_hf.errors import EncodeError
 from medmoe_hf.inference.texts import encode_texts
 from medmoe_hf.model import MedMoEModel, MedMoEProcessor
 
@@ -50,10 +51,6 @@ _FREE = ("model",)
 _VOLATILE = ("transformers_version", "architectures", "auto_map", "_name_or_path", "dtype", "processor_class")
 
 _MOST_CHANGES = 5  # lines of a message, for each source
-
-
-class EncodeError(ValueError):
-    """A folder of embeddings that cannot be written on, or not be read; the message says why and what to do."""
 
 
 @dataclass

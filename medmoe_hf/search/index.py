@@ -19,15 +19,10 @@ from torch import nn
 from medmoe_hf.common.console import progress, text_table
 from medmoe_hf.common.files import atomic_dir
 from medmoe_hf.data.checkpoint_names import refuse_missing_folder
+from medmoe_hf.errors import ArgumentError, EncodeError, MissingPackageError
 from medmoe_hf.inference.texts import encode_texts
 from medmoe_hf.model import MedMoEModel, MedMoEProcessor
-from medmoe_hf.search.encode import (
-    EncodeError,
-    FinishedShard,
-    finished_shards,
-    model_fingerprint,
-    read_shard,
-)
+from medmoe_hf.search.encode import FinishedShard, finished_shards, model_fingerprint, read_shard
 
 try:
     import faiss
@@ -114,7 +109,7 @@ class EmbeddingIndex:
 
     def __init__(self, out: str | Path, among: Among = "images") -> None:
         if faiss is None:
-            raise ImportError('Searching needs faiss: pip install "medmoe_hf[search]".')
+            raise MissingPackageError('Searching needs faiss: pip install "medmoe_hf[search]".')
         self.manifest, self._shards = finished_shards(Path(out))
         counts = [shard.rows for shard in self._shards]
         if not sum(counts):
@@ -154,7 +149,7 @@ class EmbeddingIndex:
         selector, there = None, len(self)
         if modality is not None:
             if modality not in self.manifest["modalities"]:
-                raise ValueError(f"There is no modality {modality}, but {', '.join(self.manifest['modalities'])}.")
+                raise ArgumentError(f"There is no modality {modality}, but {', '.join(self.manifest['modalities'])}.")
             wanted = self._modalities == self.manifest["modalities"].index(modality)
             there = int(wanted.sum())
             selector = faiss.IDSelectorBitmap(np.packbits(wanted, bitorder="little"))
@@ -291,7 +286,7 @@ def search(
         ValueError: for both a text and an image, or neither, or an unknown modality.
     """
     if (text is None) == (image is None):
-        raise ValueError("A search takes either a text or an image (--text or --image).")
+        raise ArgumentError("A search takes either a text or an image (--text or --image).")
     index = EmbeddingIndex(out, among)
     model = index.manifest["model"] if model is None else model
     refuse_missing_folder(model)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from medmoe_hf.common.files import atomic_dir
 from medmoe_hf.data.checkpoint_names import refuse_missing_folder
+from medmoe_hf.errors import ArgumentError, MissingPackageError, PathExistsError
 from medmoe_hf.model import MedMoEForImageClassification, MedMoEModel, MedMoEProcessor
 from medmoe_hf.training.build import nearest_names, split_tower
 from medmoe_hf.training.config import LoraSection
@@ -51,7 +52,7 @@ def add_lora(model: nn.Module, section: LoraSection) -> "PeftModel":
     peft = _peft()
     base: str | None = getattr(model, "name_or_path", None) or None
     if base is None and not section.merge:
-        raise ValueError(
+        raise ArgumentError(
             "An adapter needs a base that others can load, and this model is new. Set `model.from_pretrained` to a "
             "saved model, or `lora.merge: true` to save a whole one."
         )
@@ -62,7 +63,7 @@ def add_lora(model: nn.Module, section: LoraSection) -> "PeftModel":
     whole = [name for name in train if name not in parameters]
     targets = [name for name in _targets(model, section.targets) if not _inside(name, whole)]
     if not targets:
-        raise ValueError(
+        raise ArgumentError(
             "`lora.targets`: all of them lie in what `lora.train` names; what is trained needs no update."
         )
     wrapped = peft.get_peft_model(
@@ -128,24 +129,26 @@ def merge_adapter(adapter: str | Path, out: str | Path, base: str | Path | None 
     peft = _peft()
     adapter = Path(adapter)
     if Path(out).exists() and not force:
-        raise FileExistsError(f"{out} exists already; choose another folder or remove it.")
+        raise PathExistsError(f"{out} exists already; choose another folder or remove it.")
     missing = [name for name in ("adapter_config.json", WEIGHTS) if not (adapter / name).is_file()]
     if missing:
-        raise ValueError(f"{adapter} is no folder of an adapter: it lacks {' and '.join(missing)}.")
+        raise ArgumentError(f"{adapter} is no folder of an adapter: it lacks {' and '.join(missing)}.")
     config = peft.PeftConfig.from_pretrained(str(adapter))
     base = base or config.base_model_name_or_path
     if base is None:
-        raise ValueError(f"{adapter} does not say what it belongs to; name its base.")
+        raise ArgumentError(f"{adapter} does not say what it belongs to; name its base.")
     kind = _MODELS.get((config.auto_mapping or {}).get("base_model_class"), MedMoEModel)
     try:
         refuse_missing_folder(base)
         model = kind.from_pretrained(base)
     except (OSError, ValueError) as error:
-        raise ValueError(f"The base {base} of {adapter} cannot be loaded ({error}); say where it is now.") from error
+        raise ArgumentError(
+            f"The base {base} of {adapter} cannot be loaded ({error}); say where it is now."
+        ) from error
     try:
         merged = peft.PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
     except (RuntimeError, KeyError) as error:
-        raise ValueError(f"{adapter} does not fit {base}; is that its base? {error}") from error
+        raise ArgumentError(f"{adapter} does not fit {base}; is that its base? {error}") from error
     processor = MedMoEProcessor.from_pretrained(adapter if (adapter / "processor_config.json").is_file() else base)
     with atomic_dir(out, force) as partial:
         merged.save_pretrained(partial)
@@ -156,7 +159,7 @@ def _peft() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise ImportError('LoRA needs the peft package: pip install "medmoe_hf[lora]" (or peft).') from error
+        raise MissingPackageError('LoRA needs the peft package: pip install "medmoe_hf[lora]" (or peft).') from error
     return peft
 
 
@@ -178,7 +181,7 @@ def _chosen(key: str, wanted: list[str], names: list[str]) -> list[str]:
         if not any(_fits(name, item) for name in names):
             near = nearest_names(item if "." in item else f"*{item}", names)
             hint = f" Nearest: {', '.join(near)}." if near else ""
-            raise ValueError(f'`lora.{key}`: nothing in the model that could be meant by "{item}".{hint}')
+            raise ArgumentError(f'`lora.{key}`: nothing in the model that could be meant by "{item}".{hint}')
     return [name for name in names if any(_fits(name, item) for item in wanted)]
 
 
@@ -206,7 +209,7 @@ def _targets(model: nn.Module, wanted: list[str] | None) -> list[str]:
             if adapted:
                 break
         else:
-            raise ValueError(
+            raise ArgumentError(
                 f"{tower} has neither attention nor linear layers nor 1x1 convolutions to adapt: name some of its "
                 f"layers by `lora.targets`, such as {', '.join(list(members)[:3])}."
             )

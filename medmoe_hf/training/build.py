@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from medmoe_hf.data.checkpoint_names import refuse_missing_folder
 from medmoe_hf.data.phantom import phantom_vocabulary
+from medmoe_hf.errors import ArgumentError
 from medmoe_hf.model import (
     MedMoEConfig,
     MedMoEImageProcessor,
@@ -119,9 +120,9 @@ def parameter_groups(
         ValueError: if nothing is trainable, or for a `layer_decay` out of range or without a `learning_rate`.
     """
     if not 0 < layer_decay <= 1:
-        raise ValueError(f"`layer_decay` must lie in (0, 1], 1 for one rate everywhere; got {layer_decay}.")
+        raise ArgumentError(f"`layer_decay` must lie in (0, 1], 1 for one rate everywhere; got {layer_decay}.")
     if layer_decay < 1 and learning_rate is None:
-        raise ValueError("`layer_decay` needs a `learning_rate` to start from.")
+        raise ArgumentError("`layer_decay` needs a `learning_rate` to start from.")
     towers: dict[str, dict[str, tuple[str, nn.Parameter]]] = {"vision_model": {}, "text_model": {}}
     for name, parameter in model.named_parameters():  # which gives a shared one once
         if layer_decay < 1 and (split := split_tower(name)) is not None:
@@ -148,7 +149,7 @@ def parameter_groups(
                 group["lr"] = learning_rate * layer_decay**distance
         group["params"].append(parameter)
     if not groups:
-        raise ValueError("No parameter is trainable: `freeze` covers the whole model. Leave something out of it.")
+        raise ArgumentError("No parameter is trainable: `freeze` covers the whole model. Leave something out of it.")
     return [groups[key] for key in sorted(groups)]
 
 
@@ -210,7 +211,7 @@ def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
             top = sorted({name.split(".")[0] for name in names})
             near = nearest_names(whole, names)
             hint = f" Nearest: {', '.join(near)}." if near else ""
-            raise ValueError(
+            raise ArgumentError(
                 f'`freeze`: no parameter begins with "{pattern}", or fits it as a pattern. '
                 f"The model has {', '.join(top)}.{hint}"
             )

@@ -25,6 +25,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from medmoe_hf.errors import ResumeError
+
 STATE = "training_state"
 MANIFEST = "manifest.json"
 # A run may go on with other values of these: nothing that is learned depends on them.
@@ -32,10 +34,6 @@ _FREE = ("output_dir", "log_every", "trackers", "checkpoints", "data.num_workers
 
 
 _NAMED = 10  # files that a message names
-
-
-class ResumeError(ValueError):
-    """A checkpoint that a run cannot go on from; the message says why and what to do."""
 
 
 def step_name(step: int) -> str:

@@ -6,11 +6,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from medmoe_hf.common.yaml_files import in_words, read_yaml
-from medmoe_hf.data.sources import SOURCE_SECTIONS, Source, SourceError, load_sources
-
-
-class ConfigError(ValueError):
-    """A training configuration that cannot be used; the message names the key and how to mend it."""
+from medmoe_hf.data.sources import SOURCE_SECTIONS, Source, load_sources
+from medmoe_hf.errors import ConfigError, SourceError
 
 
 class ModelSection(BaseModel):

@@ -32,32 +32,27 @@ from transformers import get_scheduler
 from medmoe_hf.common.files import atomic_dir, redact_paths
 from medmoe_hf.data.collate import ContrastiveCollator
 from medmoe_hf.data.reading import Fault, Place, Reader
-from medmoe_hf.data.shards import ShardError
-from medmoe_hf.data.sources import SourceError, has_labels
-from medmoe_hf.data.stream import Sample, SampleStream, Split, StreamError
+from medmoe_hf.data.sources import has_labels
+from medmoe_hf.data.stream import Sample, SampleStream, Split
+from medmoe_hf.errors import (
+    Interrupted,
+    PathExistsError,
+    ResumeError,
+    ShardError,
+    SourceError,
+    StreamError,
+    TrainingError,
+)
 from medmoe_hf.evaluation.validation import LOSS_PARTS, RECALLS, describe, validate
 from medmoe_hf.model.modeling_medmoe import in_process_group
 from medmoe_hf.training import checkpoints
 from medmoe_hf.training.adapters import add_lora, save_adapter
 from medmoe_hf.training.build import build_model, freeze, parameter_groups, train_mode
 from medmoe_hf.training.cached import cached_step
-from medmoe_hf.training.checkpoints import ResumeError
 from medmoe_hf.training.config import TrainConfig
 from medmoe_hf.training.negatives import gather_rows
 
 _TRIED = 4  # samples of each source that are read before the first step
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why and what to change."""
-
-
-class Interrupted(TrainingError):
-    """The run was told to stop; `signal` says by what. Its checkpoint is written."""
-
-    def __init__(self, message: str, number: int) -> None:
-        super().__init__(message)
-        self.signal = number
 
 
 @dataclass
@@ -155,7 +150,7 @@ class TrainingRun:
         # work.
         torch.set_flush_denormal(True)
         if config.output_dir.exists():
-            raise FileExistsError(f"{config.output_dir} exists already; choose another `output_dir` or remove it.")
+            raise PathExistsError(f"{config.output_dir} exists already; choose another `output_dir` or remove it.")
         self.config = config
         self.folder = config.run_dir / "checkpoints"
         self.record = TrainingRecord(config=config.model_dump(mode="json"))
@@ -282,7 +277,7 @@ class TrainingRun:
             checkpoints.check(Path(resume))
             return Path(resume), []
         if resume is None and checkpoints.find_checkpoints(self.folder):
-            raise FileExistsError(
+            raise PathExistsError(
                 f"{self.folder} holds checkpoints of a run. Go on from the newest with `--resume auto`, remove them, "
                 "or choose another `output_dir`."
             )

@@ -8,9 +8,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from medmoe_hf.common import yaml_files
 from medmoe_hf.common.yaml_files import in_words, nearest, read_yaml
-from medmoe_hf.data.sources import SourceError, load_sources
-from medmoe_hf.evaluation.recipes import RecipeError, load_recipe
-from medmoe_hf.training import ConfigError, TrainConfig
+from medmoe_hf.data.sources import load_sources
+from medmoe_hf.errors import ConfigError, RecipeError, SourceError
+from medmoe_hf.evaluation.recipes import load_recipe
+from medmoe_hf.training import TrainConfig
 
 
 def laughs(levels):

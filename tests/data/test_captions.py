@@ -6,8 +6,9 @@ import random
 
 import pytest
 
-from medmoe_hf.data.captions import CAPTION_RULES, RULE_MODALITY, CaptionError, apply_rule, detect_rule
+from medmoe_hf.data.captions import CAPTION_RULES, RULE_MODALITY, apply_rule, detect_rule
 from medmoe_hf.data.phantom import MODALITIES
+from medmoe_hf.errors import CaptionError
 
 DRAWS = 400
 

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 from medmoe_hf.cli import app
 from medmoe_hf.data import checkpoint_names
 from medmoe_hf.data.checkpoint_names import refuse_missing_folder
-from medmoe_hf.inference.encoders import EncoderError, load_encoder
+from medmoe_hf.errors import EncoderError
+from medmoe_hf.inference.encoders import load_encoder
 from medmoe_hf.search import index
 
 

@@ -21,7 +21,8 @@ from pydantic import TypeAdapter
 from medmoe_hf.data import reading
 from medmoe_hf.data.captions import is_empty
 from medmoe_hf.data.sources import Source
-from medmoe_hf.data.stream import SampleStream, Split, StreamError
+from medmoe_hf.data.stream import SampleStream, Split
+from medmoe_hf.errors import StreamError
 from medmoe_hf.model import MedMoEImageProcessor
 
 CASES = Path(__file__).parents[1] / "fixtures" / "cases"

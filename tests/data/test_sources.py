@@ -16,10 +16,11 @@ from typer.testing import CliRunner
 from medmoe_hf.cli import app
 from medmoe_hf.data import write_webdataset
 from medmoe_hf.data.inspection import inspect_sources
-from medmoe_hf.data.shards import ShardError, read_table
-from medmoe_hf.data.sources import SourceError, TableSource, expand, load_sources
+from medmoe_hf.data.shards import read_table
+from medmoe_hf.data.sources import TableSource, expand, load_sources
 from medmoe_hf.data.stream import SampleStream, Split
-from medmoe_hf.training import ConfigError, TrainConfig
+from medmoe_hf.errors import ConfigError, ShardError, SourceError
+from medmoe_hf.training import TrainConfig
 
 READY = Path(__file__).parents[2] / "examples" / "sources"
 CASES = Path(__file__).parents[1] / "fixtures" / "cases"

@@ -18,7 +18,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from medmoe_hf.data import reading
 from medmoe_hf.data.sources import Source, expand, load_sources
-from medmoe_hf.data.stream import SampleStream, Split, StreamError
+from medmoe_hf.data.stream import SampleStream, Split
+from medmoe_hf.errors import StreamError
 
 CASES = Path(__file__).parents[1] / "fixtures" / "cases"
 SOURCE = TypeAdapter(Source)

@@ -14,10 +14,10 @@ import yaml
 from PIL import Image
 
 from medmoe_hf.data.phantom import FINDINGS, MODALITIES, phantom_sample, write_webdataset, zero_shot_prompts
+from medmoe_hf.errors import RecipeError
 from medmoe_hf.evaluation.recipes import (
     WARNING,
     EvaluationSet,
-    RecipeError,
     check_recipe,
     joined,
     load_recipe,

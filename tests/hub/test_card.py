@@ -15,7 +15,8 @@ from huggingface_hub import ModelCard, metadata_load
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from medmoe_hf.hub.card import HAND_WRITTEN, CardError, build_card, write_card
+from medmoe_hf.errors import CardError
+from medmoe_hf.hub.card import HAND_WRITTEN, build_card, write_card
 from medmoe_hf.hub.folder_checks import check_folder
 from medmoe_hf.model import MedMoEConfig, MedMoEForImageClassification, MedMoEModel
 from medmoe_hf.model.configuration_medmoe import REQUIRED_TRANSFORMERS

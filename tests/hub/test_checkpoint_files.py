@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from medmoe_hf.hub import ConvertError, read_checkpoint, read_state_dict
+from medmoe_hf.errors import ConvertError
+from medmoe_hf.hub import read_checkpoint, read_state_dict
 
 TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.half": torch.ones(2, dtype=torch.bfloat16)}
 

@@ -31,7 +31,8 @@ from transformers import (
 from typer.testing import CliRunner
 
 from medmoe_hf.cli import app
-from medmoe_hf.hub import ConvertError, convert_medclip, convert_official, init_model, read_state_dict
+from medmoe_hf.errors import ConvertError
+from medmoe_hf.hub import convert_medclip, convert_official, init_model, read_state_dict
 from medmoe_hf.model import MedMoEModel, MedMoEProcessor, MedMoETextModel, MedMoEVisionModel
 from medmoe_hf.model.configuration_medmoe import PRESETS
 

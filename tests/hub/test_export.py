@@ -13,8 +13,9 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch.nn.functional import normalize
 
+from medmoe_hf.errors import ExportError
 from medmoe_hf.hub import export as export_module
-from medmoe_hf.hub.export import ExportError, export
+from medmoe_hf.hub.export import export
 from medmoe_hf.model import (
     MedMoEForImageClassification,
     MedMoEImageProcessor,

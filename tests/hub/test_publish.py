@@ -20,9 +20,10 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from medmoe_hf.errors import PublishError
 from medmoe_hf.hub import golden as golden_module
 from medmoe_hf.hub.access import explained
-from medmoe_hf.hub.folder_checks import PublishError, published_files
+from medmoe_hf.hub.folder_checks import published_files
 from medmoe_hf.hub.golden import RELATIVE_TOLERANCE, compare_with_golden, write_golden
 from medmoe_hf.hub.publish import publish, verify
 from medmoe_hf.model import (

@@ -19,9 +19,10 @@ from pydantic import TypeAdapter
 from medmoe_hf.data.phantom import phantom_sample
 from medmoe_hf.data.sources import Source
 from medmoe_hf.data.stream import SampleStream
-from medmoe_hf.hub import PublishError, publish_data
+from medmoe_hf.errors import IdentifierError, PublishError
+from medmoe_hf.hub import publish_data
 from medmoe_hf.hub.identifiers import kinds
-from medmoe_hf.hub.publish_data import IdentifierError, export_data, push_data
+from medmoe_hf.hub.publish_data import export_data, push_data
 
 KIND = {"parquet": "parquet", "webdataset": "tar"}
 

@@ -14,8 +14,8 @@ from small_encoders import clip_folder, medmoe_folder, open_clip_architecture
 from transformers import AutoModel, AutoProcessor, CLIPModel, CLIPProcessor, SiglipConfig, SiglipModel
 
 from medmoe_hf.data import phantom_sample
+from medmoe_hf.errors import EncoderError
 from medmoe_hf.inference.encoders import (
-    EncoderError,
     ExportedEncoder,
     MedMoEEncoder,
     OpenClipEncoder,

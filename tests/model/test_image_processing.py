@@ -19,6 +19,7 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from transformers import CLIPImageProcessor
 
+from medmoe_hf.errors import ImageError, ImageTooLargeError
 from medmoe_hf.model import image_files_medmoe
 from medmoe_hf.model.image_processing_medmoe import (
     MedMoEImageProcessor,
@@ -26,7 +27,6 @@ from medmoe_hf.model.image_processing_medmoe import (
     resize_heatmaps,
     to_rgb,
 )
-from medmoe_hf.model.medical_images_medmoe import ImageError, ImageTooLargeError
 
 MEAN = np.array([0.485, 0.456, 0.406]).reshape(3, 1, 1)
 STD = np.array([0.229, 0.224, 0.225]).reshape(3, 1, 1)

@@ -19,17 +19,12 @@ import pytest
 import torch
 from PIL import Image
 
+from medmoe_hf.errors import ImageTooLargeError, MedicalImageError
 from medmoe_hf.model import medical_images_medmoe
 from medmoe_hf.model.configuration_medmoe import MedMoEVisionConfig
 from medmoe_hf.model.image_files_medmoe import load_image
 from medmoe_hf.model.image_processing_medmoe import MedMoEImageProcessor, MedMoEImageProcessorPil, resize_heatmaps
-from medmoe_hf.model.medical_images_medmoe import (
-    WINDOWS,
-    ImageTooLargeError,
-    MedicalImageError,
-    is_medical_image,
-    read_medical_image,
-)
+from medmoe_hf.model.medical_images_medmoe import WINDOWS, is_medical_image, read_medical_image
 from medmoe_hf.model.processing_medmoe import MedMoEProcessor
 from medmoe_hf.model.tokenization_medmoe import MedMoETokenizer
 

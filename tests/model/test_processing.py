@@ -120,6 +120,7 @@ def test_round_trip(images, tmp_path):
         assert torch.equal(value, expected[key]), key
     assert {file.name for file in tmp_path.iterdir()} == {
         "configuration_medmoe.py",
+        "errors_medmoe.py",
         "image_processing_medmoe.py",
         "image_files_medmoe.py",
         "medical_images_medmoe.py",

@@ -31,9 +31,9 @@ from medmoe_hf import MedMoEModel, MedMoEProcessor
 from medmoe_hf.data import phantom_sample, write_webdataset
 from medmoe_hf.data.shards import TarShard
 from medmoe_hf.data.sources import PhantomSource, TableSource, WebDatasetSource
-from medmoe_hf.data.stream import StreamError
+from medmoe_hf.errors import EncodeError, StreamError
 from medmoe_hf.inference.texts import encode_texts
-from medmoe_hf.search import EncodeError, encode_sources
+from medmoe_hf.search import encode_sources
 from medmoe_hf.search.encode import _PlacedStream, _Writer
 from medmoe_hf.training import build_model
 from medmoe_hf.training.config import ModelSection

@@ -14,7 +14,8 @@ from medmoe_hf import MedMoEModel, MedMoEProcessor
 from medmoe_hf.cli import app
 from medmoe_hf.data import MODALITIES, phantom_sample, write_webdataset
 from medmoe_hf.data.sources import PhantomSource, TableSource, WebDatasetSource
-from medmoe_hf.search import EmbeddingIndex, EncodeError, Hit, encode_sources, hits_table, index, search
+from medmoe_hf.errors import EncodeError
+from medmoe_hf.search import EmbeddingIndex, Hit, encode_sources, hits_table, index, search
 
 faiss = pytest.importorskip("faiss")
 

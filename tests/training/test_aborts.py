@@ -8,8 +8,8 @@ from test_resume import assert_same, run_of, weights
 
 from medmoe_hf.data import MODALITIES, phantom_sample, write_webdataset
 from medmoe_hf.data.reading import Split
-from medmoe_hf.data.stream import StreamError
-from medmoe_hf.training import TrainingError, loop, plan, train
+from medmoe_hf.errors import StreamError, TrainingError
+from medmoe_hf.training import loop, plan, train
 from medmoe_hf.training.checkpoints import find_checkpoints
 from medmoe_hf.training.loop import TrainingRun
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from medmoe_hf.training import ConfigError, TrainConfig
+from medmoe_hf.errors import ConfigError
+from medmoe_hf.training import TrainConfig
 
 VALID = """
 output_dir: OUT

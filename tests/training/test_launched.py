@@ -57,7 +57,8 @@ def launched(rank, world, port, folder, kind, preset, changes, stop):
         "OMP_NUM_THREADS": "1",
     }
     torch.set_num_threads(1)
-    from medmoe_hf.training import Interrupted, loop
+    from medmoe_hf.errors import Interrupted
+    from medmoe_hf.training import loop
 
     if kind.startswith("fsdp"):
         loop.Accelerator = sharded_on_a_cpu(loop.Accelerator)

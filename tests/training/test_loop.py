@@ -13,8 +13,8 @@ from small_models import SMALL
 from medmoe_hf import MedMoEModel, MedMoEProcessor
 from medmoe_hf.data import phantom_sample
 from medmoe_hf.data.collate import ContrastiveCollator
-from medmoe_hf.data.stream import StreamError
-from medmoe_hf.training import TrainConfig, TrainingError, build_model, train
+from medmoe_hf.errors import StreamError, TrainingError
+from medmoe_hf.training import TrainConfig, build_model, train
 from medmoe_hf.training.build import parameter_groups
 from medmoe_hf.training.config import ModelSection
 from medmoe_hf.training.loop import TrainingRun

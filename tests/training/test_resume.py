@@ -21,7 +21,8 @@ from test_loop import config
 
 from medmoe_hf import MedMoEModel
 from medmoe_hf.data import phantom_sample, write_webdataset
-from medmoe_hf.training import Interrupted, ResumeError, TrainConfig, TrainingError, checkpoints, loop, train
+from medmoe_hf.errors import Interrupted, ResumeError, TrainingError
+from medmoe_hf.training import TrainConfig, checkpoints, loop, train
 from medmoe_hf.training.checkpoints import find_checkpoints
 from medmoe_hf.training.loop import TrainingRun
 

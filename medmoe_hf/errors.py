@@ -1,0 +1,137 @@
+"""All errors that a user of the package can fix. They derive from `MedMoEError`.
+
+Example:
+    ```python
+    from medmoe_hf import errors
+    from medmoe_hf.training import TrainConfig
+
+    try:
+        TrainConfig.from_yaml("run.yaml")
+    except errors.MedMoEError as error:
+        print(error)
+    ```
+"""
+
+from medmoe_hf.model.errors_medmoe import (
+    ArgumentError,
+    ImageError,
+    ImageTooLargeError,
+    MedicalImageError,
+    MedMoEError,
+    MissingPackageError,
+    PathExistsError,
+    PathNotFoundError,
+)
+
+
+class CaptionError(MedMoEError, ValueError):
+    """A caption that its rule cannot use. Captions may be patient data and errors reach logs: it never quotes them."""
+
+
+class SourceError(MedMoEError, ValueError):
+    """A file of sources that cannot be used; the message names the key and how to fix it."""
+
+
+class ShardError(MedMoEError, RuntimeError):
+    """A shard that cannot be opened.
+
+    Attributes:
+        cause: What is counted, in a few words and without a path.
+    """
+
+    def __init__(self, cause: str, message: str) -> None:
+        super().__init__(message)
+        self.cause = cause
+
+
+class StreamError(MedMoEError, RuntimeError):
+    """A stream that cannot continue or be resumed; the message says why and what to do."""
+
+
+class EncoderError(MedMoEError, ValueError):
+    """A model that cannot be loaded or scored; the message says why and what would work."""
+
+
+class RecipeError(MedMoEError, ValueError):
+    """An evaluation recipe, or a copy of its data, that cannot be used; the message says what to fix."""
+
+
+class EncodeError(MedMoEError, ValueError):
+    """A folder of embeddings that cannot be continued or read; the message says why and what to do."""
+
+
+class ConfigError(MedMoEError, ValueError):
+    """A training configuration that cannot be used; the message names the key and how to fix it."""
+
+
+class ResumeError(MedMoEError, ValueError):
+    """A checkpoint that a run cannot resume from; the message says why and what to do."""
+
+
+class TrainingError(MedMoEError, RuntimeError):
+    """Training cannot continue; the message says why and what to change."""
+
+
+class Interrupted(TrainingError):
+    """A signal stopped the run, after its checkpoint was written.
+
+    Attributes:
+        signal: The signal's number.
+    """
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.signal = number
+
+
+class ConvertError(MedMoEError, ValueError):
+    """A checkpoint that cannot be converted; the message names the file or key, and what to do."""
+
+
+class ExportError(MedMoEError, ValueError):
+    """A model that cannot be exported, or whose export computes different numbers."""
+
+
+class CardError(MedMoEError, ValueError):
+    """A model card that cannot be written; the message names the file or argument, and what to do."""
+
+
+class PublishError(MedMoEError, ValueError):
+    """A checkpoint that was not published or verified; the message says why, and what to do."""
+
+
+class HubUnreachableError(PublishError):
+    """The Hub does not answer: offline mode, no network, or a connection that broke off."""
+
+
+class IdentifierError(MedMoEError, ValueError):
+    """Data that seem to identify patients; the message says how many and where, and never quotes them."""
+
+
+__all__ = [
+    "ArgumentError",
+    "CaptionError",
+    "CardError",
+    "ConfigError",
+    "ConvertError",
+    "EncodeError",
+    "EncoderError",
+    "ExportError",
+    "HubUnreachableError",
+    "IdentifierError",
+    "ImageError",
+    "ImageTooLargeError",
+    "Interrupted",
+    "MedMoEError",
+    "MedicalImageError",
+    "MissingPackageError",
+    "PathExistsError",
+    "PathNotFoundError",
+    "PublishError",
+    "RecipeError",
+    "ResumeError",
+    "ShardError",
+    "SourceError",
+    "StreamError",
+    "TrainingError",
+]
