@@ -1,48 +1,44 @@
 """MedMoE (arXiv 2506.08356) for Hugging Face.
 
-Importing this package registers its classes with the Auto classes of transformers.
+Importing this package makes the Auto classes of transformers know it, and loads neither transformers nor torch.
 """
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
+from medmoe_hf.common.auto_classes import register_on_use
+from medmoe_hf.common.lazy import lazy_attributes
 
-@contextmanager
-def _without_torchao_warnings() -> Iterator[None]:
-    """transformers imports torchao where it is installed, which warns twice of a deprecated function of torch."""
-    logger = logging.getLogger("torch.utils._pytree")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+if TYPE_CHECKING:
+    from medmoe_hf.model import MedMoEConfig as MedMoEConfig
+    from medmoe_hf.model import MedMoEForImageClassification as MedMoEForImageClassification
+    from medmoe_hf.model import MedMoEImageProcessor as MedMoEImageProcessor
+    from medmoe_hf.model import MedMoEImageProcessorPil as MedMoEImageProcessorPil
+    from medmoe_hf.model import MedMoEModel as MedMoEModel
+    from medmoe_hf.model import MedMoEProcessor as MedMoEProcessor
+    from medmoe_hf.model import MedMoETextModel as MedMoETextModel
+    from medmoe_hf.model import MedMoETokenizer as MedMoETokenizer
+    from medmoe_hf.model import MedMoEVisionModel as MedMoEVisionModel
 
-
-with _without_torchao_warnings():
-    from medmoe_hf.model import (
-        MedMoEConfig,
-        MedMoEForImageClassification,
-        MedMoEImageProcessor,
-        MedMoEImageProcessorPil,
-        MedMoEModel,
-        MedMoEProcessor,
-        MedMoETextModel,
-        MedMoETokenizer,
-        MedMoEVisionModel,
-    )
+__getattr__, __all__ = lazy_attributes(
+    __name__,
+    {
+        "medmoe_hf.model": [
+            "MedMoEConfig",
+            "MedMoEForImageClassification",
+            "MedMoEImageProcessor",
+            "MedMoEImageProcessorPil",
+            "MedMoEModel",
+            "MedMoEProcessor",
+            "MedMoETextModel",
+            "MedMoETokenizer",
+            "MedMoEVisionModel",
+        ],
+    },
+)
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "MedMoEConfig",
-    "MedMoEForImageClassification",
-    "MedMoEImageProcessor",
-    "MedMoEImageProcessorPil",
-    "MedMoEModel",
-    "MedMoEProcessor",
-    "MedMoETextModel",
-    "MedMoETokenizer",
-    "MedMoEVisionModel",
-]
+register_on_use()
+# transformers imports torchao where it is installed, which calls a deprecated function of torch twice.
+logging.getLogger("torch.utils._pytree").addFilter(lambda record: "register_constant" not in record.getMessage())

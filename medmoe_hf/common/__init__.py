@@ -1,1 +1,1 @@
-"""What every room uses: atomic files, YAML, output on the console."""
+"""What every package uses: atomic files, YAML, logging, lazy imports."""

@@ -1,20 +1,28 @@
 """Training on Accelerate: `train(TrainConfig.from_yaml(path))`."""
 
-from medmoe_hf.training.build import build_model
-from medmoe_hf.training.checkpoints import ResumeError
-from medmoe_hf.training.config import ConfigError, TrainConfig
-from medmoe_hf.training.loop import Interrupted, TrainingError, TrainingRecord, train
-from medmoe_hf.training.plan import Plan, plan
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "ConfigError",
-    "Interrupted",
-    "Plan",
-    "ResumeError",
-    "TrainConfig",
-    "TrainingError",
-    "TrainingRecord",
-    "build_model",
-    "plan",
-    "train",
-]
+from medmoe_hf.common.lazy import lazy_attributes
+
+if TYPE_CHECKING:
+    from medmoe_hf.errors import ConfigError as ConfigError
+    from medmoe_hf.errors import Interrupted as Interrupted
+    from medmoe_hf.errors import ResumeError as ResumeError
+    from medmoe_hf.errors import TrainingError as TrainingError
+    from medmoe_hf.training.build import build_model as build_model
+    from medmoe_hf.training.config import TrainConfig as TrainConfig
+    from medmoe_hf.training.dry_run import Plan as Plan
+    from medmoe_hf.training.dry_run import plan as plan
+    from medmoe_hf.training.loop import TrainingRecord as TrainingRecord
+    from medmoe_hf.training.loop import train as train
+
+__getattr__, __all__ = lazy_attributes(
+    __name__,
+    {
+        "medmoe_hf.errors": ["ConfigError", "Interrupted", "ResumeError", "TrainingError"],
+        "medmoe_hf.training.build": ["build_model"],
+        "medmoe_hf.training.config": ["TrainConfig"],
+        "medmoe_hf.training.dry_run": ["Plan", "plan"],
+        "medmoe_hf.training.loop": ["TrainingRecord", "train"],
+    },
+)

@@ -25,7 +25,7 @@ from medmoe_hf.hub import golden as golden_module
 from medmoe_hf.hub.access import explained
 from medmoe_hf.hub.folder_checks import published_files
 from medmoe_hf.hub.golden import RELATIVE_TOLERANCE, compare_with_golden, write_golden
-from medmoe_hf.hub.publish import publish, verify
+from medmoe_hf.hub.publishing import publish, verify
 from medmoe_hf.model import (
     MedMoEForImageClassification,
     MedMoEImageProcessor,
@@ -35,7 +35,7 @@ from medmoe_hf.model import (
 )
 
 # Under its name the package has the function.
-module = importlib.import_module("medmoe_hf.hub.publish")
+module = importlib.import_module("medmoe_hf.hub.publishing")
 REPO = "user/medmoe"
 TEXTS = ["a chest x-ray of pneumonia", "an axial ct of the head", "fundus"]
 LABELS = ["pneumonia", "no finding", "haemorrhage"]
