@@ -33,17 +33,9 @@ from .configuration_medmoe import (
     MedMoEVisionConfig,
     attach_to_package,
 )
-from .losses_medmoe import (
-    cosine_logits,
-    local_logits,
-    local_terms,
-    of_any_size,
-    training_losses,
-    word_attention,
-    word_contributions,
-    word_log_odds,
-)
+from .losses_medmoe import cosine_logits, local_logits, local_terms, training_losses, word_attention
 from .modalities_medmoe import UNKNOWN_MODALITY
+from .word_regions_medmoe import of_any_size, word_contributions, word_log_odds
 
 if TYPE_CHECKING:
     # transformers reads this line: it keeps the processor's files beside this one, and saves them with every model.

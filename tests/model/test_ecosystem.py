@@ -11,8 +11,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 
 from medmoe_hf.model import MedMoEForImageClassification, MedMoEModel, MedMoEVisionModel
-from medmoe_hf.model.losses_medmoe import gloria_logits
 from medmoe_hf.model.modeling_medmoe import MedMoEBatchNorm, MedMoEConv2d
+from medmoe_hf.model.word_regions_medmoe import gloria_logits
 
 
 @pytest.fixture(scope="module")

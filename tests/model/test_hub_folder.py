@@ -28,6 +28,7 @@ FILES = {f"{name}_medmoe.py" for name in ("configuration", "modeling", "losses",
     "image_files_medmoe.py",
     "medical_images_medmoe.py",
     "modalities_medmoe.py",
+    "word_regions_medmoe.py",
 }
 PROCESSING = {
     "AutoImageProcessor": {

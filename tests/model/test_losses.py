@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from medmoe_hf.model import losses_medmoe as losses
+from medmoe_hf.model import word_regions_medmoe
 
 TEMP1, TEMP2, TEMP3 = 4.0, 5.0, 10.0
 IMAGES, WORDS, WIDTH, SIDE, EXPERTS = 4, 5, 6, 3, 6
@@ -200,7 +201,7 @@ def test_local_similarity_of_every_image_with_every_caption(name, similarity, lo
 @pytest.mark.parametrize("elements", [1, 2 * IMAGES * WORDS * SIDE**2])
 def test_images_are_read_in_chunks_of_bounded_size(name, elements, local, words, word_mask, monkeypatch):
     expected = losses.local_logits(config(name), local, words, word_mask)
-    monkeypatch.setattr(losses, "_CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(word_regions_medmoe, "_CHUNK_ELEMENTS", elements)
     torch.testing.assert_close(losses.local_logits(config(name), local, words, word_mask), expected)
 
 
@@ -208,9 +209,9 @@ def test_images_are_read_in_chunks_of_bounded_size(name, elements, local, words,
 @pytest.mark.parametrize("elements", [1, 2 * sum(WORDS_OF_CAPTION) * SIDE**2])
 def test_gloria_is_exact_however_it_is_cut(kept, elements, local, words, word_mask, monkeypatch):
     """Caption by caption or three images and one; kept for the backward pass: nothing, the contexts, all."""
-    monkeypatch.setattr(losses, "_CHUNK_ELEMENTS", elements)
-    monkeypatch.setattr(losses, "_SECTION_ELEMENTS", elements)
-    monkeypatch.setattr(losses, "_KEPT_ELEMENTS", kept)
+    monkeypatch.setattr(word_regions_medmoe, "_CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(word_regions_medmoe, "_SECTION_ELEMENTS", elements)
+    monkeypatch.setattr(word_regions_medmoe, "_KEPT_ELEMENTS", kept)
     assert_same_with_gradients(
         lambda regions, pieces: losses.local_loss(config("gloria"), regions, pieces, word_mask),
         slow_gloria,
@@ -222,7 +223,7 @@ def test_gloria_is_exact_however_it_is_cut(kept, elements, local, words, word_ma
 @pytest.mark.parametrize("kept", [0, 2**24])
 def test_products_in_bfloat16_stay_near(kept, local, words, word_mask, monkeypatch):
     """Factors of eight bits: the loss within 2 %, gradients within 5 % of their length; and float32 they are."""
-    monkeypatch.setattr(losses, "_KEPT_ELEMENTS", kept)
+    monkeypatch.setattr(word_regions_medmoe, "_KEPT_ELEMENTS", kept)
     found = {}
     for products in ("float32", "bfloat16"):
         settings = config("gloria")
@@ -350,7 +351,7 @@ def test_the_attention_grows_with_the_number_of_regions(local, words, word_mask)
     assert losses.region_temperature(config("gloria"), 49) == TEMP1
     found = losses.local_logits(scaled, local, words, word_mask)
     temp1 = TEMP1 + math.log(SIDE**2 / 361)
-    torch.testing.assert_close(found, losses.gloria_logits(local, words, word_mask, temp1, TEMP2, TEMP3))
+    torch.testing.assert_close(found, word_regions_medmoe.gloria_logits(local, words, word_mask, temp1, TEMP2, TEMP3))
 
 
 def test_modality_loss_of_probabilities_is_a_second_softmax():
