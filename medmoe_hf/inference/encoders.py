@@ -23,7 +23,6 @@ from medmoe_hf.data.checkpoint_names import refuse_missing_folder
 from medmoe_hf.errors import ArgumentError, EncoderError, MissingPackageError
 from medmoe_hf.inference.texts import encode_texts
 from medmoe_hf.model.image_processing_medmoe import MedMoEImageProcessor, MedMoEImageProcessorPil, to_rgb
-from medmoe_hf.model.losses_medmoe import local_logits
 from medmoe_hf.model.medical_images_medmoe import is_medical_image, read_medical_image
 from medmoe_hf.model.modalities_medmoe import MODALITIES, UNKNOWN_MODALITY, modality_id
 
@@ -177,11 +176,7 @@ class MedMoEEncoder:
 
         def read(pixels: Tensor) -> Tensor:
             vision = self.model.vision_model
-            output = vision.encode(pixels)
-            routed = vision.router(output.pooler_output)
-            expert_ids, mixture = vision.select_experts(routed), vision.mixture_weights(routed)
-            mean = vision.mean_embeds(output.feature_maps, expert_ids, mixture)
-            return torch.cat([output.pooler_output, mean], dim=1)
+            return vision.pooled_features(vision.encode(pixels), "both")
 
         both = self._by_batch(images, read).float()
         width = both.shape[1] - self.model.config.vision_config.local_size
@@ -195,31 +190,23 @@ class MedMoEEncoder:
         text j selects; else with the expert of the image router. An image's local map lives for one batch, while the
         words of all texts are kept.
         """
-        model, vision = self.model, self.model.vision_model
-        by_report = model.config.router == "report"
         kept = []
         for part in _parts(texts):
-            encoded = self._text_features(part)
-            width = max(1, int(encoded.word_mask.sum(dim=1).max()))
-            kept.append((encoded.word_embeds[:, :width], encoded.word_mask[:, :width]))
-        experts = self.route_texts(texts).argmax(dim=1) if by_report else torch.full((len(texts),), -1)
+            text = self._text_features(part)
+            width = max(1, int(text.word_mask.sum(dim=1).max()))
+            text.word_embeds, text.word_mask = text.word_embeds[:, :width], text.word_mask[:, :width]
+            kept.append(text)
+        model, experts = self.model, None
+        if model.config.router == "report":
+            experts = self.route_texts(texts).argmax(dim=1).to(self.device)
 
         def score(pixels: Tensor) -> Tensor:
-            output = vision.encode(pixels)
-            scores = output.pooler_output.new_zeros(len(pixels), len(texts), dtype=torch.float32)
-            routed = vision.router(output.pooler_output)
-            for expert in experts.unique().tolist():
-                modality = None if expert < 0 else [expert] * len(pixels)
-                expert_ids, mixture = vision.select_experts(routed, modality), vision.mixture_weights(routed, modality)
-                local, _ = vision.fuse(output.feature_maps, expert_ids, mixture)
-                if model.local_projection is not None:
-                    local = model.local_projection(local.movedim(1, -1)).movedim(-1, 1)
-                for start, (words, mask) in zip(range(0, len(texts), _TEXTS_AT_ONCE), kept, strict=True):
-                    rows = (experts[start : start + len(words)] == expert).nonzero().squeeze(1).to(self.device)
-                    if len(rows):
-                        part = local_logits(model.config, local, words[rows], mask[rows])
-                        scores[:, start + rows] = part
-            return scores
+            if experts is not None:
+                pair_ids = experts.expand(len(pixels), -1)
+                return model.similarity_by_expert(model.vision_model.encode(pixels), kept, pair_ids, kind="local")[0]
+            image = model.get_image_features(pixel_values=pixels)
+            parts = [model.similarity(image.pooler_output, image.local_embeds, text, "local") for text in kept]
+            return torch.cat(parts, dim=1)
 
         return self._by_batch(images, score, "local similarity")
 

@@ -907,12 +907,11 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
         self.experts = nn.ModuleList(expert(config, channels) for _ in range(config.num_experts))
         self.post_init()
 
-    @property
-    def global_size(self) -> int:
-        """Width of v_g before any projection."""
+    def feature_size(self, kind: str | None = None) -> int:
+        """Returns the width of `pooled_features(..., kind)`, which is that of v_g before any projection by default."""
         widths = {"backbone": self.backbone.channels[-1], "expert": self.config.local_size}
         widths["both"] = sum(widths.values())
-        return widths[self.config.global_features]
+        return widths[kind or self.config.global_features]
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()
@@ -1056,6 +1055,13 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
             torch.cat([value.to(order.device) for value in values])[back] for values in zip(*parts, strict=True)
         )
 
+    def apply_expert(self, expert: int, feature_maps: Sequence[Tensor], size: Sequence[int]) -> tuple[Tensor, ...]:
+        """Runs one expert on all images: S maps `(B, C_s, H_s, W_s)` to local maps and scale weights, as `fuse`."""
+        if self._on_cpu_for_inference(feature_maps[0]):
+            expert_ids = torch.full((len(feature_maps[0]),), expert)
+            return self._dispatch_per_sample(feature_maps, expert_ids, size, mean_only=False)
+        return self.experts[expert](feature_maps, size)
+
     def _dispatch_per_sample(
         self, feature_maps: Sequence[Tensor], expert_ids: Tensor, size: Sequence[int], mean_only: bool
     ) -> tuple[Tensor, ...]:
@@ -1076,18 +1082,47 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
                     result[row] = value[0]
         return results
 
-    def global_embeds(self, backbone_output: MedMoEBackboneOutput, expert_output: Tensor | None) -> Tensor:
-        """v_g: the backbone's mean (B, C), the mean of the expert's map (B, D), or the two side by side.
+    def global_embeds(
+        self, backbone_output: MedMoEBackboneOutput, expert_output: Tensor | None, kind: str | None = None
+    ) -> Tensor:
+        """Assembles v_g from what the backbone and the selected expert have computed.
 
         Args:
-            expert_output: the map (B, D, H_1, W_1), or its mean (B, D); None where v_g needs neither.
+            backbone_output: The result of `encode`; its `pooler_output` is used.
+            expert_output: The local map `(B, D, H_1, W_1)`, or its mean `(B, D)`; None if v_g needs neither.
+            kind: `"backbone"`, `"expert"` or `"both"`; by default `config.global_features`.
+
+        Returns:
+            The backbone's mean `(B, C)`, the mean of the local map `(B, D)`, or both concatenated `(B, C + D)`.
         """
-        kind = self.config.global_features
+        kind = kind or self.config.global_features
         parts = [] if kind == "expert" else [backbone_output.pooler_output]
         if kind != "backbone":
             assert expert_output is not None
             parts.append(expert_output.mean(dim=(2, 3)) if expert_output.dim() == 4 else expert_output)
         return torch.cat(parts, dim=-1)
+
+    def pooled_features(
+        self, backbone_output: MedMoEBackboneOutput, kind: str | None = None, modality: Any = None
+    ) -> Tensor:
+        """Computes `global_embeds` with the expert that the image router or the caller selects, without a local map.
+
+        Args:
+            backbone_output: The result of `encode`.
+            kind: See `global_embeds`. No expert runs for `"backbone"`.
+            modality: Overrides the router, as in `forward`.
+
+        Returns:
+            `(B, feature_size(kind))`.
+        """
+        kind = kind or self.config.global_features
+        mean = None
+        if kind != "backbone":
+            router_logits = self.router(backbone_output.pooler_output)
+            expert_ids = self.select_experts(router_logits, modality)
+            mixture = self.mixture_weights(router_logits, modality)
+            mean = self.mean_embeds(backbone_output.feature_maps, expert_ids, mixture)
+        return self.global_embeds(backbone_output, mean, kind)
 
     @can_return_tuple
     def forward(
@@ -1273,7 +1308,7 @@ class MedMoEModel(MedMoEPreTrainedModel):
             self.report_router = MedMoERouter(
                 text_size, vision_config.router_hidden_size, vision_config.num_experts, norm=vision_config.router_norm
             )
-        global_size, size = self.vision_model.global_size, config.projection_dim
+        global_size, size = self.vision_model.feature_size(), config.projection_dim
         if size is None and global_size != text_size:
             raise ValueError(
                 f"The image tower's global embedding has width {global_size} and the report embedding {text_size}; "
@@ -1459,66 +1494,107 @@ class MedMoEModel(MedMoEPreTrainedModel):
             expert_ids=expert_ids,
         )
 
-    def _similarity(self, image_embeds: Tensor, local_embeds: Tensor, text: MedMoETextOutput) -> Tensor:
-        """(B, N) logits of the kind that `config.similarity` names; everything already in the shared space."""
-        kinds = []
-        if self.config.similarity != "local":
-            kinds.append(cosine_logits(image_embeds, text.pooler_output, self.global_scale))
-        if self.config.similarity != "global":
-            kinds.append(local_logits(self.config, local_embeds, text.word_embeds, text.word_mask))
-        return sum(kinds[1:], kinds[0]) / len(kinds)
+    def similarity(
+        self, image_embeds: Tensor, local_embeds: Tensor, text: MedMoETextOutput, kind: str | None = None
+    ) -> Tensor:
+        """Scores every image against every text.
 
-    def _compare_by_expert(
-        self, backbone_output: MedMoEBackboneOutput, text: MedMoETextOutput, pair_ids: Tensor, expert_ids: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, N) logits in which entry (i, j) reads image i with the expert `pair_ids[i, j]`.
-
-        The backbone has run once; here each expert runs once, over the images that a pair or `expert_ids` sends to it.
+        Args:
+            image_embeds: `(B, D)` in the shared space.
+            local_embeds: `(B, D, H_1, W_1)` in the shared space.
+            text: N texts, as `get_text_features` returns them.
+            kind: `"global"`, `"local"` or `"mean"`; by default `config.similarity`.
 
         Returns:
-            the logits; and what `fuse` gives for `expert_ids`: local maps and scale weights.
+            `(B, N)` logits.
+        """
+        kind = kind or self.config.similarity
+        logits = []
+        if kind != "local":
+            logits.append(cosine_logits(image_embeds, text.pooler_output, self.global_scale))
+        if kind != "global":
+            logits.append(local_logits(self.config, local_embeds, text.word_embeds, text.word_mask))
+        return sum(logits[1:], logits[0]) / len(logits)
+
+    def similarity_by_expert(
+        self,
+        backbone_output: MedMoEBackboneOutput,
+        texts: Sequence[MedMoETextOutput],
+        pair_ids: Tensor,
+        expert_ids: Tensor | None = None,
+        kind: str | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Scores every image against every text, with an expert per pair.
+
+        The backbone has run once; each expert runs once, on the images that a pair or `expert_ids` sends to it.
+
+        Args:
+            backbone_output: The result of `MedMoEVisionModel.encode` for B images.
+            texts: Batches of texts, N in total, as `get_text_features` returns them.
+            pair_ids: `(B, N)`; image i is read for text j with the expert `pair_ids[i, j]`.
+            expert_ids: `(B,)`, the experts whose local maps are returned; None for none.
+            kind: As in `similarity`.
+
+        Returns:
+            `(B, N)` float32 logits, and what `MedMoEVisionModel.fuse` returns for `expert_ids`: local maps and scale
+            weights.
         """
         if of_any_size(pair_ids) or not len(pair_ids):
-            return self._compare_by_every_expert(backbone_output, text, pair_ids, expert_ids)
+            return self._similarity_by_every_expert(backbone_output, texts, pair_ids, expert_ids, kind)
+        vision, feature_maps = self.vision_model, backbone_output.feature_maps
         logits = backbone_output.pooler_output.new_zeros(pair_ids.shape, dtype=torch.float32)
-        parts, size = [], self.vision_model.map_size(backbone_output.feature_maps)
-        for expert in torch.cat([expert_ids, pair_ids.flatten()]).unique().tolist():
-            pairs, own = pair_ids == expert, expert_ids == expert
+        selected, size = [], vision.map_size(feature_maps)
+        every = pair_ids.flatten() if expert_ids is None else torch.cat([expert_ids, pair_ids.flatten()])
+        for expert in every.unique().tolist():
+            pairs = pair_ids == expert
+            own = torch.zeros_like(pairs[:, 0]) if expert_ids is None else expert_ids == expert
             rows = (own | pairs.any(dim=1)).nonzero().squeeze(1)
-            columns = pairs.any(dim=0).nonzero().squeeze(1)
-            local, weights = self.vision_model.experts[expert](
-                [maps[rows] for maps in backbone_output.feature_maps], size
-            )
-            parts.append((local[own[rows]], weights[own[rows]]))
-            if not len(columns):
-                continue
+            local, weights = vision.apply_expert(expert, [maps[rows] for maps in feature_maps], size)
+            selected.append((local[own[rows]], weights[own[rows]]))
             some = MedMoEBackboneOutput(pooler_output=backbone_output.pooler_output[rows])
-            image_embeds, local = self._project_image(self.vision_model.global_embeds(some, local), local)
-            selected = MedMoETextOutput(
-                pooler_output=text.pooler_output[columns],
-                word_embeds=text.word_embeds[columns],
-                word_mask=text.word_mask[columns],
-            )
-            block = rows.unsqueeze(1), columns
-            part = self._similarity(image_embeds, local, selected)
-            logits = logits.index_put(block, torch.where(pairs[block], part, logits[block]))
+            image_embeds, local = self._project_image(vision.global_embeds(some, local), local)
+            start = 0
+            for text in texts:
+                stop = start + len(text.pooler_output)
+                columns = pairs[:, start:stop].any(dim=0).nonzero().squeeze(1)
+                if len(columns):
+                    part = MedMoETextOutput(
+                        pooler_output=text.pooler_output[columns],
+                        word_embeds=text.word_embeds[columns],
+                        word_mask=text.word_mask[columns],
+                    )
+                    block = rows.unsqueeze(1), start + columns
+                    scores = self.similarity(image_embeds, local, part, kind)
+                    logits = logits.index_put(block, torch.where(pairs[block], scores, logits[block]))
+                start = stop
+        if expert_ids is None:
+            return logits, None, None
         back = expert_ids.argsort(stable=True).argsort()
-        local_embeds, scale_weights = (torch.cat(part)[back] for part in zip(*parts, strict=True))
+        local_embeds, scale_weights = (torch.cat(part)[back] for part in zip(*selected, strict=True))
         return logits, local_embeds, scale_weights
 
-    def _compare_by_every_expert(
-        self, backbone_output: MedMoEBackboneOutput, text: MedMoETextOutput, pair_ids: Tensor, expert_ids: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `_compare_by_expert`, but every expert reads every image: no step depends on where images go."""
-        vision, kinds, maps = self.vision_model, [], []
+    def _similarity_by_every_expert(
+        self,
+        backbone_output: MedMoEBackboneOutput,
+        texts: Sequence[MedMoETextOutput],
+        pair_ids: Tensor,
+        expert_ids: Tensor | None,
+        kind: str | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """As `similarity_by_expert`, but every expert reads every image: no step depends on where images are sent."""
+        vision, size = self.vision_model, self.vision_model.map_size(backbone_output.feature_maps)
+        logits, maps = [], []
         for expert in vision.experts:
-            maps.append(expert(backbone_output.feature_maps, vision.map_size(backbone_output.feature_maps)))
+            maps.append(expert(backbone_output.feature_maps, size))
             embeds, local = self._project_image(vision.global_embeds(backbone_output, maps[-1][0]), maps[-1][0])
-            kinds.append(self._similarity(embeds, local, text).float())
-        logits = torch.stack(kinds).gather(0, pair_ids.unsqueeze(0)).squeeze(0)
+            parts = [self.similarity(embeds, local, text, kind).float() for text in texts]
+            logits.append(torch.cat(parts, dim=1) if len(parts) > 1 else parts[0])
+        selected = torch.stack(logits).gather(0, pair_ids.unsqueeze(0)).squeeze(0)
+        if expert_ids is None:
+            return selected, None, None
         rows = torch.arange(expert_ids.shape[0], device=expert_ids.device)
         local_embeds, scale_weights = (torch.stack(values)[expert_ids, rows] for values in zip(*maps, strict=True))
-        return logits, local_embeds, scale_weights
+        return selected, local_embeds, scale_weights
 
     @can_return_tuple
     def forward(
@@ -1592,8 +1668,8 @@ class MedMoEModel(MedMoEPreTrainedModel):
         per_expert = config.similarity != "global" or config.vision_config.global_features != "backbone"
         if selecting is not None and per_expert and not return_loss:
             pair_ids = vision.select_experts(selecting.expand(pixel_values.shape[0], -1, -1), modality)
-            logits_per_image, local, scale_weights = self._compare_by_expert(
-                backbone_output, text, pair_ids, expert_ids
+            logits_per_image, local, scale_weights = self.similarity_by_expert(
+                backbone_output, [text], pair_ids, expert_ids
             )
         else:
             local, scale_weights = vision.fuse(
@@ -1601,7 +1677,7 @@ class MedMoEModel(MedMoEPreTrainedModel):
             )
         image_embeds, local = self._project_image(vision.global_embeds(backbone_output, local), local)
         if logits_per_image is None:
-            logits_per_image = self._similarity(image_embeds, local, text)
+            logits_per_image = self.similarity(image_embeds, local, text)
 
         losses: dict[str, Tensor] = {}
         if return_loss:
@@ -1657,12 +1733,7 @@ class MedMoEForImageClassification(MedMoEPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.vision_model = MedMoEVisionModel._from_config(config.vision_config)
-        width = {
-            "backbone": self.vision_model.backbone.channels[-1],
-            "expert": config.vision_config.local_size,
-        }
-        width["both"] = sum(width.values())
-        self.classifier = nn.Linear(width[config.classifier_features], config.num_labels)
+        self.classifier = nn.Linear(self.vision_model.feature_size(config.classifier_features), config.num_labels)
         self.post_init()
         self.train()
 
@@ -1690,22 +1761,11 @@ class MedMoEForImageClassification(MedMoEPreTrainedModel):
                 `"regression"`.
             modality: overrules the router, as in `MedMoEModel.forward`.
         """
-        kind = self.config.classifier_features
         if labels is not None and not len(pixel_values):
             raise ValueError("A loss needs images; `pixel_values` holds none.")
         backbone_output = self.vision_model.encode(pixel_values, **record_as_configured(self.config, kwargs))
-        features = [] if kind == "expert" else [backbone_output.pooler_output]
-        if kind != "backbone":
-            router_logits = self.vision_model.router(backbone_output.pooler_output)
-            expert_ids = self.vision_model.select_experts(router_logits, modality)
-            features.append(
-                self.vision_model.mean_embeds(
-                    backbone_output.feature_maps,
-                    expert_ids,
-                    self.vision_model.mixture_weights(router_logits, modality),
-                )
-            )
-        logits = self.classifier(torch.cat(features, dim=-1))
+        features = self.vision_model.pooled_features(backbone_output, self.config.classifier_features, modality)
+        logits = self.classifier(features)
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
         return ImageClassifierOutput(
             loss=loss,
