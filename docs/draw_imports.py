@@ -1,10 +1,10 @@
-"""Draws which rooms of the package import which, and checks that every import points down.
+"""Draw the imports between the subpackages of `medmoe_hf`, and check that they follow the layers.
 
     python docs/draw_imports.py [--output docs/pages/imports.svg]
 
-A room is a folder or a file directly in `medmoe_hf/`. `LAYERS` lists them from the ground up; a room may import from
-lower layers only. Inside a room, files may import each other as long as they form no circle. Imports inside functions
-and for type checkers count too.
+`LAYERS` lists the subpackages (folders and files directly in `medmoe_hf/`) from the lowest to the highest. A
+subpackage may import from lower layers only, and files may not import each other in a cycle. Imports inside functions
+and imports for type checkers count too. The exit status is 1 if an import breaks these rules.
 """
 
 import argparse
@@ -27,22 +27,34 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cli",),
 )
 PURPOSE = {
-    "model": "travels to the Hub with every checkpoint",
-    "errors": "what a user can mend",
-    "common": "files, YAML, logging",
-    "data": "any source to a stream of image, caption, modality",
-    "inference": "images and texts to embeddings",
-    "evaluation": "protocols and recipes",
-    "search": "bulk encoding and index",
-    "training": "the Accelerate loop, negatives, checkpoints",
-    "hub": "convert, publish, model card, demo page",
-    "cli": "the medmoe command: parsing only",
+    "model": "Model, losses, configuration and processing; its files travel with every checkpoint",
+    "errors": "The error classes of the package",
+    "common": "Files, YAML, logging and progress bars",
+    "data": "Sources, streaming, captions, held-out data, phantoms",
+    "inference": "Encoders: images and texts to embeddings",
+    "search": "Bulk encoding, index and search",
+    "evaluation": "Protocols, recipes, metrics and reports",
+    "training": "Training loop, negatives, checkpoints, adapters",
+    "hub": "Conversion, publishing, model cards, export, demo",
+    "cli": "The medmoe command",
 }
-FACES = ("__init__", "__main__")  # they hand on what rooms define
+COLOURS = [
+    "#5c6bc0",
+    "#00897b",
+    "#e65100",
+    "#8e24aa",
+    "#1565c0",
+    "#c2185b",
+    "#558b2f",
+    "#6d4c41",
+    "#455a64",
+    "#f9a825",
+]
+ENTRY_POINTS = ("__init__", "__main__")  # they only expose what subpackages define
 
 
 def modules() -> dict[str, Path]:
-    """Dotted name below the package -> file."""
+    """Return the file of each module, by its dotted name below the package."""
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
@@ -52,7 +64,13 @@ def modules() -> dict[str, Path]:
 
 
 def imports(name: str, path: Path, known: dict[str, Path]) -> set[str]:
-    """The modules of the package that a module imports."""
+    """Return the modules of the package that a module imports.
+
+    Args:
+        name: Dotted name of the module below the package.
+        path: File of the module.
+        known: All modules of the package.
+    """
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -76,13 +94,13 @@ def imports(name: str, path: Path, known: dict[str, Path]) -> set[str]:
 
 
 def graph() -> dict[str, set[str]]:
-    """Module -> modules of the package that it imports."""
+    """Return the modules of the package that each module imports."""
     known = modules()
     return {name: imports(name, path, known) for name, path in known.items()}
 
 
-def circles(edges: dict[str, set[str]]) -> list[list[str]]:
-    """Groups of modules that import each other (Tarjan's strongly connected components)."""
+def cycles(edges: dict[str, set[str]]) -> list[list[str]]:
+    """Return groups of modules that import each other (Tarjan's strongly connected components)."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
@@ -110,75 +128,84 @@ def circles(edges: dict[str, set[str]]) -> list[list[str]]:
     return found
 
 
-def rooms(edges: dict[str, set[str]]) -> dict[str, set[str]]:
-    """Room -> rooms that it imports from."""
+def subpackage(module: str) -> str:
+    return module.split(".")[0]
+
+
+def subpackage_imports(edges: dict[str, set[str]]) -> dict[str, set[str]]:
+    """Return the subpackages that each subpackage imports from."""
     result: dict[str, set[str]] = defaultdict(set)
     for name, targets in edges.items():
-        room = name.split(".")[0]
-        result[room] |= {target.split(".")[0] for target in targets} - {room}
+        result[subpackage(name)] |= {subpackage(target) for target in targets} - {subpackage(name)}
     return dict(result)
 
 
 def upward(edges: dict[str, set[str]]) -> list[str]:
-    """Imports that do not point to a lower layer, as `module -> module`."""
-    floor = {room: number for number, layer in enumerate(LAYERS) for room in layer}
-    wrong = []
+    """Return the imports that do not point to a lower layer, as `module -> module`."""
+    level = {name: number for number, layer in enumerate(LAYERS) for name in layer}
+    found = []
     for name, targets in sorted(edges.items()):
-        room = name.split(".")[0]
-        if room in FACES:
+        importer = subpackage(name)
+        if importer in ENTRY_POINTS:
             continue
         for target in sorted(targets):
-            other = target.split(".")[0]
-            if other != room and (other in FACES or floor[other] >= floor[room]):
-                wrong.append(f"{name} -> {target}")
-    return wrong
+            imported = subpackage(target)
+            if imported != importer and (imported in ENTRY_POINTS or level[imported] >= level[importer]):
+                found.append(f"{name} -> {target}")
+    return found
 
 
 def draw(edges: dict[str, set[str]]) -> str:
-    """The rooms as an SVG, a layer per row, an arrow per import."""
-    lines = {room: 0 for layer in LAYERS for room in layer}
-    for name, path in modules().items():
-        if name.split(".")[0] in lines:
-            lines[name.split(".")[0]] += len(path.read_text(encoding="utf-8").splitlines())
-    width, row, box_height = 760, 92, 52
-    top = len(LAYERS)
-    box: dict[str, tuple[float, float, float]] = {}
-    for number, layer in enumerate(LAYERS):
-        box_width = 330 if len(layer) > 1 else 400
-        gap = 24
-        start = (width - len(layer) * box_width - (len(layer) - 1) * gap) / 2
-        for place, room in enumerate(layer):
-            box[room] = (start + place * (box_width + gap), 12 + (top - 1 - number) * row, box_width)
+    """Return an SVG: a box per subpackage, and a line per importer with a dot at everything that it imports."""
+    left, width, height, row, lane = 12, 560, 50, 64, 30
+    order = [name for layer in reversed(LAYERS) for name in layer]
+    top = {name: 12 + row * number for number, name in enumerate(order)}
+    used = subpackage_imports(edges)
+    importers = [name for name in order if used.get(name, set()) & set(order)]
+    right = left + width
+    # The highest importer has the rightmost lane, so that its line starts without crossing another one.
+    lanes = {name: right + 28 + lane * number for number, name in enumerate(reversed(importers))}
+    colour = dict(zip(reversed(order), COLOURS, strict=True))
+    total = (max(lanes.values(), default=right) + 16, 12 + row * len(order))
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {top * row + 8}" font-family="sans-serif">',
-        '<defs><marker id="a" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
-        '<path d="M0 0L8 4L0 8z" fill="#5b6b8c"/></marker></defs>',
-        f'<rect width="{width}" height="{top * row + 8}" fill="#ffffff"/>',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total[0]} {total[1]}" font-family="sans-serif">',
+        '<defs><marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" orient="auto">'
+        '<path d="M0 0L8 4L0 8z" fill="#90a4ae"/></marker></defs>',
+        f'<rect width="{total[0]}" height="{total[1]}" fill="#ffffff"/>',
     ]
-    for room, targets in sorted(rooms(edges).items()):
-        if room not in box:
-            continue
-        ordered = sorted((target for target in targets if target in box), key=lambda target: box[target][1])
-        for count, target in enumerate(ordered):
-            x, y, w = box[room]
-            x1 = x + w * (count + 1) / (len(ordered) + 1)
-            y1 = y + box_height
-            tx, ty, tw = box[target]
-            # Each importing room has a place of its own along the upper edge of the room it imports.
-            importers = [name for name in box if target in rooms(edges).get(name, set())]
-            x2 = tx + tw * (importers.index(room) + 1) / (len(importers) + 1)
-            bend = (ty - y1) / 2
+    # Subpackages of one layer share a frame.
+    for layer in LAYERS:
+        if len(layer) > 1:
+            first, last = min(top[name] for name in layer), max(top[name] for name in layer)
             parts.append(
-                f'<path d="M{x1:.0f} {y1:.0f}C{x1:.0f} {y1 + bend:.0f} {x2:.0f} {ty - bend:.0f} {x2:.0f} {ty - 2:.0f}"'
-                ' fill="none" stroke="#5b6b8c" stroke-opacity="0.55" stroke-width="1.3" marker-end="url(#a)"/>'
+                f'<rect x="{left - 6}" y="{first - 6}" width="{width + 12}" height="{last - first + height + 12}" '
+                'rx="8" fill="none" stroke="#90a4ae" stroke-dasharray="4 3"/>'
             )
-    for room, (x, y, w) in box.items():
+    # What is imported: a grey line into its box, from the farthest lane that needs it.
+    for name in order:
+        users = [other for other in importers if name in used[other]]
+        if users:
+            y = top[name] + height - 14
+            parts.append(
+                f'<path d="M{max(lanes[user] for user in users)} {y}H{right + 1}" fill="none" stroke="#90a4ae" '
+                'stroke-width="1.4" marker-end="url(#head)"/>'
+            )
+    # What imports: a coloured line out of its box and down to the lowest subpackage that it needs.
+    for name in importers:
+        x, start = lanes[name], top[name] + 14
+        targets = [top[target] + height - 14 for target in used[name] if target in top]
+        parts.append(
+            f'<path d="M{right} {start}H{x - 8}Q{x} {start} {x} {start + 8}V{max(targets)}" fill="none" '
+            f'stroke="{colour[name]}" stroke-width="2.2"/>'
+        )
+        parts += [f'<circle cx="{x}" cy="{y}" r="4.5" fill="{colour[name]}"/>' for y in targets]
+    for name in order:
+        y = top[name]
         parts += [
-            f'<rect x="{x:.0f}" y="{y}" width="{w}" height="{box_height}" rx="7" fill="#eef2fb" stroke="#3f51b5"/>',
-            f'<text x="{x + 14:.0f}" y="{y + 22}" font-size="15" font-weight="bold" fill="#1a237e">{room}</text>',
-            f'<text x="{x + w - 14:.0f}" y="{y + 22}" font-size="12" fill="#5b6b8c" text-anchor="end">'
-            f"{lines[room]:,} lines</text>",
-            f'<text x="{x + 14:.0f}" y="{y + 41}" font-size="12.5" fill="#333">{escape(PURPOSE[room])}</text>',
+            f'<rect x="{left}" y="{y}" width="{width}" height="{height}" rx="5" fill="#f4f6fb" stroke="#c5cae9"/>',
+            f'<rect x="{left}" y="{y}" width="7" height="{height}" rx="3" fill="{colour[name]}"/>',
+            f'<text x="{left + 18}" y="{y + 21}" font-size="16" font-weight="bold" fill="#212121">{name}</text>',
+            f'<text x="{left + 18}" y="{y + 40}" font-size="13" fill="#424242">{escape(PURPOSE[name])}</text>',
         ]
     return "\n".join([*parts, "</svg>"]) + "\n"
 
@@ -190,8 +217,8 @@ def main() -> None:
     edges = graph()
     arguments.output.write_text(draw(edges), encoding="utf-8")
     print(f"Wrote {arguments.output.name}: {len(edges)} modules, {sum(map(len, edges.values()))} imports.")
-    problems = [f"points up: {one}" for one in upward(edges)]
-    problems += [f"circle: {', '.join(group)}" for group in circles(edges)]
+    problems = [f"Not to a lower layer: {one}" for one in upward(edges)]
+    problems += [f"Cycle: {', '.join(group)}" for group in cycles(edges)]
     if problems:
         raise SystemExit("\n".join(problems))
 
