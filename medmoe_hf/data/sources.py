@@ -18,6 +18,7 @@ import datasets
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+from medmoe_hf.common.loading import explain_loading
 from medmoe_hf.common.yaml_files import in_words, nearest, read_yaml
 from medmoe_hf.data.captions import CAPTION_RULES
 from medmoe_hf.data.shards import (
@@ -315,7 +316,8 @@ class DatasetSource(_Fields):
 
     def _load(self) -> datasets.Dataset:
         if self.kind == "hub":
-            return datasets.load_dataset(self.path, self.subset, split=self.split)
+            with explain_loading(self.path):
+                return datasets.load_dataset(self.path, self.subset, split=self.split)
         path = _with_environment(self.path)
         if not Path(path).is_dir():
             raise PathNotFoundError(f'There is no folder "{path}" (`path` of a saved source).')

@@ -20,6 +20,7 @@ from torch.nn.functional import cosine_similarity, normalize
 from transformers.tokenization_utils_base import LARGE_INTEGER
 
 from medmoe_hf.common.files import atomic_dir
+from medmoe_hf.common.loading import explain_loading
 from medmoe_hf.data.checkpoint_names import refuse_missing_folder
 from medmoe_hf.errors import ExportError, MissingPackageError, PathExistsError
 from medmoe_hf.model import MedMoEConfig, MedMoEModel, MedMoEProcessor, MedMoETokenizer
@@ -229,15 +230,17 @@ def _load(folder: str | Path, format: str) -> tuple[MedMoEModel, MedMoEProcessor
         raise ExportError(f'{folder} holds a model of type "{kind}"; export takes the dual encoder, "medmoe".')
     # torch.onnx has no operator for the mask of transformers' fused attention.
     attention = "eager" if format == "onnx" else None
-    model, loading = MedMoEModel.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation=attention, output_loading_info=True
-    )
+    with explain_loading(folder):
+        model, loading = MedMoEModel.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation=attention, output_loading_info=True
+        )
+        processor = MedMoEProcessor.from_pretrained(folder)
     missing = sorted(loading["missing_keys"])
     if missing:
         raise ExportError(
             f"{folder} holds no whole dual encoder: its weights lack {len(missing)} tensors, {missing[0]} among them."
         )
-    return model.eval().requires_grad_(False), MedMoEProcessor.from_pretrained(folder)
+    return model.eval().requires_grad_(False), processor
 
 
 @torch.enable_grad()

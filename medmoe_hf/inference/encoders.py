@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoProcessor, PretrainedConfig
 
 from medmoe_hf.common.console import progress
+from medmoe_hf.common.loading import explain_loading
 from medmoe_hf.data.checkpoint_names import refuse_missing_folder
 from medmoe_hf.errors import ArgumentError, EncoderError, MissingPackageError
 from medmoe_hf.inference.texts import encode_texts
@@ -139,7 +140,8 @@ class MedMoEEncoder:
     def __init__(self, folder: str | Path, batch_size: int = BATCH_SIZE, device: str | None = None) -> None:
         self.name, self.batch_size, self.device = _short_name(folder), batch_size, _device(device)
         self.model = _load(folder, self.device, trust_remote_code=True)
-        self.processor: Any = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+        with explain_loading(folder):
+            self.processor: Any = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
         self.logit_scale = float(self.model.global_scale)
         self.preprocessing = _settings(self.processor)
         self.weights = "pretrained"
@@ -304,7 +306,8 @@ class TransformersEncoder:
         for method in ("get_image_features", "get_text_features"):
             if not hasattr(self.model, method):
                 raise EncoderError(f"{folder}: {type(self.model).__name__} has no {method}; it is no dual encoder.")
-        self.processor: Any = AutoProcessor.from_pretrained(folder)
+        with explain_loading(folder):
+            self.processor: Any = AutoProcessor.from_pretrained(folder)
         scale = getattr(self.model, "logit_scale", None)
         self.logit_scale = 1.0 if scale is None else float(scale.detach().exp())
         config = self.model.config
@@ -495,9 +498,10 @@ def fingerprint(text: str) -> str:
 
 
 def _load(folder: str | Path, device: str, trust_remote_code: bool) -> Any:
-    model, info = AutoModel.from_pretrained(
-        folder, trust_remote_code=trust_remote_code, dtype=torch.float32, output_loading_info=True
-    )
+    with explain_loading(folder):
+        model, info = AutoModel.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, dtype=torch.float32, output_loading_info=True
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise EncoderError(

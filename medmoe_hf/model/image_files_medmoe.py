@@ -22,11 +22,9 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from .errors_medmoe import PathNotFoundError
+from .errors_medmoe import ImageError, ImageTooLargeError, PathNotFoundError
 from .medical_images_medmoe import (
     MAX_PIXELS,
-    ImageError,
-    ImageTooLargeError,
     MedicalImage,
     check_size,
     is_medical_image,

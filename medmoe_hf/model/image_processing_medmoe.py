@@ -23,8 +23,9 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs
 
+from .errors_medmoe import ImageError
 from .image_files_medmoe import load_image
-from .medical_images_medmoe import MAX_PIXELS, ImageError, MedicalImage, is_medical_image
+from .medical_images_medmoe import MAX_PIXELS, MedicalImage, is_medical_image
 
 _CHANNEL_COUNTS = (1, 3, 4)
 _TORCH_FILTERS = {PILImageResampling.BILINEAR: "bilinear", PILImageResampling.BICUBIC: "bicubic"}

@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 
 from medmoe_hf.common.console import progress
 from medmoe_hf.common.files import atomic_write
+from medmoe_hf.common.loading import explain_loading
 from medmoe_hf.data.checkpoint_names import refuse_missing_folder
 from medmoe_hf.data.collate import ContrastiveCollator
 from medmoe_hf.data.stream import Place, Sample, SampleStream
@@ -149,8 +150,9 @@ def encode_sources(
     torch.set_flush_denormal(True)
     refuse_missing_folder(model)
     accelerator = Accelerator()
-    loaded: Any = MedMoEModel.from_pretrained(model).to(accelerator.device).eval()
-    processor = MedMoEProcessor.from_pretrained(model)
+    with explain_loading(model):
+        loaded: Any = MedMoEModel.from_pretrained(model).to(accelerator.device).eval()
+        processor = MedMoEProcessor.from_pretrained(model)
     collator = ContrastiveCollator(processor)
     stream = _PlacedStream(
         sources,

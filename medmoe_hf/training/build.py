@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import AutoTokenizer
 
+from medmoe_hf.common.loading import explain_loading
 from medmoe_hf.data.checkpoint_names import refuse_missing_folder
 from medmoe_hf.data.phantom import phantom_vocabulary
 from medmoe_hf.errors import ArgumentError
@@ -37,17 +38,19 @@ def build_model(section: "ModelSection") -> tuple[MedMoEModel, MedMoEProcessor]:
     """
     if section.from_pretrained is not None:
         refuse_missing_folder(section.from_pretrained)
-        model = MedMoEModel.from_pretrained(section.from_pretrained, **section.overrides)
-        return model, MedMoEProcessor.from_pretrained(section.from_pretrained)
+        with explain_loading(section.from_pretrained):
+            model = MedMoEModel.from_pretrained(section.from_pretrained, **section.overrides)
+            return model, MedMoEProcessor.from_pretrained(section.from_pretrained)
     assert section.preset is not None  # checked by ModelSection
     max_length = PRESET_MAX_LENGTH.get(section.preset, 25)
     if section.tokenizer is None:
         tokenizer = MedMoETokenizer.from_words(phantom_vocabulary(), max_length=max_length)
     else:
         refuse_missing_folder(section.tokenizer, bare_ids=True)
-        tokenizer = MedMoETokenizer.from_tokenizer(
-            AutoTokenizer.from_pretrained(section.tokenizer), max_length=max_length
-        )
+        with explain_loading(section.tokenizer):
+            tokenizer = MedMoETokenizer.from_tokenizer(
+                AutoTokenizer.from_pretrained(section.tokenizer), max_length=max_length
+            )
     overrides = dict(section.overrides)
     overrides["text_config"] = {
         "vocab_size": len(tokenizer),
