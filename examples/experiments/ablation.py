@@ -54,7 +54,7 @@ from medmoe_hf.model import (
     register_expert,
 )
 from medmoe_hf.model.modeling_medmoe import MedMoETokenExpert
-from medmoe_hf.training.build import parameter_groups
+from medmoe_hf.training.optimizer import parameter_groups
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

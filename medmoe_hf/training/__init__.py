@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from medmoe_hf.training.config import TrainConfig as TrainConfig
     from medmoe_hf.training.dry_run import Plan as Plan
     from medmoe_hf.training.dry_run import plan as plan
-    from medmoe_hf.training.loop import TrainingRecord as TrainingRecord
     from medmoe_hf.training.loop import train as train
+    from medmoe_hf.training.record import TrainingRecord as TrainingRecord
 
 __getattr__, __all__ = lazy_attributes(
     __name__,
@@ -23,6 +23,7 @@ __getattr__, __all__ = lazy_attributes(
         "medmoe_hf.training.build": ["build_model"],
         "medmoe_hf.training.config": ["TrainConfig"],
         "medmoe_hf.training.dry_run": ["Plan", "plan"],
-        "medmoe_hf.training.loop": ["TrainingRecord", "train"],
+        "medmoe_hf.training.loop": ["train"],
+        "medmoe_hf.training.record": ["TrainingRecord"],
     },
 )

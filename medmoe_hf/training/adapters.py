@@ -13,8 +13,8 @@ from medmoe_hf.common.files import atomic_dir
 from medmoe_hf.data.checkpoint_names import refuse_missing_folder
 from medmoe_hf.errors import ArgumentError, MissingPackageError, PathExistsError
 from medmoe_hf.model import MedMoEForImageClassification, MedMoEModel, MedMoEProcessor
-from medmoe_hf.training.build import nearest_names, split_tower
 from medmoe_hf.training.config import LoraSection
+from medmoe_hf.training.optimizer import nearest_names, split_tower
 
 if TYPE_CHECKING:
     from peft import PeftModel

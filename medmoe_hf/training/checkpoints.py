@@ -86,7 +86,7 @@ def check(folder: Path) -> None:
         raise ResumeError(f"{folder} is not whole: {'; '.join(problems)}.")
 
 
-def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
+def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint of a run that is whole, and what is wrong with each newer one.
 
     Raises:
@@ -254,10 +254,10 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             found[f"{name}/{key}"] = value.full_tensor() if hasattr(value, "full_tensor") else value
-    return arrived(found)
+    return wait_for_async(found)
 
 
-def arrived(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def wait_for_async(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same, none of them still under way from other processes: what sharding gathers may be a promise."""
     return {name: value.wait() if hasattr(value, "wait") else value for name, value in tensors.items()}
 

@@ -75,6 +75,22 @@ def summed(tensors: list[Tensor]) -> list[Tensor]:
     return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
 
+def max_over_processes(value: int, device: torch.device) -> int:
+    """The largest value of any process.
+
+    Processes must agree on what they do next: if one stopped alone, the others would wait for it forever.
+
+    Args:
+        value: This process's.
+        device: The accelerator's, on which processes communicate.
+    """
+    if not in_process_group():
+        return value
+    largest = torch.tensor([int(value)], device=device)
+    distributed.all_reduce(largest, op=distributed.ReduceOp.MAX)
+    return int(largest.item())
+
+
 def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
     """Averages gradients over processes, for a model that is wrapped in nothing that does.
 

@@ -9,7 +9,7 @@ from test_resume import assert_same, run_of, weights
 from medmoe_hf.data import MODALITIES, phantom_sample, write_webdataset
 from medmoe_hf.data.reading import Split
 from medmoe_hf.errors import StreamError, TrainingError
-from medmoe_hf.training import loop, plan, train
+from medmoe_hf.training import held_out, plan, train
 from medmoe_hf.training.checkpoints import find_checkpoints
 from medmoe_hf.training.loop import TrainingRun
 
@@ -139,7 +139,7 @@ def test_whatever_fails_leaves_a_checkpoint_that_goes_on_to_the_same_weights(
     part = TrainingRun(run_of(tmp_path / "out", PHANTOMS, **CHANGES))
     with monkeypatch.context() as patch:
         if where == "evaluation":
-            fail_once(loop, "validate", 1, patch)
+            fail_once(held_out, "validate", 1, patch)
         elif where == "forward":
             fail_once(part, "_backward", 3, patch)
         elif where == "reading":
@@ -147,11 +147,11 @@ def test_whatever_fails_leaves_a_checkpoint_that_goes_on_to_the_same_weights(
         else:
             fail_once(part.accelerator, "log", 2, patch)
         with pytest.raises(RuntimeError, match="out of memory"):
-            part.to_the_end()
+            part.train()
     newest = find_checkpoints(tmp_path / "out-run" / "checkpoints")[-1]
     assert newest.name == f"step-0000000{step}"
     said = capsys.readouterr().out
-    assert f"RuntimeError: the run ends; all that was learned in {step} steps is in {newest}" in said
+    assert f"RuntimeError: the run ends; the state after {step} steps is saved in {newest}" in said
     resumed = train(run_of(tmp_path / "out", PHANTOMS, **CHANGES), "auto")
     record, expected = straight
     assert resumed.resumed == [step]
@@ -170,7 +170,7 @@ def test_a_loss_that_is_no_number_leaves_the_last_step_in_a_checkpoint(tmp_path,
 
     part._backward = broken
     with pytest.raises(TrainingError, match=r"The loss is nan at step 3.*newest checkpoint is .*step-00000002"):
-        part.to_the_end()
+        part.train()
     train(run_of(tmp_path / "out", PHANTOMS, **CHANGES), "auto")
     assert_same(straight[1], weights(tmp_path / "out"))
 
@@ -179,8 +179,8 @@ def test_a_model_that_cannot_be_written_leaves_a_checkpoint(tmp_path):
     run = run_of(tmp_path / "out", PHANTOMS, max_steps=2, evaluate_every=0)
     part = TrainingRun(run)
     (tmp_path / "out").mkdir()  # by somebody else, meanwhile
-    with pytest.raises(TrainingError, match=r"exists already.*The newest whole checkpoint is .*step-00000002"):
-        part.to_the_end()
+    with pytest.raises(TrainingError, match=r"exists already.*The newest complete checkpoint is .*step-00000002"):
+        part.train()
     (tmp_path / "out").rmdir()
     assert train(run, "auto").resumed == [2]
     assert_same(dict(part.ema.module.state_dict()), weights(tmp_path / "out"))

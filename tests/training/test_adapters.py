@@ -13,7 +13,8 @@ from medmoe_hf.cli import app
 from medmoe_hf.data import phantom_sample
 from medmoe_hf.data.collate import ContrastiveCollator
 from medmoe_hf.training import train
-from medmoe_hf.training.adapters import LoraSection, add_lora, merge_adapter
+from medmoe_hf.training.adapters import add_lora, merge_adapter
+from medmoe_hf.training.config import LoraSection
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ import torch
 from small_models import SMALL
 
 from medmoe_hf.training import build_model
-from medmoe_hf.training.build import freeze, parameter_groups, train_mode
 from medmoe_hf.training.config import ModelSection
+from medmoe_hf.training.optimizer import freeze, parameter_groups, train_mode
 
 
 @pytest.fixture

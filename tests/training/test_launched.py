@@ -58,17 +58,17 @@ def launched(rank, world, port, folder, kind, preset, changes, stop):
     }
     torch.set_num_threads(1)
     from medmoe_hf.errors import Interrupted
-    from medmoe_hf.training import loop
+    from medmoe_hf.training import loop, run_state
 
     if kind.startswith("fsdp"):
-        loop.Accelerator = sharded_on_a_cpu(loop.Accelerator)
+        run_state.Accelerator = sharded_on_a_cpu(run_state.Accelerator)
     run = loop.TrainingRun(run_of(folder, kind, preset, world, **changes), "auto")
     if kind.startswith("fsdp"):
         assert type(run.inner).__name__.startswith("FSDP")
     if stop and rank == world - 1:  # a signal that only one of them gets
         run._signal = 15
     try:
-        run.to_the_end()
+        run.train()
     except Interrupted:
         assert stop
     run.accelerator.end_training()

@@ -15,9 +15,9 @@ from medmoe_hf.data import phantom_sample
 from medmoe_hf.data.collate import ContrastiveCollator
 from medmoe_hf.errors import StreamError, TrainingError
 from medmoe_hf.training import TrainConfig, build_model, train
-from medmoe_hf.training.build import parameter_groups
 from medmoe_hf.training.config import ModelSection
 from medmoe_hf.training.loop import TrainingRun
+from medmoe_hf.training.optimizer import parameter_groups
 
 
 def config(output_dir, **changes):
@@ -135,7 +135,7 @@ def test_too_many_bad_samples_stop_the_run_with_a_checkpoint(tmp_path):
     source = bad_table(tmp_path, good=24, bad=6)
     run = config(tmp_path / "out", data={"train": source, "num_workers": 0}, max_steps=8)
     with pytest.raises(
-        StreamError, match=r"(?s)^Training data: 6 of 30 samples are faulty.*in 4 steps is in .*step-00000004"
+        StreamError, match=r"(?s)^Training data: 6 of 30 samples are faulty.*after 4 steps is saved in .*step-00000004"
     ):
         train(run)
     assert not (tmp_path / "out").exists()

@@ -22,7 +22,8 @@ from test_loop import config
 from medmoe_hf import MedMoEModel
 from medmoe_hf.data import phantom_sample, write_webdataset
 from medmoe_hf.errors import Interrupted, ResumeError, TrainingError
-from medmoe_hf.training import TrainConfig, checkpoints, loop, train
+from medmoe_hf.training import TrainConfig, checkpoints, train
+from medmoe_hf.training import held_out as held_out_data
 from medmoe_hf.training.checkpoints import find_checkpoints
 from medmoe_hf.training.loop import TrainingRun
 
@@ -70,8 +71,8 @@ def interrupted(run, steps):
                 os.kill(os.getpid(), signal.SIGTERM)
 
         part.step = and_stop
-        with part.listening(), pytest.raises(Interrupted, match=f"SIGTERM after step {stop}.*--resume auto"):
-            part.to_the_end()
+        with part.handle_signals(), pytest.raises(Interrupted, match=f"SIGTERM after step {stop}.*--resume auto"):
+            part.train()
     return train(run, "auto")
 
 
@@ -114,7 +115,7 @@ def test_workers_may_be_others_after_a_resume(tmp_path, monkeypatch):
     part = TrainingRun(run)
     part._signal = signal.SIGINT
     with pytest.raises(Interrupted):
-        part.to_the_end()
+        part.train()
     other = run.model_copy(update={"data": run.data.model_copy(update={"num_workers": 2})})
     train(other, "auto")
     assert_same(weights(tmp_path / "straight"), weights(tmp_path / "stopped"))
@@ -122,12 +123,12 @@ def test_workers_may_be_others_after_a_resume(tmp_path, monkeypatch):
 
 def measuring(monkeypatch, *held_out):
     """Evaluations give these losses, one after another, whatever the model; the last one again and again."""
-    real, rest = loop.validate, list(held_out)
+    real, rest = held_out_data.validate, list(held_out)
 
     def scripted(*arguments):
         return {**real(*arguments), "loss": rest.pop(0) if len(rest) > 1 else rest[0]}
 
-    monkeypatch.setattr(loop, "validate", scripted)
+    monkeypatch.setattr(held_out_data, "validate", scripted)
 
 
 @pytest.mark.parametrize(("held_out", "kept"), [((2.0, 3.0), [4, 6, 8]), ((3.0, 2.0), [6, 8])])
@@ -165,7 +166,7 @@ def stopped_run(tmp_path):
     part = TrainingRun(run)
     part._signal = signal.SIGTERM
     with pytest.raises(Interrupted):
-        part.to_the_end()
+        part.train()
     return run
 
 
@@ -231,7 +232,7 @@ def two_checkpoints(tmp_path_factory):
 
     part.step = and_stop
     with pytest.raises(Interrupted):
-        part.to_the_end()
+        part.train()
     return run, weights(folder / "straight")
 
 
@@ -265,7 +266,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(copied, damage):
     said = damaged(newest, damage)
     with pytest.raises(ResumeError, match=said):
         train(run, newest)
-    found, problems = checkpoints.newest_whole(run.run_dir / "checkpoints")
+    found, problems = checkpoints.newest_complete(run.run_dir / "checkpoints")
     assert found == older
     assert len(problems) == 1
     assert re.search(said, problems[0])
@@ -308,7 +309,7 @@ def test_a_run_taken_up_at_an_older_checkpoint_loses_none_and_writes_later_ones_
         seen.append((names, (newest / "left.txt").exists()))
 
     part.save_checkpoint = and_look
-    part.to_the_end()
+    part.train()
     assert seen == [([3, 4], True), ([4], False), ([5], False)]
 
 
@@ -339,7 +340,7 @@ def test_other_data_behind_the_same_names_are_refused(tmp_path, kind):
     part = TrainingRun(run)
     part._signal = signal.SIGTERM
     with pytest.raises(Interrupted):
-        part.to_the_end()
+        part.train()
     tars = sorted((data / "tars").glob("*.tar"))
     if kind == "tar removed":
         tars[1].unlink()
@@ -360,7 +361,7 @@ def killed_while_writing(run):
 
     part = TrainingRun(run, "auto")
     checkpoints.write_state = die
-    part.to_the_end()
+    part.train()
 
 
 def test_killed_while_a_checkpoint_is_written_the_one_before_is_whole(tmp_path):

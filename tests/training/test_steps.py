@@ -22,7 +22,7 @@ def rates_of(run):
     """The rate that each optimiser step is done with."""
     seen = []
     run.optimizer.optimizer.register_step_pre_hook(lambda optimizer, *_: seen.append(optimizer.param_groups[0]["lr"]))
-    run.to_the_end()
+    run.train()
     return seen
 
 
@@ -99,7 +99,7 @@ def test_gradient_checkpointing_computes_both_towers_twice(tmp_path, on):
 def test_what_is_measured_is_what_is_saved_in_batches_of_the_training_size(tmp_path, ema):
     """12 held-out pairs, six at a time: the saved weights, the moving average where there is one, give that loss."""
     run = TrainingRun(config(tmp_path / "out", ema_decay=ema, learning_rate=1e-2, warmup_steps=0))
-    run.to_the_end()
+    run.train()
     measured = run.record.evaluations[-1]
     model = MedMoEModel.from_pretrained(tmp_path / "out").eval()
     collator = ContrastiveCollator(MedMoEProcessor.from_pretrained(tmp_path / "out"))
@@ -160,8 +160,8 @@ def test_other_bars_do_not_come_into_ours(tmp_path, capfd):
     transformers.utils.logging.enable_progress_bar()
     run = TrainingRun(config(tmp_path / "out", max_steps=2, evaluate_every=1))
     capfd.readouterr()
-    run.to_the_end()
+    run.train()
     shown = capfd.readouterr().err
     assert "Writing model shards" not in shown
-    assert "measuring at step 1" in shown
+    assert "evaluating at step 1" in shown
     assert transformers.utils.logging.is_progress_bar_enabled()
