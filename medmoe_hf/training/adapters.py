@@ -1,4 +1,4 @@
-"""LoRA through PEFT: small adapters beside a base model that stays as it is."""
+"""LoRA through PEFT: small adapters next to a frozen base model."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = "adapter_model.safetensors"
 _MODELS = {kind.__name__: kind for kind in (MedMoEModel, MedMoEForImageClassification)}
-# What fits this data even where the towers already do, in whichever of the models that have it.
+# Trained in full by default, in models that have them: they adapt to new data even if the towers need not.
 _TRAINED = (
     "router",
     "report_router",
@@ -36,25 +36,39 @@ _ATTENTION = re.compile(r"(?:^|\.)(?:self_?)?(?:attn|attentions?)\.")
 
 
 def add_lora(model: nn.Module, section: LoraSection) -> "PeftModel":
-    """Wraps a model with adapters, in place; only these and what `section.train` names are trainable then.
+    """Adds adapters to a model, in place; afterwards only these and the modules in `section.train` are trainable.
 
-    The adapters begin as no change. What is inside is `get_base_model()`; `merge_and_unload(safe_merge=True)` gives
-    the model back with the updates added to its weights.
+    At first the adapters change nothing. `get_base_model()` of the result is the model inside;
+    `merge_and_unload(safe_merge=True)` returns the model with the updates added to its weights.
 
     Args:
-        model: `MedMoEModel`, `MedMoEForImageClassification` or a tower, loaded from a folder or the Hub: an adapter is
-            worth nothing without its base, and records where that is. A new model will do with `section.merge`.
+        model: A `MedMoEModel`, `MedMoEForImageClassification` or tower that was loaded from a folder or the Hub,
+            since an adapter records the location of its base. With `section.merge` it may be a new model.
+        section: Rank, targets and other settings.
+
+    Returns:
+        The model, wrapped by PEFT.
 
     Raises:
-        ImportError: without PEFT.
-        ValueError: for a name that fits no module, or a model that was never saved.
+        ImportError: If PEFT is not installed.
+        ValueError: If a name matches no module, or if the model was never saved.
+
+    Example:
+        ```python
+        from medmoe_hf import MedMoEModel
+        from medmoe_hf.training.adapters import add_lora
+        from medmoe_hf.training.config import LoraSection
+
+        model = add_lora(MedMoEModel.from_pretrained("runs/first"), LoraSection(rank=4))
+        model.print_trainable_parameters()
+        ```
     """
     peft = _peft()
     base: str | None = getattr(model, "name_or_path", None) or None
     if base is None and not section.merge:
         raise ArgumentError(
-            "An adapter needs a base that others can load, and this model is new. Set `model.from_pretrained` to a "
-            "saved model, or `lora.merge: true` to save a whole one."
+            "An adapter needs a base that others can load, but this model is new. Set `model.from_pretrained` to a "
+            "saved model, or `lora.merge: true` to save a complete model."
         )
     if base is not None and Path(base).is_dir():
         base = str(Path(base).resolve())  # the adapter may be used from another working directory
@@ -64,9 +78,9 @@ def add_lora(model: nn.Module, section: LoraSection) -> "PeftModel":
     targets = [name for name in _targets(model, section.targets) if not _inside(name, whole)]
     if not targets:
         raise ArgumentError(
-            "`lora.targets`: all of them lie in what `lora.train` names; what is trained needs no update."
+            "`lora.targets`: all of them are inside modules of `lora.train`, which are trained in full."
         )
-    wrapped = peft.get_peft_model(
+    wrapped: PeftModel = peft.get_peft_model(
         model,
         peft.LoraConfig(
             r=section.rank,
@@ -86,19 +100,19 @@ def add_lora(model: nn.Module, section: LoraSection) -> "PeftModel":
 def save_adapter(
     model: "PeftModel", processor: Any, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Writes an adapter that `PeftModel.from_pretrained(base, folder)` loads, and the processor, as safetensors.
+    """Saves an adapter for `PeftModel.from_pretrained(base, folder)` as safetensors, and the processor.
 
-    PEFT saves updates and whole modules. It knows no single parameters, so the learned scale is added under its full
-    name, which PEFT's loading fills in. It is then a part of the base that was loaded: `disable_adapter()` leaves it.
+    PEFT saves updates and entire modules, but no single parameters. So the learned scale is added under its full name,
+    which PEFT's loading fills in. After loading, it belongs to the base: `disable_adapter()` does not reset it.
 
     Args:
-        model: from `add_lora`, not wrapped any further.
-        processor: saved too, unless None.
-        folder: made if it is not there.
-        state_dict: the model's, where it has been gathered from several processes.
+        model: The result of `add_lora`, without further wrappers.
+        processor: Saved too, unless it is `None`.
+        folder: Created if it does not exist.
+        state_dict: The model's state dict if it was gathered from several processes; `None` to take it from the model.
     """
     folder = Path(folder)
-    # Embeddings of a tokenizer that has grown: `add_lora` never resizes them, and asking the Hub takes time.
+    # Embeddings are saved if the tokenizer has grown. `add_lora` never resizes them, and asking the Hub takes time.
     model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state_dict)
     state = model.state_dict() if state_dict is None else state_dict
     single = {
@@ -113,18 +127,27 @@ def save_adapter(
 
 
 def merge_adapter(adapter: str | Path, out: str | Path, base: str | Path | None = None, force: bool = False) -> None:
-    """Adds an adapter to its base, and writes a model folder that needs neither.
+    """Merges an adapter into its base and saves the result as a model folder.
+
+    The folder needs neither the base nor PEFT.
 
     Args:
-        adapter: a folder of `save_adapter`.
-        out: the folder to make, processor included.
-        base: folder or Hub id of the base; None: where the adapter says.
-        force: replace `out`.
+        adapter: Folder of an adapter, as `medmoe train` saves it.
+        out: Folder to create; it gets the processor too.
+        base: Folder or Hub id of the base; `None` for the one that the adapter names.
+        force: Whether to replace `out` if it exists.
 
     Raises:
-        ImportError: without PEFT.
-        FileExistsError: if `out` exists and `force` is False.
-        ValueError: if `adapter` is no such folder, or its base cannot be loaded or has other shapes.
+        ImportError: If PEFT is not installed.
+        FileExistsError: If `out` exists and `force` is `False`.
+        ValueError: If `adapter` is no adapter, or if its base cannot be loaded or has other shapes.
+
+    Example:
+        ```python
+        from medmoe_hf.training.adapters import merge_adapter
+
+        merge_adapter("runs/lora", "models/merged")
+        ```
     """
     peft = _peft()
     adapter = Path(adapter)
@@ -132,23 +155,23 @@ def merge_adapter(adapter: str | Path, out: str | Path, base: str | Path | None 
         raise PathExistsError(f"{out} exists already; choose another folder or remove it.")
     missing = [name for name in ("adapter_config.json", WEIGHTS) if not (adapter / name).is_file()]
     if missing:
-        raise ArgumentError(f"{adapter} is no folder of an adapter: it lacks {' and '.join(missing)}.")
+        raise ArgumentError(f"{adapter} is not the folder of an adapter: it lacks {' and '.join(missing)}.")
     config = peft.PeftConfig.from_pretrained(str(adapter))
     base = base or config.base_model_name_or_path
     if base is None:
-        raise ArgumentError(f"{adapter} does not say what it belongs to; name its base.")
+        raise ArgumentError(f"{adapter} does not name its base; specify it with `--base`.")
     kind = _MODELS.get((config.auto_mapping or {}).get("base_model_class"), MedMoEModel)
     try:
         refuse_missing_folder(base)
         model = kind.from_pretrained(base)
     except (OSError, ValueError) as error:
         raise ArgumentError(
-            f"The base {base} of {adapter} cannot be loaded ({error}); say where it is now."
+            f"The base {base} of {adapter} cannot be loaded ({error}); specify its location with `--base`."
         ) from error
     try:
         merged = peft.PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
     except (RuntimeError, KeyError) as error:
-        raise ArgumentError(f"{adapter} does not fit {base}; is that its base? {error}") from error
+        raise ArgumentError(f"{adapter} does not match {base}; is that its base? {error}") from error
     processor = MedMoEProcessor.from_pretrained(adapter if (adapter / "processor_config.json").is_file() else base)
     with atomic_dir(out, force) as partial:
         merged.save_pretrained(partial)
@@ -163,7 +186,7 @@ def _peft() -> Any:
     return peft
 
 
-def _fits(name: str, wanted: str) -> bool:
+def _matches(name: str, wanted: str) -> bool:
     return name == wanted or name.endswith(f".{wanted}") or fnmatchcase(name, wanted)
 
 
@@ -172,17 +195,17 @@ def _inside(name: str, modules: list[str]) -> bool:
 
 
 def _chosen(key: str, wanted: list[str], names: list[str]) -> list[str]:
-    """The names that one of the wanted fits, in their own order.
+    """The names that match one of `wanted`, in the order of `names`.
 
     Raises:
-        ValueError: for one that fits none.
+        ValueError: If one of `wanted` matches none.
     """
     for item in wanted:
-        if not any(_fits(name, item) for name in names):
+        if not any(_matches(name, item) for name in names):
             near = nearest_names(item if "." in item else f"*{item}", names)
             hint = f" Nearest: {', '.join(near)}." if near else ""
-            raise ArgumentError(f'`lora.{key}`: nothing in the model that could be meant by "{item}".{hint}')
-    return [name for name in names if any(_fits(name, item) for item in wanted)]
+            raise ArgumentError(f'`lora.{key}`: nothing in the model matches "{item}".{hint}')
+    return [name for name in names if any(_matches(name, item) for item in wanted)]
 
 
 def _targets(model: nn.Module, wanted: list[str] | None) -> list[str]:
@@ -198,14 +221,14 @@ def _targets(model: nn.Module, wanted: list[str] | None) -> list[str]:
         if (split := split_tower(name)) is not None:
             towers.setdefault(split[0], {})[name] = module
     kinds: tuple[Callable[[str, nn.Module], bool], ...] = (
-        # Swin v2 makes its table of positions by a small network inside the attention.
+        # Swin v2 computes its position table with a small MLP inside the attention.
         lambda name, module: isinstance(module, nn.Linear) and bool(_ATTENTION.search(name)) and "mlp" not in name,
         lambda name, module: isinstance(module, nn.Linear) or getattr(module, "kernel_size", None) == (1, 1),
     )
     found = []
     for tower, members in towers.items():
-        for fits in kinds:
-            adapted = [name for name, module in members.items() if fits(name, module)]
+        for matches in kinds:
+            adapted = [name for name, module in members.items() if matches(name, module)]
             if adapted:
                 break
         else:
@@ -218,7 +241,7 @@ def _targets(model: nn.Module, wanted: list[str] | None) -> list[str]:
 
 
 def _trained(model: nn.Module, wanted: list[str] | None) -> list[str]:
-    """Names of the modules, and of the parameters outside them, that are trained whole."""
+    """Names of the modules, and of the parameters outside them, that are trained in full."""
     modules = {name: module for name, module in model.named_modules() if name}
     names = [*modules, *(name for name, _ in model.named_parameters())]
     if wanted is None:
@@ -226,9 +249,9 @@ def _trained(model: nn.Module, wanted: list[str] | None) -> list[str]:
     else:
         found = _chosen("train", wanted, names)
     kept: list[str] = []
-    # Outer modules come before what is in them.
+    # Outer modules come before the modules inside them.
     for name in found:
-        # PEFT refuses lists of modules, whose members are what is called.
+        # PEFT refuses lists of modules, since only their members are called.
         parts = (
             [f"{name}.{part}" for part, _ in modules[name].named_children()] if _is_list(modules.get(name)) else [name]
         )

@@ -1,8 +1,8 @@
 """Gradient caching: the exact step of a large batch, in the memory of a small one.
 
 A step of `gradient_accumulation_steps` micro-batches (and of all processes) is computed as if it were one batch:
-contrastive losses see all pairs, and the experts' BatchNorm the statistics of all images. In passes over the
-micro-batches, with what is small kept in between:
+contrastive losses see all pairs, and the experts' BatchNorm uses the statistics of all images. There are six passes
+over the micro-batches; small intermediate results are kept in between:
 
 1. without gradients: texts, and images up to the pyramid;
 2. the experts' BatchNorm statistics, one layer after another: each needs those before it;
@@ -32,19 +32,21 @@ from medmoe_hf.training.negatives import average_gradients, gather_rows, summed
 
 @dataclass
 class _Part:
-    """What is kept of a micro-batch.
+    """Intermediate results of a micro-batch.
 
     Attributes:
-        texts, pixel_values: its inputs.
-        random_state: in which its towers ran.
-        pooled, maps: of the backbone, (b, C) and the pyramid: leaves whose gradients pass 4 leaves here.
-        outputs: leaves that the loss is computed from: `image`, `text` (b, D), `words` (b, L, D), `terms`, and
-            `router`, `report_router` (b, K).
+        texts: Inputs of the text tower.
+        pixel_values: (b, 3, H, W).
+        random_state: State of the random number generators before its towers ran.
+        pooled: (b, C), of the backbone. A leaf; pass 4 computes its gradient.
+        maps: Feature pyramid of the backbone, (b, C_s, H_s, W_s) per scale. Leaves, as `pooled`.
+        outputs: Leaves that the loss is computed from: `image` and `text` (b, D), `words` (b, L, D), `terms` of the
+            local loss, `router` and `report_router` (b, K).
         word_mask: (b, L).
         expert_ids: (b,).
-        mixture: (b, K) or None.
-        modality: the caller's, which overrules the routers.
-        report_embeds: (b, C), before their projection.
+        mixture: (b, K), or `None` if each image has one expert.
+        modality: The caller's, which overrides the routers.
+        report_embeds: (b, C), before projection.
     """
 
     texts: dict[str, Any]
@@ -60,7 +62,7 @@ class _Part:
     report_embeds: Tensor
 
     def rows(self, expert: int) -> Tensor | slice:
-        """The images that an expert computes."""
+        """Indices of the images that an expert computes."""
         return slice(None) if self.mixture is not None else (self.expert_ids == expert).nonzero().squeeze(1)
 
 
@@ -68,22 +70,37 @@ def cached_step(
     model: MedMoEModel,
     batches: list[dict[str, Any]],
     backward: Callable[[Tensor], None] = Tensor.backward,
-    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> dict[str, Tensor]:
-    """The gradients of a step over all micro-batches and processes, as of one batch; added to `.grad`, averaged.
+    """Computes the gradients of a step over all micro-batches and processes as if they were one batch.
 
-    Dropout draws other numbers than one batch would, each micro-batch the same in all its passes. A BatchNorm inside
-    a timm backbone sees one micro-batch at a time.
+    The gradients are averaged over processes and added to `.grad`. The result is that of one large batch, with two
+    exceptions: dropout draws different numbers than one batch would (the same in all passes over a micro-batch), and a
+    BatchNorm inside a timm backbone sees one micro-batch at a time.
 
     Args:
-        model: not wrapped by DDP: gradients are averaged here.
-        batches: of `ContrastiveCollator`, on the model's device.
-        backward: takes the loss; a gradient scaler's place.
-        autocast: makes the context of forward passes.
+        model: A model that is not wrapped by DDP, since gradients are averaged here.
+        batches: Micro-batches of `ContrastiveCollator`, on the model's device.
+        backward: Called with the loss; a gradient scaler can be applied here.
+        autocast: Returns the context of forward passes.
 
     Returns:
-        `loss`, `loss_global`, `loss_local`, `loss_aux` of the whole step, without a graph, and `expert_counts` (K,),
-        images by expert.
+        Scalars `loss`, `loss_global`, `loss_local` and `loss_aux` of the entire step, detached, and `expert_counts`
+        (K,), the number of images per expert.
+
+    Example:
+        ```python
+        from medmoe_hf.data import phantom_sample
+        from medmoe_hf.data.collate import ContrastiveCollator
+        from medmoe_hf.training import build_model
+        from medmoe_hf.training.cached import cached_step
+        from medmoe_hf.training.config import ModelSection
+
+        model, processor = build_model(ModelSection(preset="tiny"))
+        collator = ContrastiveCollator(processor)
+        samples = [phantom_sample(index) for index in range(8)]
+        losses = cached_step(model.train(), [collator(samples[:4]), collator(samples[4:])])
+        ```
     """
     vision = model.vision_model
     with torch.no_grad(), autocast():
@@ -92,7 +109,7 @@ def cached_step(
     used = [index for index, count in enumerate(counts.tolist()) if count]
     with _step_norms(vision, parts, used, autocast) as norms:
         mask = _joined([part.word_mask for part in parts])
-        # Cut off here, so that what all images say about a word is known before it goes back to its process and part.
+        # Detached here: the gradient of a word is complete only after all images, and goes back to its process then.
         gathered = gather_rows(_joined([part.outputs["words"] for part in parts]))
         all_words = gathered.detach().requires_grad_()
         every = {"words": all_words, "mask": gather_rows(mask)}
@@ -119,7 +136,7 @@ def cached_step(
         backward(losses["loss"])
         _back_through_experts(model, parts, every, norms, autocast)
     if all_words.grad is not None:
-        gathered.backward(all_words.grad)
+        torch.autograd.backward([gathered], [all_words.grad])
     _back_through_towers(model, parts, autocast)
     average_gradients([parameter for parameter in model.parameters() if parameter.requires_grad])
     return {name: value.detach() for name, value in losses.items()} | {"expert_counts": counts}
@@ -154,7 +171,7 @@ def _encode(model: MedMoEModel, batch: dict[str, Any]) -> _Part:
 
 
 def _text_outputs(model: MedMoEModel, texts: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """What the loss needs of texts: outputs with gradients, the mask of their words, reports before projection."""
+    """Outputs of texts with gradients, word mask (b, L), and report embeddings (b, C) before projection."""
     text = model._encode_text(**{"attention_mask": None, "token_type_ids": None, "word_ids": None, **texts})
     outputs = {} if model.report_router is None else {"report_router": model.report_router(text.pooler_output)}
     report_embeds = text.pooler_output
@@ -163,11 +180,11 @@ def _text_outputs(model: MedMoEModel, texts: dict[str, Any]) -> tuple[dict[str, 
 
 
 def _experts(model: MedMoEModel, part: _Part, every: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Global image embeddings (b, D) and the terms of the local loss, from the pyramid that a part keeps."""
+    """Global image embeddings (b, D) and the terms of the local loss, from the pyramid of a micro-batch."""
     vision = model.vision_model
     mixture = part.mixture
     if mixture is not None and torch.is_grad_enabled():
-        # Not kept: here the weights are part of what is differentiated.
+        # Computed again, since gradients flow through the weights.
         mixture = vision.mixture_weights(vision.router(part.pooled), part.modality)
     local, _ = vision.fuse(part.maps, part.expert_ids, mixture)
     backbone = MedMoEBackboneOutput(pooler_output=part.pooled)
@@ -178,7 +195,7 @@ def _experts(model: MedMoEModel, part: _Part, every: dict[str, Tensor]) -> tuple
 
 
 def _expert_counts(parts: list[_Part], experts: int) -> Tensor:
-    """(K,): images that each expert computes, over all processes."""
+    """Number of images that each expert computes, over all processes: (K,)."""
     ids = torch.cat([part.expert_ids for part in parts])
     counts = torch.bincount(ids, minlength=experts)
     if parts[0].mixture is not None:
@@ -188,23 +205,26 @@ def _expert_counts(parts: list[_Part], experts: int) -> Tensor:
     return counts
 
 
-# BatchNorm over the whole step
+# BatchNorm over the entire step
 
 
 class _StepNorm:
-    """One BatchNorm over all images of a step, in the place of the layer's own statistics.
+    """BatchNorm by the statistics of all images of a step, instead of those of a micro-batch.
 
-    The backward pass of BatchNorm takes two averages over all images off the gradient, and a micro-batch knows only
-    its own. It takes those off, and notes them; the difference follows when all are known. (To take nothing off at
-    first would be simpler, and cost a digit: what is to cancel would meet only at the pyramid.)
+    The backward pass of BatchNorm subtracts two averages over all images from the gradient, but a micro-batch knows
+    only its own averages. It subtracts and records those; the difference is added when all are known. (Subtracting
+    nothing at first would be simpler, but lose a digit of precision: large terms would cancel only at the pyramid.)
 
     Attributes:
-        expert, scale, depth: where it is.
-        mean, inverse: (C, 1, 1), of the step, `inverse` one over the standard deviation.
-        count: values a channel, over all processes.
-        sums: for each micro-batch (2, C) in float64, of the gradient, and of it times the normalised values.
-        sizes: for each micro-batch its values a channel.
-        part: number of the micro-batch that runs.
+        expert: Index of the expert that the layer belongs to.
+        scale: Index of the scale.
+        depth: Index of the layer in the scale's projection.
+        mean: (C, 1, 1), mean over the step.
+        inverse: (C, 1, 1), one over the standard deviation over the step.
+        count: Values per channel, over all processes.
+        sums: (micro-batches, 2, C) in float64: sums of the gradient, and of the gradient times the normalised values.
+        sizes: Values per channel of each micro-batch.
+        part: Index of the current micro-batch.
     """
 
     def __init__(self, expert: int, scale: int, depth: int, layer: MedMoEBatchNorm, total: Tensor, parts: int) -> None:
@@ -220,17 +240,20 @@ class _StepNorm:
         self.part = 0
 
     def __call__(self, values: Tensor) -> Tensor:
-        return _NormaliseByStep.apply(values, self.layer.weight, self.layer.bias, self)
+        normalised: Tensor = _NormaliseByStep.apply(values, self.layer.weight, self.layer.bias, self)
+        return normalised
 
     def standard(self, values: Tensor) -> Tensor:
-        return (values.float() - self.mean) * self.inverse
+        standard: Tensor = (values.float() - self.mean) * self.inverse
+        return standard
 
     def remainder(self, values: Tensor, totals: Tensor) -> Tensor:
-        """What the gradient with respect to `values` still lacks: `totals` (2, C) are the sums over everything."""
+        """What is still missing in the gradient of `values`, given `totals` (2, C), the sums over the entire step."""
         size = max(1, self.sizes[self.part])
         by_sum, by_product = (self.sums[self.part] / size - totals / self.count).float().view(2, -1, 1, 1)
         scale = self.layer.weight.detach().float().view(-1, 1, 1) * self.inverse
-        return (by_sum + self.standard(values) * by_product) * scale
+        missing: Tensor = (by_sum + self.standard(values) * by_product) * scale
+        return missing
 
 
 class _NormaliseByStep(torch.autograd.Function):
@@ -258,9 +281,9 @@ class _NormaliseByStep(torch.autograd.Function):
 
 @contextmanager
 def _step_norms(
-    vision: Any, parts: list[_Part], used: list[int], autocast: Callable[[], AbstractContextManager]
+    vision: Any, parts: list[_Part], used: list[int], autocast: Callable[[], AbstractContextManager[Any]]
 ) -> Iterator[list[_StepNorm]]:
-    """Pass 2: in the block every expert's BatchNorm in training normalises by the statistics of the whole step."""
+    """Pass 2: in the block, the BatchNorms of experts in training mode use the statistics of the entire step."""
     norms: list[_StepNorm] = []
     depths = max((len(projection) for expert in vision.experts for projection in expert.scale_projections), default=0)
     try:
@@ -295,14 +318,15 @@ def _batch_norms(vision: Any, used: list[int], depth: int) -> Iterator[tuple[int
 
 
 def _before_norm(vision: Any, part: _Part, expert: int, scale: int, depth: int) -> Tensor | None:
-    """What an expert's BatchNorm of a depth is given for a micro-batch; None without an image."""
+    """Input (n, C, H, W) of an expert's BatchNorm at a depth for a micro-batch; `None` without an image."""
     hidden_states = part.maps[scale][part.rows(expert)]
     if not len(hidden_states):
         return None
     projection = vision.experts[expert].scale_projections[scale]
     for layer in projection[:depth]:
         hidden_states = layer(hidden_states)
-    return projection[depth].convolution(hidden_states)
+    values: Tensor = projection[depth].convolution(hidden_states)
+    return values
 
 
 def _back_through_experts(
@@ -310,9 +334,9 @@ def _back_through_experts(
     parts: list[_Part],
     every: dict[str, Tensor],
     norms: list[_StepNorm],
-    autocast: Callable[[], AbstractContextManager],
+    autocast: Callable[[], AbstractContextManager[Any]],
 ) -> None:
-    """Passes 4 and 5: to the pyramids, the words, and the experts' weights."""
+    """Passes 4 and 5: gradients of the pyramids, the words, and the experts' weights."""
     vision = model.vision_model
     for number, part in enumerate(parts):
         _select(norms, number)
@@ -337,12 +361,12 @@ def _select(norms: list[_StepNorm], part: int) -> None:
 
 
 def _back_through_towers(
-    model: MedMoEModel, parts: list[_Part], autocast: Callable[[], AbstractContextManager]
+    model: MedMoEModel, parts: list[_Part], autocast: Callable[[], AbstractContextManager[Any]]
 ) -> None:
     """Pass 6."""
     vision = model.vision_model
     after = _random_state(parts[0].pooled.device)
-    # The first pass has moved the running statistics of a backbone's own BatchNorm already.
+    # Pass 1 has already updated the running statistics of a backbone's own BatchNorms.
     running = {
         name: buffer.clone()
         for name, buffer in vision.backbone.named_buffers()
@@ -359,7 +383,7 @@ def _back_through_towers(
             [backbone.pooler_output, *backbone.feature_maps],
             [part.pooled.grad, *(feature_map.grad for feature_map in part.maps)],
         )
-        # Freed here: the next micro-batch needs the room.
+        # Freed here: the next micro-batch needs the memory.
         part.maps, part.pixel_values = [], part.pixel_values[:0]
     _set_random_state(after)
     for name, buffer in vision.backbone.named_buffers():
@@ -368,7 +392,7 @@ def _back_through_towers(
 
 
 def _backward(outputs: list[Tensor], gradients: list[Tensor | None]) -> None:
-    """Back from several outputs at once; what nothing trainable led to, or no loss reached, is left out."""
+    """Backward pass from several outputs at once; those without a graph or without a gradient are skipped."""
     pairs = [
         (output, gradient.to(output.dtype))
         for output, gradient in zip(outputs, gradients, strict=True)
@@ -379,7 +403,7 @@ def _backward(outputs: list[Tensor], gradients: list[Tensor | None]) -> None:
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:
-    """Rows of all micro-batches, words padded with zeros behind to the longest."""
+    """Concatenates the rows of all micro-batches; words are padded with trailing zeros to the longest text."""
     if tensors[0].dim() < 2 or len({tensor.shape[1] for tensor in tensors}) == 1:
         return torch.cat(tensors)
     width = max(tensor.shape[1] for tensor in tensors)

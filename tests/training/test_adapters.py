@@ -89,5 +89,5 @@ def test_under_two_per_cent_of_the_paper_model_are_trained():
 def test_names_that_fit_nothing_are_refused():
     model = MedMoEModel(MedMoEConfig.from_preset("tiny", **SMALL))
     model.name_or_path = "base"
-    with pytest.raises(ValueError, match=r'`lora.targets`: nothing in the model that could be meant by "q_prj"'):
+    with pytest.raises(ValueError, match=r'`lora.targets`: nothing in the model matches "q_prj"'):
         add_lora(model, LoraSection(targets=["q_prj"]))
