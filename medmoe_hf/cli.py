@@ -506,7 +506,7 @@ def _evaluation_command(protocol: str | None) -> Callable[..., None]:
         batch_size: Annotated[int, typer.Option(min=1, help="Images in one pass.")] = 32,
         force: Annotated[bool, typer.Option("--force", help="Replace OUTPUT if it exists.")] = False,
     ) -> None:
-        from medmoe_hf.evaluation.results import summary
+        from medmoe_hf.evaluation.report import summary
         from medmoe_hf.evaluation.suite import evaluate
 
         with _errors_of(f"evaluate {protocol or 'all'}"):

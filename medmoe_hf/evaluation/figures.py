@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import wrap
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,8 +12,7 @@ from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-if TYPE_CHECKING:  # results import this module
-    from medmoe_hf.evaluation.results import Result
+from medmoe_hf.evaluation.results import Result, metric_name
 
 _DPI = 130
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # apart for the colour-blind too
@@ -25,7 +24,7 @@ _CONTROL = (
 )
 
 
-def draw_confusions(results: Sequence["Result"], path: Path) -> None:
+def draw_confusions(results: Sequence[Result], path: Path) -> None:
     """A matrix for each result; shades are shares of a row, numbers are images.
 
     Zero-shot shows its first score, routing each router.
@@ -56,7 +55,7 @@ def draw_confusions(results: Sequence["Result"], path: Path) -> None:
     _save(figure, path)
 
 
-def draw_reliability(results: Sequence["Result"], path: Path) -> None:
+def draw_reliability(results: Sequence[Result], path: Path) -> None:
     """One diagram for each result: how often the answers of a confidence are right; the diagonal would be honest."""
     chosen = [result for result in _by_set(results) if result.calibrations]
     figure, axes = _grid(len(chosen), 3.2, 4.2, _models_beside(results))
@@ -84,7 +83,7 @@ def draw_reliability(results: Sequence["Result"], path: Path) -> None:
     _save(figure, path)
 
 
-def draw_recalls(results: Sequence["Result"], path: Path) -> None:
+def draw_recalls(results: Sequence[Result], path: Path) -> None:
     """Bars of R@1, 5, 10 in both directions, with intervals, for each model and score; the line is chance."""
     datasets = list(dict.fromkeys(result.dataset for result in results))
     figure, axes = _grid(2 * len(datasets), 4.8, 3.6, columns=2)
@@ -123,17 +122,18 @@ def draw_recalls(results: Sequence["Result"], path: Path) -> None:
     _save(figure, path)
 
 
-def draw_probes(results: Sequence["Result"], path: Path) -> None:
+def draw_probes(results: Sequence[Result], path: Path) -> None:
     """Accuracy of linear probes by the number of training images; marks are the means, dots single seeds."""
     datasets = list(dict.fromkeys(result.dataset for result in results))
     figure, axes = _grid(len(datasets), 4.2, 3.4)
     for axis, dataset in zip(axes, datasets, strict=True):
         lines: list[tuple[str, list[tuple[int, Any, list[float]]]]] = []
         for result in (result for result in results if result.dataset == dataset):
-            kinds = dict.fromkeys(variant.rsplit(" ", 1)[0] for variant in result.by_variant())
+            kinds = dict.fromkeys(variant.rsplit(" ", 1)[0] for variant in result.facts["seeds"])
+            metric = result.facts.get("seed_metric", "accuracy")
             for kind in kinds:
                 points = [
-                    (size, result.metrics[f"{kind} {share}/accuracy"], result.facts["seeds"][f"{kind} {share}"])
+                    (size, result.metrics[f"{kind} {share}/{metric}"], result.facts["seeds"][f"{kind} {share}"])
                     for share, size in result.facts["trained_on"].items()
                 ]
                 lines.append((f"{result.model}, {kind}", points))
@@ -157,7 +157,7 @@ def draw_probes(results: Sequence["Result"], path: Path) -> None:
         axis.tick_params(axis="y", labelsize=8)
         axis.grid(axis="y", linewidth=0.4, alpha=0.6)
         axis.set_xlabel("training images", fontsize=8)
-        axis.set_ylabel("accuracy", fontsize=8)
+        axis.set_ylabel(metric_name(metric), fontsize=8)
         axis.set_title(dataset, fontsize=9)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), fontsize=8, frameon=False)
@@ -165,7 +165,7 @@ def draw_probes(results: Sequence["Result"], path: Path) -> None:
     _save(figure, path)
 
 
-def draw_heatmaps(result: "Result", path: Path) -> None:
+def draw_heatmaps(result: Result, path: Path) -> None:
     """Two examples a row, each the image with its boxes, the phrase's heat-map, and that of a nonsense word.
 
     The two maps of an example have one colour scale: only so can they be compared.
@@ -195,19 +195,19 @@ def draw_heatmaps(result: "Result", path: Path) -> None:
     _save(figure, path)
 
 
-def _by_set(results: Sequence["Result"]) -> list["Result"]:
+def _by_set(results: Sequence[Result]) -> list[Result]:
     """With the models that were measured on the same set side by side."""
     datasets = list(dict.fromkeys(result.dataset for result in results))
     return sorted(results, key=lambda result: datasets.index(result.dataset))
 
 
-def _models_beside(results: Sequence["Result"]) -> int | None:
+def _models_beside(results: Sequence[Result]) -> int | None:
     """Columns in which each row is one set; None if there is one model, or more than fit."""
     models = len({result.model for result in results})
     return models if 1 < models <= 4 and len(results) % models == 0 else None
 
 
-def _title(result: "Result", variant: str | None = None) -> str:
+def _title(result: Result, variant: str | None = None) -> str:
     tail = "" if variant is None else f", {variant}"
     return f"{result.dataset}\n{result.model}{tail}, N = {result.count}"
 

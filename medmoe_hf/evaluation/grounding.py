@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from medmoe_hf.errors import ArgumentError
+from medmoe_hf.evaluation.dataset import Box, EvaluationSet, test_split
 from medmoe_hf.evaluation.intervals import bootstrap
 from medmoe_hf.evaluation.metrics import box_mask, contrast_to_noise, energy_in_box, mean_iou, pointing_hit
-from medmoe_hf.evaluation.recipes import Box, EvaluationSet
-from medmoe_hf.evaluation.results import HeatmapExample, Result, common_facts, tested
+from medmoe_hf.evaluation.results import HeatmapExample, Result, common_facts
 from medmoe_hf.inference.encoders import Encoder, MedMoEEncoder, read_picture
 from medmoe_hf.model.modalities_medmoe import MODALITIES, UNKNOWN_MODALITY
 
@@ -41,7 +41,7 @@ def grounding(encoder: Encoder, data: EvaluationSet, resamples: int = 1000, seed
     """
     if not isinstance(encoder, MedMoEEncoder):
         raise ArgumentError(f"{encoder.name} gives no heat-maps of words; only a MedMoE does.")
-    data = tested(data)
+    data = test_split(data)
     if data.phrases is None or data.boxes is None:
         raise ArgumentError(f"{data.name}: grounding needs phrases and boxes.")
     rows = [row for row in range(len(data)) if data.phrases[row] and data.boxes[row]]

@@ -1,9 +1,9 @@
 """Linear probe: what a linear classifier can read from a frozen image tower, with few and with many examples."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
@@ -14,10 +14,10 @@ from sklearn.preprocessing import StandardScaler
 
 from medmoe_hf.common.console import progress
 from medmoe_hf.errors import ArgumentError
+from medmoe_hf.evaluation.dataset import EvaluationSet, test_split
 from medmoe_hf.evaluation.intervals import bootstrap
-from medmoe_hf.evaluation.metrics import classification_metrics
-from medmoe_hf.evaluation.recipes import EvaluationSet
-from medmoe_hf.evaluation.results import Result, common_facts, count_by_class, tested
+from medmoe_hf.evaluation.metrics import classification_metrics, multilabel_metrics
+from medmoe_hf.evaluation.results import Result, common_facts, count_by_class, known_by_class
 from medmoe_hf.inference.encoders import Encoder
 
 FRACTIONS = (0.01, 0.1, 1.0)
@@ -25,7 +25,7 @@ SEEDS = 5
 STRENGTHS = tuple(10.0**power for power in range(-4, 3))
 """Values of C, the inverse of the penalty, that validation chooses from."""
 _ITERATIONS = 2000
-_OWN_SPLITS = "it has no training part, so half of it trains, a fifth validates and the rest tests, by subject"
+_OWN_SPLITS = "no training split; split here by subject into a half for training, a fifth for validation and the rest"
 
 
 def linear_probe(
@@ -35,41 +35,59 @@ def linear_probe(
     seeds: int = SEEDS,
     resamples: int = 1000,
     seed: int = 0,
+    strengths: Sequence[float] = STRENGTHS,
 ) -> Result:
-    """Logistic regression (L-BFGS) on cached features of the image tower, trained on parts of the training split.
+    """Fits logistic regression (L-BFGS) on cached features of the image tower, on parts of the training split.
 
-    A part is stratified, with at least one image of each class, and drawn anew for each seed. Features are scaled to
-    the part's own mean and spread. C is the one of `STRENGTHS` with the lowest log loss on the validation split.
-    Variants: `<features> <share>`, as `expert 10%`; a metric is the mean over seeds, its interval is over the images
-    of the test split, and `facts["seeds"]` has the accuracy for each seed. A set without any split is split here, by
-    `own_splits`, and says so.
+    A part is stratified, has at least one image of each class, and is drawn again per seed. Features are standardized
+    by the part's mean and standard deviation. C is the one of `strengths` with the lowest log loss on the validation
+    split. Variants are `<features> <share>`, such as `expert 10%`; a metric is the mean over seeds, its interval is
+    over the images of the test split, and `facts["seeds"]` has the accuracy per seed. A set without splits is split by
+    `own_splits`, and the result says so.
+
+    On a multi-label set one binary classifier is fitted per finding, on the images where it is known, each with a C of
+    its own. `<features> <share>` has the means over findings and `<features> <share>, <finding>` the metrics of one;
+    `facts["seeds"]` has the macro AUROC per seed.
 
     Args:
-        fractions: shares of the training split, of 0..1. All of it is trained on once: seeds would change nothing.
-        seeds: parts of each size.
-        resamples: of the bootstrap; whole subjects are drawn where they are known.
-        seed: of the bootstrap; the parts' seeds are `seed`, `seed + 1`, ...
+        encoder: See `load_encoder`.
+        data: A set with labels.
+        fractions: Shares of the training split, of 0..1. The complete split is used once: seeds would change nothing.
+        seeds: Number of parts per share.
+        resamples: Number of bootstrap resamples; subjects are resampled where they are known.
+        seed: Seed of the bootstrap; the parts' seeds are `seed`, `seed + 1`, ...
+        strengths: Values of C, the inverse of the penalty. With one value no validation split is needed.
+
+    Returns:
+        The result, with protocol `linear-probe`.
 
     Raises:
-        ValueError: for a set without labels or one of the three splits, or a class without training images.
+        ValueError: For a set without labels or one of the splits, or a class without training images.
+
+    Example:
+        ```python
+        (data,) = open_recipe(load_recipe("rsna_pneumonia"), "rsna")
+        result = linear_probe(load_encoder("quickstart/model"), data, fractions=(1.0,))
+        print(result.metrics["both 100%/macro_auroc"])
+        ```
     """
     if data.labels is None:
         raise ArgumentError(f"{data.name}: a linear probe needs labels.")
     split = None
     if data.splits is None or (data.splits == "test").all():
         data, split = own_splits(data, seed), _OWN_SPLITS
-    test = tested(data)
-    train, validation = data.split("train"), data.split("val")
+    test = test_split(data)
+    train, validation = data.split("train"), data.split("validation")
     assert train.labels is not None
     assert validation.labels is not None
     assert test.labels is not None
-    for part, name in ((train, "train"), (validation, "val")):
+    needed = {"train": train} | ({"validation": validation} if len(strengths) > 1 else {})
+    for name, part in needed.items():
         if not len(part):
             raise ArgumentError(f"{data.name}: a linear probe needs a {name} split, and no image is in it.")
+    _check_classes(train.labels, validation.labels if len(strengths) > 1 else None, data)
+    fit: Callable[..., _Fit] = _fit_findings if data.multi_label else _fit_classes
     counts = count_by_class(train.labels, data.classes)
-    empty = [name for name, count in counts.items() if not count]
-    if empty:
-        raise ArgumentError(f"{data.name}: the train split has no image of {', '.join(empty)}.")
     result = Result(
         protocol="linear-probe",
         model=encoder.name,
@@ -79,47 +97,72 @@ def linear_probe(
         facts={
             **common_facts(encoder, data, seed, resamples),
             "count_by_class": count_by_class(test.labels, data.classes),
+            **({"known_by_class": known_by_class(test.labels, data.classes)} if data.multi_label else {}),
             "train_count_by_class": counts,
             "validation_count": len(validation),
             "split": split,
             "seeds": {},
+            "seed_metric": "macro_auroc" if data.multi_label else "accuracy",
             "strengths": {},
             "not_converged": 0,
         },
     )
     # Once for the three splits: the tower is frozen.
-    features = [encoder.features(part.images) for part in (train, validation, test)]
+    features = [encoder.features(part.images) if len(part) else None for part in (train, validation, test)]
+    assert features[0] is not None
+    draw = multilabel_part if data.multi_label else stratified_part
     parts = {
-        fraction: [stratified_part(train.labels, fraction, seed + run) for run in range(1 if fraction == 1 else seeds)]
+        fraction: [draw(train.labels, fraction, seed + run) for run in range(1 if fraction == 1 else seeds)]
         for fraction in fractions
     }
     result.facts["same_parts"] = _same_parts(parts)
     result.facts["trained_on"] = {f"{fraction:.0%}": len(rows[0]) for fraction, rows in parts.items()}
     bar = progress(None, "linear probes", unit="probe", total=len(features[0]) * sum(map(len, parts.values())))
     for kind in features[0]:
-        columns = [of_split[kind].double().numpy() for of_split in features]
-        # Of a small split 1 % and 10 % are the same images.
-        fitted: dict[bytes, tuple[np.ndarray, float, bool]] = {}
+        columns = [np.empty((0, 0)) if of_split is None else of_split[kind].double().numpy() for of_split in features]
+        # In a small split 1 % and 10 % are the same images.
+        fitted: dict[bytes, _Fit] = {}
         for fraction in fractions:
             runs = []
             for rows in parts[fraction]:
                 key = rows.tobytes()
                 if key not in fitted:
-                    fitted[key] = _fit(columns, rows, train.labels, validation.labels, len(counts))
+                    fitted[key] = fit(columns, rows, train.labels, validation.labels, strengths)
                 runs.append(fitted[key])
                 bar.update()
             variant = f"{kind} {fraction:.0%}"
-            probabilities = np.stack([run[0] for run in runs], axis=1)
-            measured = bootstrap(
-                _mean_of_runs, probabilities, test.labels, groups=test.subjects, resamples=resamples, seed=seed
-            )
-            result.add(variant, measured)
-            result.facts["strengths"][variant] = [run[1] for run in runs]
-            result.facts["not_converged"] += sum(not run[2] for run in runs)
-            right = probabilities.argmax(axis=2) == test.labels[:, None]
-            result.facts["seeds"][variant] = right.mean(axis=0).tolist()
+            probabilities = np.stack([run.probabilities for run in runs], axis=1)
+            if data.multi_label:
+                result.add_multilabel(variant, probabilities, test.labels, data.classes, test.subjects)
+                found = [multilabel_metrics(run.probabilities, test.labels, data.classes) for run in runs]
+                result.facts["seeds"][variant] = [one["macro_auroc"] for one in found]
+            else:
+                measured = bootstrap(
+                    _mean_of_runs, probabilities, test.labels, groups=test.subjects, resamples=resamples, seed=seed
+                )
+                result.add(variant, measured)
+                right = probabilities.argmax(axis=2) == test.labels[:, None]
+                result.facts["seeds"][variant] = right.mean(axis=0).tolist()
+            result.facts["strengths"][variant] = [run.strength for run in runs]
+            result.facts["not_converged"] += sum(not run.converged for run in runs)
     bar.close()
     return result
+
+
+def _check_classes(train: np.ndarray, validation: np.ndarray | None, data: EvaluationSet) -> None:
+    """Raises for a class without training images, or a finding that cannot be learned or validated."""
+    name = data.name
+    if not data.multi_label:
+        empty = [label for label, count in count_by_class(train, data.classes).items() if not count]
+        if empty:
+            raise ArgumentError(f"{name}: the train split has no image of {', '.join(empty)}.")
+        return
+    for index, finding in enumerate(data.classes):
+        for label, word in ((1, "with"), (0, "without")):
+            if not (train[:, index] == label).any():
+                raise ArgumentError(f"{name}: the train split has no image {word} {finding}.")
+        if validation is not None and not (validation[:, index] >= 0).any():
+            raise ArgumentError(f"{name}: the validation split has no image in which {finding} is known.")
 
 
 def _same_parts(parts: Mapping[float, Sequence[np.ndarray]]) -> list[list[str]]:
@@ -137,31 +180,54 @@ def _mean_of_runs(runs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 
 def own_splits(data: EvaluationSet, seed: int) -> EvaluationSet:
-    """A set that is all for testing, with half of it for training, a fifth for validation and the rest for testing.
+    """Splits a set that is all for testing: half for training, a fifth for validation and the rest for testing.
 
-    Within each class, by subject where subjects are known; a subject counts to the class of its first image.
+    The split is stratified by class, and by subject where subjects are known; a subject counts to the class of its
+    first image. On a multi-label set an image counts to its rarest finding.
+
+    Args:
+        data: A set with labels.
+        seed: Seed of the split.
+
+    Returns:
+        The set with `splits`.
     """
     assert data.labels is not None
+    strata = _rarest_findings(data.labels) if data.multi_label else data.labels
     subjects = list(range(len(data))) if data.subjects is None else data.subjects
     first: dict[Any, int] = {}
-    for subject, label in zip(subjects, data.labels.tolist(), strict=True):
+    for subject, label in zip(subjects, strata.tolist(), strict=True):
         first.setdefault(subject, label)
     generator, split_of = np.random.default_rng(seed), {}
     for label in sorted(set(first.values())):
         members = [subject for subject, own in first.items() if own == label]
         order = generator.permutation(len(members))
-        for place, position in enumerate(order):
-            share = (place + 0.5) / len(members)
-            split_of[members[position]] = "train" if share < 0.5 else "val" if share < 0.7 else "test"
+        for rank, position in enumerate(order):
+            share = (rank + 0.5) / len(members)
+            split_of[members[position]] = "train" if share < 0.5 else "validation" if share < 0.7 else "test"
     return replace(data, splits=np.array([split_of[subject] for subject in subjects]))
 
 
+def _rarest_findings(labels: np.ndarray) -> np.ndarray:
+    """(N,) index of each image's rarest finding, C where it has none; of labels (N, C)."""
+    present = labels == 1
+    frequency = np.where(present, present.sum(axis=0), len(labels) + 1)
+    return np.where(present.any(axis=1), frequency.argmin(axis=1), labels.shape[1])
+
+
 def stratified_part(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Rows of a share of a split: of each class the same share, rounded, and at least one; sorted.
+    """Draws a share of a split, the same share of each class, rounded, and at least one image.
 
     Args:
-        labels: (N,).
-        fraction: of 0..1.
+        labels: (N,) class indices.
+        fraction: Share, above 0 and at most 1.
+        seed: Seed of the draw.
+
+    Returns:
+        (n,) row indices, sorted.
+
+    Raises:
+        ValueError: If `fraction` is out of range.
     """
     if not 0 < fraction <= 1:
         raise ArgumentError(f"A fraction must lie in 0..1 and be more than 0, got {fraction}.")
@@ -173,20 +239,83 @@ def stratified_part(labels: np.ndarray, fraction: float, seed: int) -> np.ndarra
     return np.sort(np.concatenate(parts))
 
 
-def _fit(
-    columns: Sequence[np.ndarray], rows: np.ndarray, labels: np.ndarray, truth: np.ndarray, classes: int
-) -> tuple[np.ndarray, float, bool]:
-    """Probabilities (N, C) of the test split, the chosen C, and whether that fit has converged."""
+def multilabel_part(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Draws a share of a multi-label split, in which each finding is present and absent at least once.
+
+    Args:
+        labels: (N, C) with 1, 0, or -100 where unknown.
+        fraction: Share, above 0 and at most 1.
+        seed: Seed of the draw.
+
+    Returns:
+        (n,) row indices, sorted; as many as the share, rounded, and what had to be added for rare findings.
+
+    Raises:
+        ValueError: If `fraction` is out of range.
+    """
+    if not 0 < fraction <= 1:
+        raise ArgumentError(f"A fraction must lie in 0..1 and be more than 0, got {fraction}.")
+    order = np.random.default_rng(seed).permutation(len(labels))
+    chosen = order[: max(1, round(fraction * len(labels)))].tolist()
+    for column in labels.T:
+        for label in (1, 0):
+            if not (column[chosen] == label).any():
+                chosen += order[column[order] == label][:1].tolist()
+    return np.sort(np.array(chosen, dtype=np.int64))
+
+
+class _Fit(NamedTuple):
+    """Probabilities (N, C) of the test split, the chosen C (per finding, if there are several), and convergence."""
+
+    probabilities: np.ndarray
+    strength: float | list[float]
+    converged: bool
+
+
+def _fit_findings(
+    columns: Sequence[np.ndarray],
+    rows: np.ndarray,
+    labels: np.ndarray,
+    validation_labels: np.ndarray,
+    strengths: Sequence[float],
+) -> _Fit:
+    """One binary classifier per finding, on the images where it is known."""
     train, validation, test = columns
+    found: list[np.ndarray] = []
+    chosen: list[Any] = []
+    converged = True
+    for index in range(labels.shape[1]):
+        known = rows[labels[rows, index] >= 0]
+        judged = validation_labels[:, index] >= 0
+        part = [train, validation[judged] if len(validation) else validation, test]
+        fit = _fit_classes(part, known, labels[:, index], validation_labels[judged, index], strengths)
+        found.append(fit.probabilities[:, 1])
+        chosen.append(fit.strength)
+        converged &= fit.converged
+    return _Fit(np.stack(found, axis=1), chosen, converged)
+
+
+def _fit_classes(
+    columns: Sequence[np.ndarray],
+    rows: np.ndarray,
+    labels: np.ndarray,
+    validation_labels: np.ndarray,
+    strengths: Sequence[float],
+) -> _Fit:
+    """One classifier of all classes: that of the strength with the lowest log loss on the validation split."""
+    train, validation, test = columns
+    classes = np.unique(labels[rows])
     fits = []
-    for strength in STRENGTHS:
+    for strength in strengths:
         model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=_ITERATIONS))
         with warnings.catch_warnings(record=True) as raised:
             warnings.simplefilter("always", ConvergenceWarning)
             model.fit(train[rows], labels[rows])
         converged = not any(issubclass(warning.category, ConvergenceWarning) for warning in raised)
-        loss = log_loss(truth, model.predict_proba(validation), labels=range(classes))
+        loss = 0.0
+        if len(strengths) > 1:
+            loss = log_loss(validation_labels, model.predict_proba(validation), labels=classes)
         fits.append((loss, strength, model, converged))
-    # Of equally good ones the first, with the strongest penalty.
+    # Among equals the first, with the strongest penalty.
     _, strength, model, converged = min(fits, key=lambda fit: fit[0])
-    return model.predict_proba(test), strength, converged
+    return _Fit(model.predict_proba(test), strength, converged)

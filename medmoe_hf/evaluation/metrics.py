@@ -202,6 +202,48 @@ def classification_metrics(scores: ArrayLike, labels: ArrayLike) -> dict[str, fl
     return result | {name: float(np.mean(values)) for name, values in zip(names[1:], means, strict=True)}
 
 
+def multilabel_metrics(scores: ArrayLike, labels: ArrayLike, names: Sequence[str]) -> dict[str, float]:
+    """Computes AUROC and average precision per finding, and their means over findings.
+
+    Args:
+        scores: (N, C); only the order within a column matters.
+        labels: (N, C) with 1 where a finding is present, 0 where it is absent and -100 where it is unknown.
+        names: C names of the findings.
+
+    Returns:
+        `<name>/auroc` and `<name>/average_precision` per finding, 0..1, over the rows where it is known; NaN unless
+        the finding is present in one of them and absent in another, or if a score is NaN. `macro_auroc` and
+        `macro_average_precision`, their means over the findings for which they are defined; NaN if there are none.
+
+    Raises:
+        ValueError: If the shapes do not match, or a label is none of 1, 0 and -100.
+
+    Example:
+        >>> metrics = multilabel_metrics([[0.9, 0.2], [0.1, 0.8]], [[1, 0], [0, -100]], ["edema", "effusion"])
+        >>> metrics["edema/auroc"], metrics["effusion/auroc"], metrics["macro_auroc"]
+        (1.0, nan, 1.0)
+    """
+    table, truth = np.asarray(scores, dtype=np.float64), np.asarray(labels)
+    if table.ndim != 2 or truth.shape != table.shape or len(names) != table.shape[1]:
+        raise ValueError(
+            f"Expected scores (N, C), labels (N, C) and C names, got {table.shape}, {truth.shape} and {len(names)}."
+        )
+    if not np.isin(truth, (0, 1, _UNKNOWN)).all():
+        raise ValueError(f"Labels must be 1 (present), 0 (absent) or {_UNKNOWN} (unknown).")
+    result: dict[str, float] = {}
+    for index, name in enumerate(names):
+        present, absent = truth[:, index] == 1, truth[:, index] == 0
+        column, known = table[:, index], present | absent
+        defined = present.any() and absent.any() and not np.isnan(column[known]).any()
+        found = _one_against_rest(column[known], present[known]) if defined else (float("nan"), float("nan"))
+        result |= {f"{name}/auroc": found[0], f"{name}/average_precision": found[1]}
+    for metric in ("auroc", "average_precision"):
+        values = [result[f"{name}/{metric}"] for name in names]
+        known_values = [value for value in values if not np.isnan(value)]
+        result[f"macro_{metric}"] = float(np.mean(known_values)) if known_values else float("nan")
+    return result
+
+
 def _one_against_rest(scores: np.ndarray, is_class: np.ndarray) -> tuple[float, float]:
     """AUROC and average precision of one class.
 

@@ -1,24 +1,18 @@
-"""What an evaluation found: numbers with intervals, as JSON, as Markdown, as figures and for a model card."""
+"""Results of an evaluation: numbers with intervals, as JSON and as entries of a model card."""
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from huggingface_hub import EvalResult
 
-from medmoe_hf.common.console import text_table
-from medmoe_hf.common.files import atomic_dir
-from medmoe_hf.errors import ArgumentError
-from medmoe_hf.evaluation.figures import draw_confusions, draw_heatmaps, draw_probes, draw_recalls, draw_reliability
+from medmoe_hf.evaluation.dataset import EvaluationSet
 from medmoe_hf.evaluation.intervals import Interval, bootstrap
-from medmoe_hf.evaluation.metrics import calibration, classification_metrics
-from medmoe_hf.evaluation.recipes import EvaluationSet
+from medmoe_hf.evaluation.metrics import calibration, classification_metrics, multilabel_metrics
 from medmoe_hf.inference.encoders import Encoder, fingerprint
 
 PACKAGES = ("medmoe_hf", "torch", "torchvision", "transformers", "numpy", "scikit-learn", "pillow")
@@ -31,17 +25,12 @@ _TASKS = {
     "routing": "image-classification",
 }
 # The names by which the Hub knows a metric; others go by their own.
-_METRIC_TYPES = {"macro_auroc": "roc_auc", "macro_f1": "f1", "macro_average_precision": "average_precision"}
-
-
-_QUOTED = {
-    "zero-shot": ("accuracy", "macro_auroc", "routing_accuracy"),
-    "linear-probe": ("accuracy", "macro_auroc"),
-    "retrieval": ("image_to_text_r1", "image_to_text_r5", "text_to_image_r1", "text_to_image_r5"),
-    "grounding": ("pointing", "contrast_to_noise", "same_map"),
-    "routing": ("accuracy", "balanced_accuracy"),
+_METRIC_TYPES = {
+    "auroc": "roc_auc",
+    "macro_auroc": "roc_auc",
+    "macro_f1": "f1",
+    "macro_average_precision": "average_precision",
 }
-"""Metrics of the short table; a recipe's own is added."""
 
 
 @dataclass
@@ -125,6 +114,38 @@ class Result:
         np.add.at(counts, (labels, probabilities.argmax(axis=1)), 1)
         self.confusions[variant] = Confusion(list(classes), counts.tolist())
 
+    def add_multilabel(
+        self, variant: str, scores: np.ndarray, labels: np.ndarray, classes: Sequence[str], subjects: Any
+    ) -> None:
+        """Measures how scores rank the images that show a finding above those that do not.
+
+        The means over findings become metrics of `variant`, those of a finding metrics of `<variant>, <finding>`.
+
+        Args:
+            variant: Name of what is measured.
+            scores: (N, C), or (N, R, C) for the mean over R runs.
+            labels: (N, C) with 1, 0, or -100 where unknown.
+            classes: C names of findings.
+            subjects: (N,) subjects for the bootstrap, or None.
+        """
+
+        def metric(runs: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+            found = [multilabel_metrics(runs[:, run], truth, classes) for run in range(runs.shape[1])]
+            return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
+
+        runs = scores if scores.ndim == 3 else scores[:, None]
+        resamples, seed = self.facts["resamples"], self.facts["seed"]
+        measured = bootstrap(metric, runs, labels, groups=subjects, resamples=resamples, seed=seed)
+        self.add(variant, {name: interval for name, interval in measured.items() if name.startswith("macro_")})
+        for index, name in enumerate(classes):
+            rows = np.flatnonzero(labels[:, index] >= 0)
+            units = len(rows) if subjects is None else len({subjects[row] for row in rows})
+            own = {metric: measured[f"{name}/{metric}"] for metric in ("auroc", "average_precision")}
+            self.add(
+                f"{variant}, {name}",
+                {metric: replace(interval, n=units, rows=len(rows)) for metric, interval in own.items()},
+            )
+
     def to_json(self) -> dict[str, Any]:
         """What `json.dumps` takes; NaN and infinity become null."""
         return _plain({name: value for name, value in _shallow(self).items() if name != "examples"})
@@ -150,7 +171,7 @@ class Result:
                 dataset_type=self.dataset,
                 dataset_name=self.facts.get("title", self.dataset),
                 metric_type=_METRIC_TYPES.get(metric, metric),
-                metric_name=f"{_words(metric)}, {variant}",
+                metric_name=f"{metric_name(metric)}, {variant}",
                 metric_value=round(interval.value, 4),
                 metric_args={
                     "variant": variant,
@@ -168,21 +189,32 @@ class Result:
         ]
 
 
-def tested(data: EvaluationSet) -> EvaluationSet:
-    """The part of a set that is for testing.
-
-    Raises:
-        ValueError: if it is empty.
-    """
-    part = data.split("test")
-    if not len(part):
-        raise ArgumentError(f"{data.name}: none of the {len(data)} images is in the test split.")
-    return part
-
-
 def count_by_class(labels: np.ndarray, classes: Sequence[str]) -> dict[str, int]:
-    """N of each class."""
+    """Counts the images per class.
+
+    Args:
+        labels: (N,) indices into `classes`, or (N, C) with 1 where a finding is present.
+        classes: C names.
+
+    Returns:
+        Name -> number of images.
+    """
+    if labels.ndim == 2:
+        return {name: int((labels[:, index] == 1).sum()) for index, name in enumerate(classes)}
     return {name: int((labels == label).sum()) for label, name in enumerate(classes)}
+
+
+def known_by_class(labels: np.ndarray, classes: Sequence[str]) -> dict[str, int]:
+    """Counts the images in which each finding of a multi-label set is known to be present or absent.
+
+    Args:
+        labels: (N, C) with 1, 0, or -100 where unknown.
+        classes: C names.
+
+    Returns:
+        Name -> number of images.
+    """
+    return {name: int((labels[:, index] >= 0).sum()) for index, name in enumerate(classes)}
 
 
 def common_facts(
@@ -204,191 +236,6 @@ def common_facts(
     }
 
 
-def to_markdown(results: Sequence[Result]) -> str:
-    """A table for each protocol, a row for each set, model and variant; then what the data are and how it was run."""
-    lines = [
-        "# Evaluation",
-        "",
-        "In brackets: 95 % bootstrap intervals. They tell how sure the numbers are on images like these, and nothing "
-        "about other scanners, hospitals or people.",
-    ]
-    for protocol in dict.fromkeys(result.protocol for result in results):
-        chosen = [result for result in results if result.protocol == protocol]
-        names = list(dict.fromkeys(key.rsplit("/", 1)[1] for result in chosen for key in result.metrics))
-        quoted = {result.facts.get("metric") for result in chosen}
-        head = [f"**{_words(name)}**" if name in quoted else _words(name) for name in names]
-        lines += ["", f"## {protocol}", "", _row(["set", "N", "model", "variant", *head])]
-        lines.append(_row(["---"] * (4 + len(names))))
-        for result in sorted(chosen, key=lambda result: [other.dataset for other in chosen].index(result.dataset)):
-            for variant, metrics in result.by_variant().items():
-                cells = [_cell(metrics[name]) if name in metrics else "" for name in names]
-                lines.append(_row([result.dataset, _counted(result, metrics), result.model, variant, *cells]))
-        for note in _notes(chosen):
-            lines += ["", note]
-    lines += ["", "## Data", ""]
-    lines += dict.fromkeys(line for result in results for line in _data_lines(result))
-    lines += ["", "## Runs", ""]
-    lines += dict.fromkeys(_run_line(result) for result in results)
-    return "\n".join(lines) + "\n"
-
-
-def summary(results: Sequence[Result]) -> str:
-    """The metrics that are quoted most, in a table for each protocol, for a terminal; then what a reader must know."""
-    parts = []
-    for protocol in dict.fromkeys(result.protocol for result in results):
-        chosen = [result for result in results if result.protocol == protocol]
-        there = dict.fromkeys(key.rsplit("/", 1)[1] for result in chosen for key in result.metrics)
-        wanted = {*_QUOTED[protocol], *(result.facts.get("metric") for result in chosen)}
-        names = [name for name in there if name in wanted]
-        several = len({result.model for result in chosen}) > 1
-        rows = [["set", *["model"] * several, "variant", "N", *map(_words, names)]]
-        for result in chosen:
-            for variant, metrics in result.by_variant().items():
-                cells = [_cell(metrics[name]) if name in metrics else "" for name in names]
-                model = [result.model] * several
-                rows.append([result.dataset, *model, variant, _counted(result, metrics), *cells])
-        notes = "".join(f"\n{note}" for note in _notes(chosen, brief=True))
-        parts.append(f"{protocol}\n\n{text_table(rows)}\n{notes}".rstrip())
-    return "\n\n".join(parts)
-
-
-def _counted(result: Result, metrics: Mapping[str, Interval]) -> str:
-    """On how many images a variant was measured, and of how many subjects where these are fewer."""
-    images = max(result.rows_of(interval) for interval in metrics.values())
-    units = min(interval.n for interval in metrics.values())
-    return str(images) if units >= images else f"{images} ({units} subjects)"
-
-
-def _notes(results: Sequence[Result], brief: bool = False) -> list[str]:
-    """What a reader of a protocol's table must know.
-
-    Args:
-        results: of one protocol.
-        brief: leaves out what only explains.
-    """
-    notes = []
-    if results[0].protocol == "grounding":
-        words = ", ".join(dict.fromkeys(word for result in results for word in result.facts["nonsense"]))
-        notes.append(f"Nonsense ({words}): what a map shows for words that mean nothing, it shows for any word.")
-        if not brief:
-            notes.append(
-                "CNR knows no sign: a map that is coldest in the box has one too, so it says little without the "
-                "pointing game. `same map` is the correlation of a phrase's map with nonsense's."
-            )
-    if results[0].protocol == "linear-probe":
-        notes += [] if brief else [_spread_of_draws(result) for result in results]
-        notes += _equal_rows(results)
-    notes += [_always_one(result) for result in results if result.protocol == "retrieval"]
-    notes += _not_always_defined(results)
-    return [note for note in dict.fromkeys(notes) if note]
-
-
-def _spread_of_draws(result: Result) -> str:
-    facts = result.facts
-    seeds = max(len(values) for values in facts["seeds"].values())
-    spread = "; ".join(
-        f"{variant} {np.std(values, ddof=1):.3f}" for variant, values in facts["seeds"].items() if len(values) > 1
-    )
-    return (
-        f"{result.dataset}, {result.model}: means over {seeds} draws of the training part; standard deviation of "
-        f"the accuracy over draws: {spread}. {facts['not_converged']} fits did not converge."
-    )
-
-
-def _equal_rows(results: Sequence[Result]) -> list[str]:
-    """Of a small training part several shares are the same images."""
-    sets: dict[str, list[str]] = {}
-    for result in results:
-        for shares in result.facts.get("same_parts", ()):
-            count = result.facts["trained_on"][shares[0]]
-            sets.setdefault(" and ".join(shares), []).append(f"{count} of {result.dataset}")
-    return [
-        f"The rows of {shares} must be equal: at least one image of each class is taken, and so these shares are the "
-        f"same training images ({', '.join(dict.fromkeys(found))})."
-        for shares, found in sets.items()
-    ]
-
-
-def _always_one(result: Result) -> str:
-    """Among k candidates or fewer, each is within the first k."""
-    ks = [name for name, chance in result.facts.get("chance", {}).items() if chance >= 1]
-    if not ks:
-        return ""
-    names = " and ".join(f"R@{name.removeprefix('r')}" for name in ks)
-    return f"{result.dataset}: too small for {names}, which is 1 among {result.count} pairs whatever a model does."
-
-
-def _not_always_defined(results: Sequence[Result]) -> list[str]:
-    """Intervals that some resamples say nothing of."""
-    shares: dict[str, float] = {}
-    names: dict[str, None] = {}
-    for result in results:
-        for key, interval in result.metrics.items():
-            if interval.undefined and not math.isnan(interval.value):
-                names[_words(key.rsplit("/", 1)[1])] = None
-                share = interval.undefined / result.facts["resamples"]
-                shares[result.dataset] = max(shares.get(result.dataset, 0.0), share)
-    if not shares:
-        return []
-    listed = ", ".join(f"{share:.0%} in {name}" for name, share in shares.items())
-    return [
-        f"Sets this small give resamples without images of some class, which these metrics need: {', '.join(names)}. "
-        f"Their intervals leave such resamples out: {listed}."
-    ]
-
-
-def _data_lines(result: Result) -> list[str]:
-    facts, lines = result.facts, []
-    if "count_by_class" in facts:
-        counts = ", ".join(f"{name} {count}" for name, count in facts["count_by_class"].items())
-        lines.append(f"- {result.protocol}, {result.dataset}: N = {result.count}: {counts}")
-    if facts.get("split"):
-        lines.append(f"- {result.protocol}, {result.dataset}: {facts['split']}")
-    title = facts.get("title", result.dataset)
-    lines += [f"- {title}, {key}: {_one_line(facts[key])}" for key in ("source", "licence", "notes") if facts.get(key)]
-    lines += [f"- {title}, overlap with training data: {_one_line(overlap)}" for overlap in facts.get("overlaps", [])]
-    return lines
-
-
-def _run_line(result: Result) -> str:
-    facts = result.facts
-    texts = f", texts {facts['prompts']}" if facts["prompts"] else ""
-    return (
-        f"- {result.protocol}, {result.dataset}, {result.model}: {facts['weights']} weights, preprocessing "
-        f"{facts['preprocessing']}{texts}, seed {facts['seed']}, {facts['resamples']} resamples"
-    )
-
-
-def write(results: Sequence[Result], folder: str | Path, force: bool = False) -> None:
-    """Writes `results.json`, `results.md` and the figures that there is something for; the folder appears whole.
-
-    Args:
-        folder: to make.
-        force: whether one that is there already is replaced.
-
-    Raises:
-        FileExistsError: if it exists and `force` is False.
-    """
-    with atomic_dir(folder, force) as place:
-        content = [result.to_json() for result in results]
-        (place / "results.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        (place / "results.md").write_text(to_markdown(results), encoding="utf-8")
-        for protocol in dict.fromkeys(result.protocol for result in results):
-            chosen = [result for result in results if result.protocol == protocol]
-            if any(result.confusions for result in chosen):
-                draw_confusions(chosen, place / f"{protocol}_confusion.png")
-            if any(result.calibrations for result in chosen):
-                draw_reliability(chosen, place / f"{protocol}_reliability.png")
-            if protocol == "retrieval":
-                draw_recalls(chosen, place / "retrieval_recall.png")
-            if protocol == "linear-probe":
-                draw_probes(chosen, place / "linear-probe.png")
-            for result in chosen:
-                if result.examples:
-                    name = re.sub(r"[^\w.-]+", "_", f"{protocol}_{result.dataset}_{result.model}")
-                    draw_heatmaps(result, place / f"{name}_heatmaps.png")
-
-
 def _shallow(result: Result) -> dict[str, Any]:
     return {name: getattr(result, name) for name in result.__dataclass_fields__}
 
@@ -405,25 +252,12 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _cell(interval: Interval) -> str:
-    if math.isnan(interval.value):
-        return "not defined"
-    return str(interval)
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def _words(metric: str) -> str:
+def metric_name(metric: str) -> str:
     return _NAMES.get(metric, metric.replace("_", " "))
 
 
-def _one_line(text: str) -> str:
-    return " ".join(str(text).split())
-
-
 _NAMES = {
+    "auroc": "AUROC",
     "macro_auroc": "macro AUROC",
     "macro_f1": "macro F1",
     "ece": "ECE",

@@ -9,10 +9,10 @@ import numpy as np
 from torch import Tensor
 
 from medmoe_hf.errors import ArgumentError
+from medmoe_hf.evaluation.dataset import EvaluationSet, test_split
 from medmoe_hf.evaluation.intervals import bootstrap
 from medmoe_hf.evaluation.metrics import caption_groups, precision_at_k, ranks, retrieval_metrics
-from medmoe_hf.evaluation.recipes import EvaluationSet
-from medmoe_hf.evaluation.results import Result, common_facts, tested
+from medmoe_hf.evaluation.results import Result, common_facts
 from medmoe_hf.inference.encoders import SCORES, Encoder, MedMoEEncoder, scores_of
 
 KS = (1, 5, 10)
@@ -37,7 +37,7 @@ def retrieval(
     Raises:
         ValueError: for a set without captions or a test part, or an unknown score.
     """
-    data = tested(data)
+    data = test_split(data)
     if data.captions is None:
         raise ArgumentError(f"{data.name}: retrieval needs a caption for each image.")
     kinds = scores_of(encoder, scores)
@@ -61,7 +61,7 @@ def retrieval(
             ranks(by_image, image_groups, text_groups, _CHUNK),
             ranks(by_text, text_groups, image_groups, _CHUNK),
         ]
-        precisions = {} if data.labels is None else _precisions(by_image, data.labels)
+        precisions = {} if data.labels is None or data.multi_label else _precisions(by_image, data.labels)
         metric = partial(_metric, list(precisions))
         result.add(
             kind,

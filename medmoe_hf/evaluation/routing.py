@@ -6,8 +6,8 @@ import numpy as np
 from torch import Tensor
 
 from medmoe_hf.errors import ArgumentError
-from medmoe_hf.evaluation.recipes import EvaluationSet
-from medmoe_hf.evaluation.results import Result, common_facts, count_by_class, tested
+from medmoe_hf.evaluation.dataset import EvaluationSet, test_split
+from medmoe_hf.evaluation.results import Result, common_facts, count_by_class
 from medmoe_hf.inference.encoders import Encoder, MedMoEEncoder
 
 
@@ -25,7 +25,7 @@ def routing(encoder: Encoder, data: EvaluationSet, resamples: int = 1000, seed: 
     """
     if not isinstance(encoder, MedMoEEncoder):
         raise ArgumentError(f"{encoder.name} has no router; only a MedMoE has.")
-    data = tested(data)
+    data = test_split(data)
     truth = np.full(len(data), -1) if data.modalities is None else encoder.expert_ids(data.modalities)
     rows = (truth >= 0).nonzero()[0]
     if not len(rows):

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from medmoe_hf.errors import ArgumentError, PathExistsError
+from medmoe_hf.evaluation.dataset import EvaluationSet, joined
 from medmoe_hf.evaluation.grounding import grounding
 from medmoe_hf.evaluation.linear_probe import linear_probe
-from medmoe_hf.evaluation.recipes import EvaluationSet, joined, load_recipe, open_recipe
-from medmoe_hf.evaluation.results import Result, write
+from medmoe_hf.evaluation.recipes import load_recipe, open_recipe
+from medmoe_hf.evaluation.report import write
+from medmoe_hf.evaluation.results import Result
 from medmoe_hf.evaluation.retrieval import retrieval
 from medmoe_hf.evaluation.routing import routing
 from medmoe_hf.evaluation.zero_shot import zero_shot

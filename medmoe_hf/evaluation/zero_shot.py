@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from medmoe_hf.errors import ArgumentError
+from medmoe_hf.evaluation.dataset import EvaluationSet, test_split
 from medmoe_hf.evaluation.intervals import bootstrap
-from medmoe_hf.evaluation.recipes import EvaluationSet
-from medmoe_hf.evaluation.results import Result, common_facts, count_by_class, tested
+from medmoe_hf.evaluation.results import Result, common_facts, count_by_class, known_by_class
 from medmoe_hf.inference.encoders import SCORES, Encoder, MedMoEEncoder, scores_of
 
 
@@ -65,10 +65,12 @@ def zero_shot(
     Raises:
         ValueError: for a set without labels, prompts or a test part, or an unknown score.
     """
-    data = tested(data)
+    data = test_split(data)
     if data.labels is None or not data.classes or list(data.prompts) != list(data.classes):
         raise ArgumentError(f"{data.name}: zero-shot needs labels, and prompts for each of its classes.")
-    sentences, class_ids = flatten_prompts(data.prompts)
+    if data.negative_prompts and list(data.negative_prompts) != list(data.classes):
+        raise ArgumentError(f"{data.name}: negative prompts must be given for each of the classes, or for none.")
+    sentences = [*flatten_prompts(data.prompts)[0], *flatten_prompts(data.negative_prompts)[0]]
     result = Result(
         protocol="zero-shot",
         model=encoder.name,
@@ -79,22 +81,80 @@ def zero_shot(
             **common_facts(encoder, data, seed, resamples, sentences),
             "count_by_class": count_by_class(data.labels, data.classes),
             "prompts_by_class": {name: len(data.prompts[name]) for name in data.classes},
+            **({"known_by_class": known_by_class(data.labels, data.classes)} if data.multi_label else {}),
         },
     )
-    kinds = scores_of(encoder, scores)
-    logits: dict[str, Tensor] = {}
-    if "global" in kinds or "mean" in kinds:
-        logits["global"] = ZeroShotClassifier(encoder, data.prompts).logits(data.images)
-    if isinstance(encoder, MedMoEEncoder) and ("local" in kinds or "mean" in kinds):
-        logits["local"] = _by_class(encoder.local_scores(data.images, sentences), class_ids)
-    if "mean" in kinds:
-        logits["mean"] = (logits["global"] + logits["local"]) / 2
-    for kind in kinds:
-        probabilities = logits[kind].double().softmax(dim=1).numpy()
-        result.add_classification(kind, probabilities, data.labels, data.classes, data.subjects)
+    if data.multi_label:
+        found = multilabel_logits(encoder, data.images, data.prompts, data.negative_prompts, scores)
+        for kind, logits in found.items():
+            result.add_multilabel(kind, logits.double().numpy(), data.labels, data.classes, data.subjects)
+    else:
+        for kind, logits in _class_logits(encoder, data.images, data.prompts, scores).items():
+            probabilities = logits.double().softmax(dim=1).numpy()
+            result.add_classification(kind, probabilities, data.labels, data.classes, data.subjects)
     if isinstance(encoder, MedMoEEncoder) and data.modalities is not None:
         _add_routing(result, encoder, data, data.modalities)
     return result
+
+
+def multilabel_logits(
+    encoder: Encoder,
+    images: Sequence[Any],
+    prompts: Mapping[str, Sequence[str]],
+    negative_prompts: Mapping[str, Sequence[str]] | None = None,
+    scores: Sequence[str] = SCORES,
+) -> dict[str, Tensor]:
+    """Scores how much each image shows each finding, independently of the other findings.
+
+    With negative prompts a logit is the similarity to a finding's prompts minus that to its negative prompts, so that
+    a sigmoid makes it a probability; without, it is the similarity itself.
+
+    Args:
+        encoder: See `load_encoder`.
+        images: N paths, PIL images or arrays.
+        prompts: Finding -> sentences that describe it.
+        negative_prompts: Finding -> sentences that describe its absence, for the same findings; None or empty without.
+        scores: Which of `SCORES`; encoders without a local similarity have the global one only.
+
+    Returns:
+        Score -> (N, C) float32 on the CPU.
+
+    Raises:
+        ValueError: If the findings of the two differ, or for an unknown score.
+
+    Example:
+        ```python
+        encoder = load_encoder("quickstart/model")
+        prompts = {"effusion": ["There is a pleural effusion."]}
+        logits = multilabel_logits(encoder, ["scan.png"], prompts, {"effusion": ["No pleural effusion."]})
+        print(logits["global"].sigmoid())
+        ```
+    """
+    negatives = negative_prompts or {}
+    if negatives and list(negatives) != list(prompts):
+        raise ArgumentError("`negative_prompts` must have the findings of `prompts`, in their order.")
+    # One pass for both: images are encoded once.
+    both = {str(index): texts for index, texts in enumerate([*prompts.values(), *negatives.values()])}
+    logits = _class_logits(encoder, images, both, scores)
+    if not negatives:
+        return logits
+    return {kind: table[:, : len(prompts)] - table[:, len(prompts) :] for kind, table in logits.items()}
+
+
+def _class_logits(
+    encoder: Encoder, images: Sequence[Any], prompts: Mapping[str, Sequence[str]], scores: Sequence[str]
+) -> dict[str, Tensor]:
+    """(N, C) of each of the scores that the encoder has."""
+    kinds = scores_of(encoder, scores)
+    logits: dict[str, Tensor] = {}
+    if "global" in kinds or "mean" in kinds:
+        logits["global"] = ZeroShotClassifier(encoder, prompts).logits(images)
+    if isinstance(encoder, MedMoEEncoder) and ("local" in kinds or "mean" in kinds):
+        sentences, class_ids = flatten_prompts(prompts)
+        logits["local"] = _by_class(encoder.local_scores(images, sentences), class_ids)
+    if "mean" in kinds:
+        logits["mean"] = (logits["global"] + logits["local"]) / 2
+    return {kind: logits[kind] for kind in kinds}
 
 
 def flatten_prompts(prompts: Mapping[str, Sequence[str]]) -> tuple[list[str], Tensor]:

@@ -14,9 +14,10 @@ from small_encoders import clip_folder, medmoe_folder, open_clip_architecture
 
 from medmoe_hf.common import console
 from medmoe_hf.data import MODALITIES, write_webdataset, zero_shot_prompts
+from medmoe_hf.evaluation.dataset import EvaluationSet, joined
 from medmoe_hf.evaluation.grounding import NONSENSE, grounding
 from medmoe_hf.evaluation.linear_probe import linear_probe, own_splits, stratified_part
-from medmoe_hf.evaluation.recipes import EvaluationSet, joined, load_recipe, open_recipe
+from medmoe_hf.evaluation.recipes import load_recipe, open_recipe
 from medmoe_hf.evaluation.retrieval import retrieval
 from medmoe_hf.evaluation.routing import routing
 from medmoe_hf.evaluation.suite import PROTOCOLS, evaluate
@@ -125,7 +126,7 @@ def test_zero_shot_measures_the_test_part_alone_and_hashes_the_prompts():
         labels=np.array([0, 1, 1, 1]),
         classes=["p", "n"],
         prompts={"p": ["yes"], "n": ["no"]},
-        splits=np.array(["test", "test", "train", "val"]),
+        splits=np.array(["test", "test", "train", "validation"]),
     )
     result = zero_shot(FakeEncoder(texts), data, resamples=10)
     assert result.count == 2
@@ -167,7 +168,7 @@ def probe_data(count=300, seed=0):
     rng = np.random.default_rng(seed)
     labels = rng.integers(3, size=count)
     images = rng.normal(size=(count, 5)) + 1.5 * np.eye(5)[labels]
-    splits = np.array(["train"] * 200 + ["val"] * 40 + ["test"] * (count - 240))
+    splits = np.array(["train"] * 200 + ["validation"] * 40 + ["test"] * (count - 240))
     return EvaluationSet("toy", list(images), labels=labels, classes=list("abc"), splits=splits)
 
 
@@ -175,14 +176,14 @@ def test_linear_probe_of_all_is_the_best_of_the_strengths_by_validation():
     data = probe_data()
     result = linear_probe(FakeEncoder({}), data, fractions=(1.0,), resamples=20)
     images = np.array(data.images)
-    part = {name: data.splits == name for name in ("train", "val", "test")}
+    part = {name: data.splits == name for name in ("train", "validation", "test")}
     scaler = StandardScaler().fit(images[part["train"]])
     best = None
     for strength in (1e-4, 1e-3, 1e-2, 1e-1, 1, 10, 100):
         model = LogisticRegression(C=strength, max_iter=5000)
         model.fit(scaler.transform(images[part["train"]]), data.labels[part["train"]])
-        chances = model.predict_proba(scaler.transform(images[part["val"]]))
-        loss = -np.log(chances[np.arange(40), data.labels[part["val"]]]).mean()
+        chances = model.predict_proba(scaler.transform(images[part["validation"]]))
+        loss = -np.log(chances[np.arange(40), data.labels[part["validation"]]]).mean()
         if best is None or loss < best[0]:
             best = (loss, strength, model)
     expected = best[2].score(scaler.transform(images[part["test"]]), data.labels[part["test"]])
@@ -234,14 +235,16 @@ def test_own_splits_keep_subjects_together_and_classes_everywhere():
     for subject, split in zip(subjects, data.splits.tolist(), strict=True):
         assert of_subject.setdefault(subject, split) == split
     for label in range(3):
-        counts = {name: int((data.splits[labels == label] == name).sum()) for name in ("train", "val", "test")}
-        assert counts == {"train": 20, "val": 8, "test": 12}
+        counts = {name: int((data.splits[labels == label] == name).sum()) for name in ("train", "validation", "test")}
+        assert counts == {"train": 20, "validation": 8, "test": 12}
 
 
 def test_linear_probe_names_what_is_missing():
     data = probe_data()
-    with pytest.raises(ValueError, match="needs a val split"):
-        linear_probe(FakeEncoder({}), replace(data, splits=np.where(data.splits == "val", "train", data.splits)))
+    with pytest.raises(ValueError, match="needs a validation split"):
+        linear_probe(
+            FakeEncoder({}), replace(data, splits=np.where(data.splits == "validation", "train", data.splits))
+        )
     with pytest.raises(ValueError, match="no image of d"):
         linear_probe(FakeEncoder({}), replace(data, classes=list("abcd")))
     with pytest.raises(ValueError, match="needs labels"):
@@ -431,7 +434,7 @@ def test_rows_of_one_subject_say_no_more_than_one_row(protocol, medmoe, sets):
     if protocol == "linear-probe":
         # Fits must not change: only test images stand there three times.
         test = data.splits == "test"
-        both = joined([replace(data.split(name), subjects=None) for name in ("train", "val")], "toy")
+        both = joined([replace(data.split(name), subjects=None) for name in ("train", "validation")], "toy")
         again = joined([replace(both, subjects=["-"] * len(both)), repeated(data.split("test"), 3)], "toy")
         assert (again.splits == "test").sum() == 3 * test.sum()
     else:

@@ -12,12 +12,13 @@ from PIL import Image
 from medmoe_hf.evaluation.figures import draw_heatmaps
 from medmoe_hf.evaluation.intervals import Interval
 from medmoe_hf.evaluation.metrics import calibration
-from medmoe_hf.evaluation.results import HeatmapExample, Result, summary, to_markdown, write
+from medmoe_hf.evaluation.report import summary, to_markdown, write
+from medmoe_hf.evaluation.results import HeatmapExample, Result
 
 FACTS = {
     "title": "A set | of images",
     "metric": "accuracy",
-    "licence": "CC0",
+    "license": "CC0",
     "overlaps": ["lies in CheXpert's training part"],
     "weights": "pretrained",
     "preprocessing": "0123456789ab",

@@ -1,0 +1,347 @@
+"""What a recipe's YAML file may contain, and how it is loaded."""
+
+import re
+from collections import Counter
+from difflib import get_close_matches
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from medmoe_hf.common.yaml_files import in_words, read_yaml
+from medmoe_hf.errors import RecipeError
+from medmoe_hf.evaluation.dataset import Split
+from medmoe_hf.model.modalities_medmoe import MODALITIES, modality_id
+
+Task = Literal["zero-shot", "linear-probe", "retrieval", "grounding", "routing"]
+Metric = Literal[
+    "accuracy",
+    "macro_auroc",
+    "macro_average_precision",
+    "image_to_text_r1",
+    "text_to_image_r1",
+    "contrast_to_noise",
+    "pointing",
+]
+Labels = Literal["single", "multi"]
+Reading = Literal["positive", "negative", "unknown"]
+
+
+class _Layout(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_names(cls, content: Any) -> Any:
+        """Accepts `val`, the former name of the validation split."""
+        if isinstance(content, dict):
+            content = dict(content)
+            for key in ("tables", "splits"):
+                if isinstance(content.get(key), dict) and "validation" not in content[key]:
+                    names = content[key]
+                    content[key] = {"validation" if name == "val" else name: value for name, value in names.items()}
+        return content
+
+
+class JoinedTable(_Layout):
+    """A second CSV whose columns are added to the rows of the first.
+
+    Attributes:
+        table: Path of the CSV.
+        on: Column that both tables have.
+    """
+
+    table: str
+    on: str
+
+
+class TableLayout(_Layout):
+    """CSV files whose rows are images. All paths are relative to the data folder.
+
+    Templates are text with column names in braces: `"{ID}.jpg"`.
+
+    Attributes:
+        tables: Split -> CSV. With `split_column`, one CSV under `test`.
+        split_column: Column that contains "train", "validation" (or "val") or "test".
+        images: Folder that image paths are relative to.
+        image: Template of an image's path.
+        label: Column of the class; None with `one_hot` or without classes.
+        one_hot: Whether each class has a column of its own. With `labels: single` exactly one of them is 1; with
+            `labels: multi` each cell is 1 (present), 0 (absent), -1 (uncertain) or empty, as in CheXpert.
+        uncertain: How a cell of -1 is read, with `labels: multi`.
+        empty: How an empty cell is read, with `labels: multi`.
+        values: Class -> values of the label column that mean it; by default, the class's own name.
+        where: Column -> values of the rows that are used; other rows are left out.
+        join: A second table.
+        caption: Template of an image's text; rows without a text are left out.
+        subject: Template of the image's subject.
+        subject_pattern: Regular expression; the part of `subject` that matches it is used.
+
+    Example:
+        >>> layout = TableLayout(kind="table", tables={"test": "test.csv"}, image="{file}", label="finding")
+        >>> layout.images
+        '.'
+    """
+
+    kind: Literal["table"]
+    tables: dict[Split, str] = Field(min_length=1)
+    split_column: str | None = None
+    images: str = "."
+    image: str
+    label: str | None = None
+    one_hot: bool = False
+    uncertain: Reading = "unknown"
+    empty: Reading = "unknown"
+    values: dict[str, list[str]] = {}
+    where: dict[str, list[str]] = {}
+    join: JoinedTable | None = None
+    caption: str | None = None
+    subject: str | None = None
+    subject_pattern: str | None = None
+
+
+class FolderLayout(_Layout):
+    """Images in one folder per class.
+
+    Attributes:
+        splits: Split -> folder that contains the classes' folders; `.` is the data folder itself.
+        folders: Class -> folders of its images; by default, the class's own name.
+        without: Files whose name contains one of these are not images of the set (masks, for example).
+
+    Example:
+        >>> FolderLayout(kind="folder", folders={"benign": ["benign", "normal"]}).splits
+        {'test': '.'}
+    """
+
+    kind: Literal["folder"]
+    splits: dict[Split, str] = {"test": "."}
+    folders: dict[str, list[str]] = {}
+    without: list[str] = []
+
+
+class BoxesLayout(_Layout):
+    """Phrases with boxes on images: COCO JSON, or a CSV with one box per row, both with the field names of MS-CXR.
+
+    Attributes:
+        annotations: Candidate files; the first that exists is read.
+        images: Folder that image paths are relative to.
+        subject_pattern: Regular expression; the part of an image's path that matches it is its subject.
+
+    Example:
+        >>> BoxesLayout(kind="boxes", annotations=["boxes.json", "boxes.csv"]).images
+        '.'
+    """
+
+    kind: Literal["boxes"]
+    annotations: list[str] = Field(min_length=1)
+    images: str = "."
+    subject_pattern: str | None = None
+
+
+class PhantomLayout(_Layout):
+    """The folder that `examples/quickstart.py` writes: tar shards of phantoms and the prompts of their findings.
+
+    Attributes:
+        shards: Glob pattern of the shards.
+        prompts: JSON file, modality -> finding -> sentences.
+
+    Example:
+        >>> PhantomLayout(kind="phantom").shards
+        'unseen/*.tar'
+    """
+
+    kind: Literal["phantom"]
+    shards: str = "unseen/*.tar"
+    prompts: str = "prompts.json"
+
+
+LAYOUTS = (TableLayout, FolderLayout, BoxesLayout, PhantomLayout)
+Layout = Annotated[TableLayout | FolderLayout | BoxesLayout | PhantomLayout, Field(discriminator="kind")]
+
+
+class Recipe(BaseModel):
+    """How a data set is laid out on disk and how it is scored.
+
+    Attributes:
+        name: Name of the file, without `.yaml`.
+        title: Full name of the data set.
+        tasks: Protocols that the set is made for.
+        modality: Modality of all images; `caption` to infer it from each caption; `unknown`; or, for phantoms,
+            `phantom`: each shard says which.
+        layout: How the files are arranged.
+        expected: Description of the folder, shown to a user whose copy lacks something.
+        labels: `single` if each image has one class, `multi` if any number of the classes may be present.
+        classes: Class names, or findings, in order.
+        prompts: Class -> sentences that describe it.
+        negative_prompts: Finding -> sentences that describe its absence, with `labels: multi`. With them, zero-shot
+            scores a finding by how much more an image is like its prompts than like these; without them, by similarity
+            alone.
+        references: Sentences that report no finding, for grounding.
+        metric: Metric to quote; all are computed.
+        count: Number of images in the published test split.
+        source: Where the data come from.
+        license: Terms of use of the data.
+        overlaps: What the set shares with common training data of such models.
+        notes: What a reader of the numbers must know.
+
+    Example:
+        >>> load_recipe("chexpert_5x200").classes[:2]
+        ['Atelectasis', 'Cardiomegaly']
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    title: str
+    tasks: list[Task] = Field(min_length=1)
+    modality: str
+    layout: Layout
+    expected: str
+    labels: Labels = "single"
+    classes: list[str] = []
+    prompts: dict[str, list[str]] = {}
+    negative_prompts: dict[str, list[str]] = {}
+    references: list[str] = []
+    metric: Metric
+    count: int | None = Field(default=None, ge=1)
+    source: str
+    license: str
+    overlaps: list[str]
+    notes: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_names(cls, content: Any) -> Any:
+        """Accepts `licence`, the former name of `license`."""
+        if isinstance(content, dict) and "licence" in content and "license" not in content:
+            content = {"license" if key == "licence" else key: value for key, value in content.items()}
+        return content
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Recipe":
+        if self.modality not in (*MODALITIES, "caption", "unknown", "phantom"):
+            try:
+                self.modality = MODALITIES[modality_id(self.modality)]
+            except (ValueError, IndexError):
+                raise ValueError(
+                    f"`modality` must be {', '.join(MODALITIES)} (or an alias), caption, unknown or phantom"
+                ) from None
+        if self.modality == "phantom" and self.layout.kind != "phantom":
+            raise ValueError("`modality: phantom` goes with `layout: {kind: phantom}` only")
+        self._consistent_labels()
+        if self.layout.kind == "phantom":
+            return self
+        if isinstance(self.layout, TableLayout):
+            self._consistent_table(self.layout)
+        try:
+            re.compile(getattr(self.layout, "subject_pattern", None) or "")
+        except re.error as error:
+            raise ValueError(f"`subject_pattern` is not a regular expression: {error}") from error
+        for key in ("values", "folders"):
+            unknown = set(getattr(self.layout, key, {})) - set(self.classes)
+            if unknown:
+                raise ValueError(f"`{key}` of `layout` names {sorted(unknown)[0]!r}, which is not in `classes`")
+        return self
+
+    def _consistent_labels(self) -> None:
+        multi = self.labels == "multi"
+        if multi and not (isinstance(self.layout, TableLayout) and self.layout.one_hot):
+            raise ValueError("`labels: multi` needs `layout` of kind table with `one_hot: true`")
+        if self.negative_prompts and not multi:
+            raise ValueError("`negative_prompts` go with `labels: multi` only")
+        if self.metric == "accuracy" and multi:
+            raise ValueError("`metric` must be macro_auroc or macro_average_precision with `labels: multi`")
+        if self.layout.kind == "phantom":
+            return
+        if len(set(self.classes)) < len(self.classes):
+            raise ValueError("`classes` contains a name twice")
+        if {"zero-shot", "linear-probe"} & set(self.tasks) and len(self.classes) < (1 if multi else 2):
+            least = "one class" if multi else "two or more"
+            raise ValueError(f"`classes` must name {least} for zero-shot and linear-probe")
+        if "zero-shot" in self.tasks:
+            for key in ("prompts", "negative_prompts"):
+                by_class: dict[str, list[str]] = getattr(self, key)
+                if key == "negative_prompts" and not by_class:
+                    continue
+                if list(by_class) != self.classes or not all(by_class.values()):
+                    raise ValueError(f"`{key}` must hold sentences for each of `classes`, in their order")
+        sentences = Counter(sentence for texts in self.prompts.values() for sentence in texts)
+        # The same sentence may deny several findings, but none that also describes one.
+        sentences.update({sentence for texts in self.negative_prompts.values() for sentence in texts})
+        twice = [sentence for sentence, times in sentences.items() if times > 1]
+        if twice:
+            raise ValueError(f"`prompts` holds {twice[0]!r} twice")
+
+    def _consistent_table(self, layout: TableLayout) -> None:
+        if bool(self.classes) != (layout.one_hot or layout.label is not None):
+            raise ValueError("`classes` go with `label` or `one_hot` of `layout`")
+        if layout.one_hot and layout.label is not None:
+            raise ValueError("`layout` has a `label` column or `one_hot` columns, not both")
+        if self.labels == "single" and (layout.uncertain, layout.empty) != ("unknown", "unknown"):
+            raise ValueError("`uncertain` and `empty` of `layout` go with `labels: multi` only")
+        if layout.split_column is not None and list(layout.tables) != ["test"]:
+            raise ValueError("with `split_column`, `tables` must hold one file under `test`")
+        if layout.subject_pattern is not None and layout.subject is None:
+            raise ValueError("`subject_pattern` takes a part of `subject`, which is missing")
+        if "retrieval" in self.tasks and layout.caption is None:
+            raise ValueError("retrieval needs `caption` in `layout`")
+
+
+_SECTIONS = {
+    "": list(Recipe.model_fields),
+    "join": list(JoinedTable.model_fields),
+    **{get_args(layout.model_fields["kind"].annotation)[0]: list(layout.model_fields) for layout in LAYOUTS},
+}
+_FOLDER = resources.files("medmoe_hf.evaluation") / "recipe_files"
+
+
+def recipe_names() -> list[str]:
+    """Lists the recipes that come with the package.
+
+    Returns:
+        Names, sorted.
+
+    Example:
+        >>> "rsna_pneumonia" in recipe_names()
+        True
+    """
+    return sorted(Path(entry.name).stem for entry in _FOLDER.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_recipe(name_or_path: str | Path) -> Recipe:
+    """Loads a recipe of the package by its name, or your own by the path of its YAML file.
+
+    Args:
+        name_or_path: A name of `recipe_names()`, or a path that ends with `.yaml` or `.yml`.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        RecipeError: For an unknown name, a missing file, broken YAML, unknown keys or wrong values.
+
+    Example:
+        >>> load_recipe("rsna_pneumonia").tasks
+        ['zero-shot', 'linear-probe']
+    """
+    name = str(name_or_path)
+    if not name.endswith((".yaml", ".yml")):
+        if name not in recipe_names():
+            near = get_close_matches(name, recipe_names(), n=1)
+            guess = f" Did you mean {near[0]}?" if near else ""
+            known = ", ".join(recipe_names())
+            raise RecipeError(f'There is no recipe "{name}".{guess} Known: {known}; or give the path of a .yaml file.')
+        with resources.as_file(_FOLDER / f"{name}.yaml") as path:
+            return _parse(path)
+    return _parse(Path(name))
+
+
+def _parse(path: Path) -> Recipe:
+    content = read_yaml(path, RecipeError)
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path} must contain the keys of a recipe, each with its value.")
+    try:
+        return Recipe(**content)
+    except ValidationError as error:
+        raise RecipeError(f"{path} cannot be used:\n{in_words(error, _SECTIONS)}") from error

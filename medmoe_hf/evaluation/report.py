@@ -1,0 +1,230 @@
+"""Reports of an evaluation: Markdown tables, a short table for a terminal, and a folder with figures."""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from medmoe_hf.common.console import text_table
+from medmoe_hf.common.files import atomic_dir
+from medmoe_hf.evaluation.figures import draw_confusions, draw_heatmaps, draw_probes, draw_recalls, draw_reliability
+from medmoe_hf.evaluation.intervals import Interval
+from medmoe_hf.evaluation.results import Result, metric_name
+
+_QUOTED_OF_FINDINGS = ("macro_average_precision", "auroc", "average_precision")
+_QUOTED = {
+    "zero-shot": ("accuracy", "macro_auroc", "routing_accuracy"),
+    "linear-probe": ("accuracy", "macro_auroc"),
+    "retrieval": ("image_to_text_r1", "image_to_text_r5", "text_to_image_r1", "text_to_image_r5"),
+    "grounding": ("pointing", "contrast_to_noise", "same_map"),
+    "routing": ("accuracy", "balanced_accuracy"),
+}
+"""Metrics of the short table; a recipe's own is added."""
+
+
+def to_markdown(results: Sequence[Result]) -> str:
+    """A table for each protocol, a row for each set, model and variant; then what the data are and how it was run."""
+    lines = [
+        "# Evaluation",
+        "",
+        "In brackets: 95 % bootstrap intervals. They tell how sure the numbers are on images like these, and nothing "
+        "about other scanners, hospitals or people.",
+    ]
+    for protocol in dict.fromkeys(result.protocol for result in results):
+        chosen = [result for result in results if result.protocol == protocol]
+        names = list(dict.fromkeys(key.rsplit("/", 1)[1] for result in chosen for key in result.metrics))
+        quoted = {result.facts.get("metric") for result in chosen}
+        head = [f"**{metric_name(name)}**" if name in quoted else metric_name(name) for name in names]
+        lines += ["", f"## {protocol}", "", _row(["set", "N", "model", "variant", *head])]
+        lines.append(_row(["---"] * (4 + len(names))))
+        for result in sorted(chosen, key=lambda result: [other.dataset for other in chosen].index(result.dataset)):
+            for variant, metrics in result.by_variant().items():
+                cells = [_cell(metrics[name]) if name in metrics else "" for name in names]
+                lines.append(_row([result.dataset, _counted(result, metrics), result.model, variant, *cells]))
+        for note in _notes(chosen):
+            lines += ["", note]
+    lines += ["", "## Data", ""]
+    lines += dict.fromkeys(line for result in results for line in _data_lines(result))
+    lines += ["", "## Runs", ""]
+    lines += dict.fromkeys(_run_line(result) for result in results)
+    return "\n".join(lines) + "\n"
+
+
+def summary(results: Sequence[Result]) -> str:
+    """The metrics that are quoted most, in a table for each protocol, for a terminal; then what a reader must know."""
+    parts = []
+    for protocol in dict.fromkeys(result.protocol for result in results):
+        chosen = [result for result in results if result.protocol == protocol]
+        there = dict.fromkeys(key.rsplit("/", 1)[1] for result in chosen for key in result.metrics)
+        wanted = {*_QUOTED[protocol], *(result.facts.get("metric") for result in chosen)}
+        if protocol == "zero-shot" and any("known_by_class" in result.facts for result in chosen):
+            wanted |= {*_QUOTED_OF_FINDINGS}
+        names = [name for name in there if name in wanted]
+        several = len({result.model for result in chosen}) > 1
+        rows = [["set", *["model"] * several, "variant", "N", *map(metric_name, names)]]
+        for result in chosen:
+            for variant, metrics in result.by_variant().items():
+                if not metrics.keys() & set(names):
+                    continue
+                cells = [_cell(metrics[name]) if name in metrics else "" for name in names]
+                model = [result.model] * several
+                rows.append([result.dataset, *model, variant, _counted(result, metrics), *cells])
+        notes = "".join(f"\n{note}" for note in _notes(chosen, brief=True))
+        parts.append(f"{protocol}\n\n{text_table(rows)}\n{notes}".rstrip())
+    return "\n\n".join(parts)
+
+
+def _counted(result: Result, metrics: Mapping[str, Interval]) -> str:
+    """On how many images a variant was measured, and of how many subjects where these are fewer."""
+    images = max(result.rows_of(interval) for interval in metrics.values())
+    units = min(interval.n for interval in metrics.values())
+    return str(images) if units >= images else f"{images} ({units} subjects)"
+
+
+def _notes(results: Sequence[Result], brief: bool = False) -> list[str]:
+    """What a reader of a protocol's table must know.
+
+    Args:
+        results: of one protocol.
+        brief: leaves out what only explains.
+    """
+    notes = []
+    if results[0].protocol == "grounding":
+        words = ", ".join(dict.fromkeys(word for result in results for word in result.facts["nonsense"]))
+        notes.append(f"Nonsense ({words}): what a map shows for words that mean nothing, it shows for any word.")
+        if not brief:
+            notes.append(
+                "CNR knows no sign: a map that is coldest in the box has one too, so it says little without the "
+                "pointing game. `same map` is the correlation of a phrase's map with nonsense's."
+            )
+    if results[0].protocol == "linear-probe":
+        notes += [] if brief else [_spread_of_draws(result) for result in results]
+        notes += _equal_rows(results)
+    notes += [_always_one(result) for result in results if result.protocol == "retrieval"]
+    notes += _not_always_defined(results)
+    return [note for note in dict.fromkeys(notes) if note]
+
+
+def _spread_of_draws(result: Result) -> str:
+    facts = result.facts
+    metric = metric_name(facts.get("seed_metric", "accuracy"))
+    seeds = max(len(values) for values in facts["seeds"].values())
+    spread = "; ".join(
+        f"{variant} {np.std(values, ddof=1):.3f}" for variant, values in facts["seeds"].items() if len(values) > 1
+    )
+    return (
+        f"{result.dataset}, {result.model}: means over {seeds} draws of the training part; standard deviation of "
+        f"the {metric} over draws: {spread}. {facts['not_converged']} fits did not converge."
+    )
+
+
+def _equal_rows(results: Sequence[Result]) -> list[str]:
+    """Of a small training part several shares are the same images."""
+    sets: dict[str, list[str]] = {}
+    for result in results:
+        for shares in result.facts.get("same_parts", ()):
+            count = result.facts["trained_on"][shares[0]]
+            sets.setdefault(" and ".join(shares), []).append(f"{count} of {result.dataset}")
+    return [
+        f"The rows of {shares} must be equal: at least one image of each class is taken, and so these shares are the "
+        f"same training images ({', '.join(dict.fromkeys(found))})."
+        for shares, found in sets.items()
+    ]
+
+
+def _always_one(result: Result) -> str:
+    """Among k candidates or fewer, each is within the first k."""
+    ks = [name for name, chance in result.facts.get("chance", {}).items() if chance >= 1]
+    if not ks:
+        return ""
+    names = " and ".join(f"R@{name.removeprefix('r')}" for name in ks)
+    return f"{result.dataset}: too small for {names}, which is 1 among {result.count} pairs whatever a model does."
+
+
+def _not_always_defined(results: Sequence[Result]) -> list[str]:
+    """Intervals that some resamples say nothing of."""
+    shares: dict[str, float] = {}
+    names: dict[str, None] = {}
+    for result in results:
+        for key, interval in result.metrics.items():
+            if interval.undefined and not math.isnan(interval.value):
+                names[metric_name(key.rsplit("/", 1)[1])] = None
+                share = interval.undefined / result.facts["resamples"]
+                shares[result.dataset] = max(shares.get(result.dataset, 0.0), share)
+    if not shares:
+        return []
+    listed = ", ".join(f"{share:.0%} in {name}" for name, share in shares.items())
+    return [
+        f"Sets this small give resamples without images of some class, which these metrics need: {', '.join(names)}. "
+        f"Their intervals leave such resamples out: {listed}."
+    ]
+
+
+def _data_lines(result: Result) -> list[str]:
+    facts, lines = result.facts, []
+    if "count_by_class" in facts:
+        known = {name: f" of {count}" for name, count in facts.get("known_by_class", {}).items()}
+        counts = ", ".join(f"{name} {count}{known.get(name, '')}" for name, count in facts["count_by_class"].items())
+        lines.append(f"- {result.protocol}, {result.dataset}: N = {result.count}: {counts}")
+    if facts.get("split"):
+        lines.append(f"- {result.protocol}, {result.dataset}: {facts['split']}")
+    title = facts.get("title", result.dataset)
+    lines += [f"- {title}, {key}: {_one_line(facts[key])}" for key in ("source", "licence", "notes") if facts.get(key)]
+    lines += [f"- {title}, overlap with training data: {_one_line(overlap)}" for overlap in facts.get("overlaps", [])]
+    return lines
+
+
+def _run_line(result: Result) -> str:
+    facts = result.facts
+    texts = f", texts {facts['prompts']}" if facts["prompts"] else ""
+    return (
+        f"- {result.protocol}, {result.dataset}, {result.model}: {facts['weights']} weights, preprocessing "
+        f"{facts['preprocessing']}{texts}, seed {facts['seed']}, {facts['resamples']} resamples"
+    )
+
+
+def write(results: Sequence[Result], folder: str | Path, force: bool = False) -> None:
+    """Writes `results.json`, `results.md` and the figures that there is something for; the folder appears whole.
+
+    Args:
+        folder: to make.
+        force: whether one that is there already is replaced.
+
+    Raises:
+        FileExistsError: if it exists and `force` is False.
+    """
+    with atomic_dir(folder, force) as place:
+        content = [result.to_json() for result in results]
+        (place / "results.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        (place / "results.md").write_text(to_markdown(results), encoding="utf-8")
+        for protocol in dict.fromkeys(result.protocol for result in results):
+            chosen = [result for result in results if result.protocol == protocol]
+            if confused := [result for result in chosen if result.confusions]:
+                draw_confusions(confused, place / f"{protocol}_confusion.png")
+            if any(result.calibrations for result in chosen):
+                draw_reliability(chosen, place / f"{protocol}_reliability.png")
+            if protocol == "retrieval":
+                draw_recalls(chosen, place / "retrieval_recall.png")
+            if protocol == "linear-probe":
+                draw_probes(chosen, place / "linear-probe.png")
+            for result in chosen:
+                if result.examples:
+                    name = re.sub(r"[^\w.-]+", "_", f"{protocol}_{result.dataset}_{result.model}")
+                    draw_heatmaps(result, place / f"{name}_heatmaps.png")
+
+
+def _cell(interval: Interval) -> str:
+    if math.isnan(interval.value):
+        return "not defined"
+    return str(interval)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(str(text).split())
