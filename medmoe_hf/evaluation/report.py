@@ -172,7 +172,7 @@ def _data_lines(result: Result) -> list[str]:
     if facts.get("split"):
         lines.append(f"- {result.protocol}, {result.dataset}: {facts['split']}")
     title = facts.get("title", result.dataset)
-    lines += [f"- {title}, {key}: {_one_line(facts[key])}" for key in ("source", "licence", "notes") if facts.get(key)]
+    lines += [f"- {title}, {key}: {_one_line(facts[key])}" for key in ("source", "license", "notes") if facts.get(key)]
     lines += [f"- {title}, overlap with training data: {_one_line(overlap)}" for overlap in facts.get("overlaps", [])]
     return lines
 
