@@ -44,7 +44,7 @@ class _Ignored:
         pass
 
 
-# What a file may have built: tensors and plain containers.
+# The only classes and functions that a file may use: those of tensors and plain containers.
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("collections", "defaultdict"): collections.defaultdict,
@@ -58,36 +58,13 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     },
     **{("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
 }
-# What pickles run code through. An honest checkpoint has no call for these; a file that does is not to be trusted,
-# though nothing of it would be run either way. (Whatever else a file names, enums and paths say, is merely ignored.)
-_HOSTILE_MODULES = frozenset(
-    {"os", "posix", "nt", "subprocess", "sys", "importlib", "imp", "runpy", "shutil", "socket", "ctypes", "commands"}
-    | {"pty", "platform", "code", "codeop", "pdb", "timeit", "webbrowser", "pickle", "_pickle", "marshal", "dill"}
-    | {"urllib", "http", "requests", "ftplib", "smtplib", "torch.hub", "torch.jit", "torch.package"}
-)
-_HOSTILE_BUILTINS = frozenset(
-    {"eval", "exec", "execfile", "compile", "__import__", "open", "open_code", "FileIO"}
-    | {"input", "breakpoint", "setattr", "delattr"}
-)
-
-
-def _is_hostile(module: str, name: str) -> bool:
-    if module in ("builtins", "__builtin__", "io", "_io"):
-        return name in _HOSTILE_BUILTINS
-    parts = module.split(".")
-    return any(".".join(parts[:length]) in _HOSTILE_MODULES for length in range(1, len(parts) + 1))
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _ALLOWED:
             return _ALLOWED[module, name]
-        if _is_hostile(module, name):
-            raise ConvertError(
-                f"the file asks to call {module}.{name}, which a checkpoint has no reason to do. Nothing of it was "
-                "run. Do not load this file with other tools; get it from a source that you trust."
-            )
-        # Never imported, whatever it is.
+        # Anything else is neither imported nor called: an inert object takes its place, whatever the file asks for.
         return type(name, (_Ignored,), {"__module__": module})
 
 
@@ -109,7 +86,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         path: `.safetensors`, or what `torch.save` wrote (`.ckpt`, `.pt`, `.pth`, `.bin`; either of its formats).
 
     Raises:
-        ConvertError: for a missing, truncated or foreign file, and for one that would run code.
+        ConvertError: The file is missing, truncated or of another format.
     """
     path = Path(path)
     if not path.is_file():

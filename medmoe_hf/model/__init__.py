@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from .image_files_medmoe import load_image as load_image
     from .image_processing_medmoe import MedMoEImageProcessor as MedMoEImageProcessor
     from .image_processing_medmoe import MedMoEImageProcessorPil as MedMoEImageProcessorPil
-    from .medical_images_medmoe import MedicalImage as MedicalImage
     from .medical_images_medmoe import read_medical_image as read_medical_image
+    from .medical_pixels_medmoe import MedicalImage as MedicalImage
     from .modeling_medmoe import MedMoEExpert as MedMoEExpert
     from .modeling_medmoe import MedMoEForImageClassification as MedMoEForImageClassification
     from .modeling_medmoe import MedMoEModel as MedMoEModel
@@ -45,7 +45,7 @@ _HOMES = {
     "MedMoETokenizer": "tokenization",
     "MedMoEVisionConfig": "configuration",
     "MedMoEVisionModel": "modeling",
-    "MedicalImage": "medical_images",
+    "MedicalImage": "medical_pixels",
     "load_image": "image_files",
     "read_medical_image": "medical_images",
     "register_expert": "modeling",

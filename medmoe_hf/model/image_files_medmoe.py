@@ -23,13 +23,8 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from .errors_medmoe import ImageError, ImageTooLargeError, PathNotFoundError
-from .medical_images_medmoe import (
-    MAX_PIXELS,
-    MedicalImage,
-    check_size,
-    is_medical_image,
-    read_medical_image,
-)
+from .medical_images_medmoe import is_medical_image, read_medical_image
+from .medical_pixels_medmoe import MAX_PIXELS, MedicalImage, check_size
 
 _SECONDS_PER_DOWNLOAD = 60
 _SECONDS_PER_READ = 10

@@ -25,7 +25,8 @@ from transformers.processing_utils import ImagesKwargs
 
 from .errors_medmoe import ImageError
 from .image_files_medmoe import load_image
-from .medical_images_medmoe import MAX_PIXELS, MedicalImage, is_medical_image
+from .medical_images_medmoe import is_medical_image
+from .medical_pixels_medmoe import MAX_PIXELS, MedicalImage
 
 _CHANNEL_COUNTS = (1, 3, 4)
 _TORCH_FILTERS = {PILImageResampling.BILINEAR: "bilinear", PILImageResampling.BICUBIC: "bicubic"}

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from medmoe_hf.errors import ImageTooLargeError, MedicalImageError
-from medmoe_hf.model import medical_images_medmoe
+from medmoe_hf.model import dicom_medmoe, nifti_medmoe
 from medmoe_hf.model.configuration_medmoe import MedMoEVisionConfig
 from medmoe_hf.model.image_files_medmoe import load_image
 from medmoe_hf.model.image_processing_medmoe import MedMoEImageProcessor, MedMoEImageProcessorPil, resize_heatmaps
@@ -1064,8 +1064,8 @@ def test_unknown_compression():
 def test_missing_packages_name_the_extra(processor, monkeypatch, tmp_path):
     (tmp_path / "a.dcm").write_bytes(written(dicom(RAMP)))
     nibabel.save(volume(), tmp_path / "a.nii.gz")
-    monkeypatch.setattr(medical_images_medmoe, "pydicom", None)
-    monkeypatch.setattr(medical_images_medmoe, "nibabel", None)
+    monkeypatch.setattr(dicom_medmoe, "pydicom", None)
+    monkeypatch.setattr(nifti_medmoe, "nibabel", None)
     for name, package in (("a.dcm", "pydicom"), ("a.nii.gz", "nibabel")):
         assert is_medical_image(tmp_path / name)
         for call in (read_medical_image, processor):
@@ -1254,7 +1254,8 @@ if sys.argv[1] == "without":
     sys.modules["pydicom"] = sys.modules["nibabel"] = None
 from transformers import AutoImageProcessor
 from transformers.dynamic_module_utils import check_imports
-check_imports("saved/medical_images_medmoe.py")
+for name in ("medical_images", "dicom", "nifti"):
+    check_imports(f"saved/{name}_medmoe.py")
 for backend in ("torchvision", "pil"):
     processor = AutoImageProcessor.from_pretrained("saved", trust_remote_code=True, backend=backend)
     assert type(processor).__module__.startswith("transformers_modules.")

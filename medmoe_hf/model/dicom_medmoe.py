@@ -1,0 +1,517 @@
+"""DICOM files: decoding, contrast, colours and orientation of one frame.
+
+Warnings and errors name the file and never quote its header, which holds names and dates of patients.
+"""
+
+import contextlib
+import copy
+import io
+import math
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .errors_medmoe import ImageError, MedicalImageError, MissingPackageError
+from .medical_pixels_medmoe import (
+    BYTES_PER_PIXEL,
+    CHUNK_BYTES,
+    WINDOWS,
+    MedicalImage,
+    Windows,
+    apply_percentiles,
+    apply_windows,
+    check_size,
+    choose_frame,
+    missing_package,
+    to_float32,
+    to_uint8_or_float32,
+    too_many_bytes,
+    turn_upright,
+)
+from .modalities_medmoe import modality_of_dicom
+
+try:
+    import pydicom
+    import pydicom.pixels
+except ImportError:  # only DICOM needs it
+    pydicom = None
+
+_CENTIMETRES = 3  # of the ultrasound regions' PhysicalUnits (PS3.3 C.8.5.5.1.15)
+_SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # and, with a dot and a number, its multi-frame forms
+_DEFLATED, _NOT_DEFLATED = b"1.2.840.10008.1.2.1.99", b"1.2.840.10008.1.2.1\0\0\0"  # equally long
+_DICOM_HEAD = 2**16  # bytes that hold the file meta information
+_LONG_LENGTHS = (b"OB", b"OW", b"UN", b"SQ", b"UT", b"UC", b"UR", b"OF", b"OD", b"OL", b"OV", b"SV", b"UV")
+
+
+def is_dicom_dataset(source: Any) -> bool:
+    """Returns whether this is a `pydicom` dataset; False without the package."""
+    return pydicom is not None and isinstance(source, pydicom.Dataset)
+
+
+def read_dicom(
+    source: Any, name: str, frame: int | None, windows: Windows, named: bool, max_pixels: int
+) -> MedicalImage:
+    """Reads one frame; see `read_medical_image`.
+
+    Args:
+        source: A path, the bytes of a file, or a `pydicom` dataset.
+        name: How error messages name the source.
+        frame: Index of the frame; None for the middle one.
+        windows: No windows, one, or three.
+        named: Whether there is a window of `WINDOWS` among them, which are for Hounsfield units only.
+        max_pixels: Limit of the pixels of a frame.
+
+    Returns:
+        The image, upright.
+    """
+    if pydicom is None:
+        raise MissingPackageError(missing_package("DICOM", "pydicom"))
+    dataset = source if isinstance(source, pydicom.Dataset) else _dataset(source, name, max_pixels)
+    if not any(key in dataset for key in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
+        raise MedicalImageError(
+            f"{name} holds no pixel data: it is a report or a plan, or no DICOM file, or cut off; "
+            "choose an image of the series, or export it again"
+        )
+    dataset = _with_syntax(dataset)
+    frames = int(_first(_numbers(dataset, "NumberOfFrames", 0)) or 1)
+    chosen = choose_frame(frame, frames, name)
+    modality = modality_of_dicom(dataset.get("Modality"))
+    photometric = _photometric(dataset)
+    stored = _stored(dataset, name, chosen, photometric, max_pixels)
+
+    if photometric == "PALETTE COLOR":
+        pixels = _palette(dataset, stored)
+    elif stored.ndim == 3:
+        colours = stored[..., :3]
+        white = 2 ** _bits_stored(dataset) - 1
+        if white == 2**16 - 1 and colours.max() < 2**12:  # 12 bits that are declared as 16, nearly black as such
+            white = 2**12 - 1
+        pixels = to_uint8_or_float32(colours, white)
+    else:
+        rescale = _rescale(dataset, chosen, name)
+        hounsfield = modality == "ct" and _holds_hounsfield_units(dataset, rescale)
+        if named and not hounsfield:
+            windows = []
+        pixels = _gray(dataset, stored, chosen, windows, rescale, hounsfield, modality == "mri", photometric)
+    spacing = _spacing(dataset, chosen)
+    directions = _directions(dataset, chosen)
+    if directions is not None:
+        pixels, turned = turn_upright(pixels, *directions)
+        pixels = np.ascontiguousarray(pixels)
+        spacing = spacing[::-1] if spacing and turned else spacing
+    return MedicalImage(pixels, modality, spacing, chosen, frames)
+
+
+def _dataset(source: Any, name: str, max_pixels: int) -> Any:
+    """pydicom's dataset of a file; a deflated one is inflated here, since pydicom would do it without a limit."""
+    with contextlib.ExitStack() as stack:
+        if isinstance(source, (bytes, bytearray, memoryview)):
+            file: Any = io.BytesIO(source)
+        else:
+            file = stack.enter_context(open(source, "rb"))
+        head = file.read(_DICOM_HEAD)
+        start = _start_of_deflated(head)
+        if start is not None:
+            file.seek(start)
+            inflated = io.BytesIO()
+            inflated.write(head[:start].replace(_DEFLATED, _NOT_DEFLATED))
+            limit = max_pixels * BYTES_PER_PIXEL
+            inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+            while not inflater.eof:
+                chunk = inflater.unconsumed_tail or file.read(CHUNK_BYTES)
+                if not chunk:
+                    raise EOFError
+                inflated.write(inflater.decompress(chunk, CHUNK_BYTES))
+                if inflated.tell() > limit:
+                    raise too_many_bytes(name, limit)
+            file = inflated
+        file.seek(0)
+        # Without `force` files of older devices, which lack the mark, would be refused.
+        return pydicom.dcmread(file, force=True)
+
+
+def _start_of_deflated(head: bytes) -> int | None:
+    """Where the deflated part of a DICOM file begins: behind the file meta information. None for other files."""
+    start = 132 if head[128:132] == b"DICM" else 0
+    deflated = False
+    while head[start : start + 2] == b"\x02\0":
+        # Group, element, type of value, length (of 2 bytes, or of 4 behind 2 reserved ones), value.
+        if head[start + 4 : start + 6] in _LONG_LENGTHS:
+            behind = start + 12
+            length = int.from_bytes(head[behind - 4 : behind], "little")
+        else:
+            behind = start + 8
+            length = int.from_bytes(head[behind - 2 : behind], "little")
+        if head[start + 2 : start + 4] == b"\x10\0":
+            deflated = head[behind : behind + length] == _DEFLATED
+        start = behind + length
+    return start if deflated else None
+
+
+def _directions(dataset: Any, frame: int) -> tuple[list[int], list[float]] | None:
+    """Where growing rows and columns run to, as `turn_upright` takes it; None where that is unknown or in between."""
+    cosines = _numbers(dataset, "ImageOrientationPatient", frame)
+    if len(cosines) == 6 and math.isfinite(sum(cosines)):
+        # DICOM counts to the left and to the back; a step to the next row goes along the second triple.
+        steps = np.array([cosines[3:], cosines[:3]]) * (-1, -1, 1)
+        axes = np.abs(steps).argmax(axis=1)
+        return None if axes[0] == axes[1] else (axes.tolist(), steps[(0, 1), axes].tolist())
+    letters = dataset.get("PatientOrientation") or ""
+    if len(letters) == 2 and letters[0][:1] in ("L", "R") and letters[1][:1] in ("F", "H"):
+        return [2, 0], [1 if letters[1][0] == "H" else -1, 1 if letters[0][0] == "R" else -1]
+    return None
+
+
+def _with_syntax(dataset: Any) -> Any:
+    """The dataset, or a shallow copy with a transfer syntax: the decoder needs one, and old files have none."""
+    meta = getattr(dataset, "file_meta", None)
+    if meta is not None and meta.get("TransferSyntaxUID"):
+        return dataset
+    uids = pydicom.uid
+    big_endian = dataset.original_encoding[1] is False
+    dataset = copy.copy(dataset)
+    dataset.file_meta = pydicom.dataset.FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = uids.ExplicitVRBigEndian if big_endian else uids.ExplicitVRLittleEndian
+    return dataset
+
+
+def _photometric(dataset: Any) -> str:
+    photometric = str(dataset.get("PhotometricInterpretation") or "").strip().upper()
+    if photometric:
+        return photometric
+    if int(dataset.get("SamplesPerPixel") or 1) == 1:
+        return "MONOCHROME2"
+    uids = pydicom.uid
+    return "YBR_FULL_422" if dataset.file_meta.TransferSyntaxUID in uids.JPEGTransferSyntaxes[:2] else "RGB"
+
+
+def _bits_stored(dataset: Any) -> int:
+    return int(dataset.get("BitsStored") or dataset.get("BitsAllocated") or 16)
+
+
+def _stored(dataset: Any, name: str, frame: int, photometric: str, max_pixels: int) -> np.ndarray:
+    """Pixels of one frame as stored: (H, W), or (H, W, 3) in RGB."""
+    syntax = dataset.file_meta.TransferSyntaxUID
+    try:
+        available = pydicom.pixels.get_decoder(syntax).is_available
+    except NotImplementedError:
+        raise MedicalImageError(
+            f"{name} is stored as {syntax.name}, which pydicom cannot decode; export it as another transfer syntax"
+        ) from None
+    if not available:
+        raise MissingPackageError(f"{name} is stored as {syntax.name}; {missing_package('that', 'pylibjpeg')}")
+    check_size(int(dataset.get("Columns") or 0), int(dataset.get("Rows") or 0), name, max_pixels)
+    # What the decoder is told in place of what the header lacks, or says in another spelling.
+    told: dict[str, Any] = {
+        "samples_per_pixel": int(dataset.get("SamplesPerPixel") or 1),
+        "photometric_interpretation": photometric,
+        "planar_configuration": int(dataset.get("PlanarConfiguration") or 0),
+        "pixel_representation": int(dataset.get("PixelRepresentation") or 0),
+        "bits_stored": _bits_stored(dataset),
+    }
+    # In old files the pixels are the upper of the allocated bits.
+    above = 0
+    if "PixelData" in dataset and (not syntax.is_encapsulated or syntax == pydicom.uid.RLELossless):
+        above = int(dataset.get("HighBit") or 0) + 1 - told["bits_stored"]
+        above = above if 0 < above <= int(dataset.get("BitsAllocated") or 0) - told["bits_stored"] else 0
+    try:
+        if syntax.is_encapsulated:
+            _check_compressed(dataset, name, frame, max_pixels)
+        stored = pydicom.pixels.pixel_array(
+            dataset, index=frame, **{**told, "bits_stored": told["bits_stored"] + above}
+        )
+    except ImageError:
+        raise
+    except Exception as error:  # here the message is about the pixels' format alone
+        raise MedicalImageError(
+            f"{name} is damaged or cut off; export or copy it again. "
+            f"Its pixels ({syntax.name}) cannot be decoded: {error}"
+        ) from error
+    if above:
+        low, high = _stored_range(dataset)
+        # Some headers only say so: then the lower bits are in use, and the upper ones are not.
+        if (stored & (2**above - 1)).any() and low <= stored.min() and stored.max() <= high:
+            return stored
+        return stored >> above
+    return stored
+
+
+def _stored_range(dataset: Any) -> tuple[int, int]:
+    bits = _bits_stored(dataset)
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if dataset.get("PixelRepresentation") else (0, 2**bits - 1)
+
+
+def _check_compressed(dataset: Any, name: str, frame: int, max_pixels: int) -> None:
+    """Refuses a frame that is larger in its own words than in the header's: decoders allocate by the former."""
+    offsets = [dataset.get(key) for key in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths")]
+    content = pydicom.encaps.get_frame(
+        dataset.PixelData,
+        frame,
+        number_of_frames=int(_first(_numbers(dataset, "NumberOfFrames", 0)) or 1),
+        extended_offsets=tuple(offsets) if all(offsets) else None,  # type: ignore[arg-type, unused-ignore]
+    )
+    if dataset.file_meta.TransferSyntaxUID == pydicom.uid.RLELossless:
+        limit = max_pixels * BYTES_PER_PIXEL
+        # Two bytes give 128 at most. Larger frames are counted, which takes as long as decoding them.
+        if 64 * len(content) > limit and _run_lengths(content) > limit:
+            raise too_many_bytes(name, limit)
+    else:
+        check_size(*_codestream_size(content), name, max_pixels)
+
+
+def _codestream_size(content: bytes) -> tuple[int, int]:
+    """Width and height that JPEG, JPEG-LS or JPEG 2000 data say; (0, 0) where they are not found."""
+    start = content.find(b"\xff\x4f\xff\x51")  # JPEG 2000: start of codestream, size
+    if start >= 0:
+        right, bottom, left, top = (
+            int.from_bytes(content[start + at : start + at + 4], "big") for at in (8, 12, 16, 20)
+        )
+        return max(right - left, 0), max(bottom - top, 0)
+    at = 2
+    while content[:2] == b"\xff\xd8" and at + 9 <= len(content):
+        marker = content[at + 1]
+        if content[at] != 0xFF:
+            break
+        # A frame header: of JPEG, but for tables (C4), an extension (C8) and arithmetic conditions (CC); of JPEG-LS.
+        if (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)) or marker == 0xF7:
+            return int.from_bytes(content[at + 7 : at + 9], "big"), int.from_bytes(content[at + 5 : at + 7], "big")
+        at += 1 if marker == 0xFF else 2 + int.from_bytes(content[at + 2 : at + 4], "big")
+    return 0, 0
+
+
+def _run_lengths(content: bytes) -> int:
+    """How many bytes a frame of DICOM's run-length encoding (PS3.5 annex G) decodes to."""
+    total, at = 0, 64
+    while at < len(content):
+        count = content[at]
+        if count < 128:
+            total, at = total + count + 1, at + count + 2
+        else:
+            total, at = total + (257 - count if count > 128 else 0), at + (2 if count > 128 else 1)
+    return total
+
+
+def _read(dataset: Any, keyword: str) -> Any:
+    """A value of a header; where pydicom cannot convert it, the text that stands there."""
+    try:
+        return dataset.get(keyword)
+    except Exception:
+        raw = dataset.get_item(keyword)
+        return bytes(raw.value or b"").decode("ascii", "replace")
+
+
+def _tag(dataset: Any, keyword: str, frame: int) -> Any:
+    """A value of the header: this frame's own in enhanced multi-frame files, else that of all frames, or None."""
+    for sequence, index in (("PerFrameFunctionalGroupsSequence", frame), ("SharedFunctionalGroupsSequence", 0)):
+        groups = dataset.get(sequence) or []
+        for element in groups[index] if index < len(groups) else ():
+            if element.VR == "SQ" and element.value and keyword in element.value[0]:
+                return _read(element.value[0], keyword)
+    return _read(dataset, keyword)
+
+
+def _numbers(dataset: Any, keyword: str, frame: int) -> list[float]:
+    """The values of a tag, NaN for those that are empty or no numbers."""
+    value = _tag(dataset, keyword, frame)
+    if value is None or value == "":
+        return []
+    if isinstance(value, str):
+        # Some writers separate values by a comma; in between points it is no decimal comma.
+        value = value.split("," if "," in value and "." in value and "\\" not in value else "\\")
+    return [_number(one) for one in ([value] if isinstance(value, (int, float)) else value)]
+
+
+def _number(value: Any) -> float:
+    text = str(value).strip("\0 ") if isinstance(value, str) else value
+    try:
+        return float(text.replace(",", ".") if isinstance(text, str) else text)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _first(numbers: Sequence[float]) -> float | None:
+    return next((number for number in numbers if math.isfinite(number)), None)
+
+
+def _rescale(dataset: Any, frame: int, name: str) -> tuple[float, float] | None:
+    """Slope and intercept; None where there are none, or a slope of 0, which would leave nothing of the picture."""
+    found = []
+    for keyword in ("RescaleSlope", "RescaleIntercept"):
+        numbers = _numbers(dataset, keyword, frame)
+        found.append(_first(numbers))
+        if numbers and found[-1] is None and str(_tag(dataset, keyword, frame)).strip("\\[]', "):
+            raise MedicalImageError(f"{name} cannot be read as DICOM (ValueError): its {keyword} is no number")
+    slope, intercept = found
+    if slope == 0 or (slope is None and intercept is None):
+        return None
+    return 1.0 if slope is None else slope, intercept or 0.0
+
+
+def _holds_hounsfield_units(dataset: Any, rescale: tuple[float, float] | None) -> bool:
+    """Whether the values of a CT, after its modality LUT, are Hounsfield units: those of screenshots are not."""
+    if rescale is not None or dataset.get("ModalityLUTSequence"):
+        return True
+    if _first(_numbers(dataset, "RescaleSlope", 0)) == 0:
+        return False
+    kinds = dataset.get("ImageType") or ()
+    captured = str(dataset.get("SOPClassUID", "")).startswith(_SECONDARY_CAPTURE) and (
+        dataset.get("ConversionType") or "SECONDARY" in ([kinds] if isinstance(kinds, str) else kinds)
+    )
+    return not captured and _bits_stored(dataset) > 8
+
+
+def _gray(
+    dataset: Any,
+    stored: np.ndarray,
+    frame: int,
+    windows: Windows,
+    rescale: tuple[float, float] | None,
+    hounsfield: bool,
+    by_percentiles: bool,
+    photometric: str,
+) -> np.ndarray:
+    padding = _padding(dataset, stored)
+    if dataset.get("ModalityLUTSequence"):
+        item = dataset.ModalityLUTSequence[0]
+        values, changed = _look_up(stored, *_table(item.LUTDescriptor, item.LUTData, dataset)), True
+        whole_numbers = True
+    else:
+        slope, intercept = rescale or (1.0, 0.0)
+        values, changed = stored.astype(np.float64) * slope + intercept, (slope, intercept) != (1, 0)
+        whole_numbers = slope == int(slope)
+    bits = _bits_stored(dataset)
+    display_lut = None if windows or by_percentiles else _display_lut(dataset, frame)
+    window = _window_of_file(dataset, frame)
+    if windows:
+        picture = apply_windows(values, windows)
+    elif by_percentiles:
+        picture = apply_percentiles(values, ~padding)
+    elif display_lut is not None:
+        table, first, white = display_lut
+        picture = (_look_up(values, table, first) / white).clip(0, 1)
+    elif window is not None:
+        function = str(_tag(dataset, "VOILUTFunction", frame) or "LINEAR").strip().upper()
+        picture = _apply_own_window(values, *window, function, whole_numbers)
+    elif hounsfield:
+        picture = apply_windows(values, [WINDOWS["mediastinum"]])
+    elif bits <= 8 and not changed and values.min() >= 0:
+        picture = (values / (2**bits - 1)).clip(0, 1)
+    else:
+        picture = apply_percentiles(values, ~padding)
+    picture = 1 - picture if photometric == "MONOCHROME1" else picture
+    picture[padding] = 0
+    return to_float32(picture)
+
+
+def _window_of_file(dataset: Any, frame: int) -> tuple[float, float] | None:
+    """The first centre and width that are numbers."""
+    pairs = zip(_numbers(dataset, "WindowCenter", frame), _numbers(dataset, "WindowWidth", frame), strict=False)
+    return next((pair for pair in pairs if math.isfinite(sum(pair)) and pair[1] > 0), None)
+
+
+def _display_lut(dataset: Any, frame: int) -> tuple[np.ndarray, int, int] | None:
+    """The first VOI LUT that holds data: its entries, the value that the first stands for, and what is white."""
+    for item in _tag(dataset, "VOILUTSequence", frame) or ():
+        descriptor, data = item.get("LUTDescriptor"), item.get("LUTData")
+        if not descriptor or data is None or not len(data):
+            continue
+        table, first = _table(descriptor, data, dataset)
+        used = max(int(table.max()).bit_length(), 1)
+        declared = int(descriptor[2])
+        # Entries that leave the upper bits of their declared range unused would give a picture that is nearly black.
+        return table, first, 2 ** (declared if used <= declared <= used + 1 else used) - 1
+    return None
+
+
+def _padding(dataset: Any, stored: np.ndarray) -> np.ndarray:
+    """(H, W) bool: the pixels that hold no measurement, such as those outside a CT's circle."""
+    prefix = {"f4": "Float", "f8": "DoubleFloat"}.get(stored.dtype.str[1:], "")
+    ends = []
+    for keyword in (f"{prefix}PixelPaddingValue", f"{prefix}PixelPaddingRangeLimit"):
+        value = dataset.get(keyword)
+        if not isinstance(value, (int, float)):
+            break
+        ends.append(stored.dtype.type(value) if prefix else _as_stored(int(value), dataset))
+    if not ends:
+        return np.zeros(stored.shape, dtype=bool)
+    return (stored >= min(ends)) & (stored <= max(ends))
+
+
+def _as_stored(value: int, dataset: Any) -> int:
+    """A padding value as pixels have it: some writers give it signed where they are unsigned, or the other way."""
+    low, high = _stored_range(dataset)
+    for period in (2**16, 2 ** _bits_stored(dataset)):
+        wrapped = (value - low) % period + low
+        if not low <= value <= high and low <= wrapped <= high:
+            return wrapped
+    return value
+
+
+def _table(descriptor: Any, data: Any, dataset: Any) -> tuple[np.ndarray, int]:
+    """The entries of a LUT, and the value that the first of them stands for."""
+    count, first = (int(value) for value in descriptor[:2])
+    count = count or 2**16
+    if isinstance(data, bytes):
+        wide = ">u2" if dataset.file_meta.TransferSyntaxUID == pydicom.uid.ExplicitVRBigEndian else "<u2"
+        data = np.frombuffer(data, dtype=wide if len(data) >= 2 * count else "u1")
+    return np.asarray(data).reshape(-1)[:count], first
+
+
+def _look_up(values: np.ndarray, table: np.ndarray, first: int) -> np.ndarray:
+    """Values through a LUT, as float64; those beyond its ends get the entries there.
+
+    pydicom's own functions index in the type of the entries, so that tables of 8 bits with more than 256 of them wrap.
+    """
+    if first > values.max():  # a negative start, read as unsigned because the stored pixels are
+        first -= 2**16
+    return table[(np.rint(values).astype(np.int64) - first).clip(0, len(table) - 1)].astype(np.float64)
+
+
+def _apply_own_window(
+    values: np.ndarray, centre: float, width: float, function: str, whole_numbers: bool
+) -> np.ndarray:
+    """The file's window by PS3.3 C.11.2.1.2 and C.11.2.1.3, in 0..1."""
+    if function == "SIGMOID":
+        return 1 / (1 + np.exp((-4 * (values - centre) / width).clip(-700, 700)))
+    # The standard's linear function counts whole numbers, and knows no width below 1.
+    if function == "LINEAR_EXACT" or width < 1 or (width == 1 and not whole_numbers):
+        return apply_windows(values, [(centre, width)])
+    if width == 1:
+        return (values > centre - 0.5).astype(np.float64)
+    return apply_windows(values, [(centre - 0.5, width - 1)])
+
+
+def _palette(dataset: Any, stored: np.ndarray) -> np.ndarray:
+    if "RedPaletteColorLookupTableData" not in dataset:  # segmented tables
+        colours = pydicom.pixels.apply_color_lut(stored, dataset)[..., :3]
+        return to_uint8_or_float32(colours, int(np.iinfo(colours.dtype).max))
+    tables = [
+        _table(
+            getattr(dataset, f"{colour}PaletteColorLookupTableDescriptor"),
+            getattr(dataset, f"{colour}PaletteColorLookupTableData"),
+            dataset,
+        )
+        for colour in ("Red", "Green", "Blue")
+    ]
+    colours = np.stack([_look_up(stored, *table) for table in tables], axis=-1)
+    # Some writers put 8-bit colours into tables of 16 bits.
+    return to_uint8_or_float32(colours, 255 if max(table.max() for table, _ in tables) <= 255 else 2**16 - 1)
+
+
+def _spacing(dataset: Any, frame: int) -> tuple[float, float] | None:
+    candidates = [
+        _numbers(dataset, key, frame) for key in ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")
+    ]
+    regions = {
+        (float(region.get("PhysicalDeltaY", 0)), float(region.get("PhysicalDeltaX", 0)))
+        for region in dataset.get("SequenceOfUltrasoundRegions") or []
+        if region.get("PhysicalUnitsXDirection") == region.get("PhysicalUnitsYDirection") == _CENTIMETRES
+    }
+    if len(regions) == 1:  # pictures side by side may differ in scale
+        candidates += [[abs(delta) * 10 for delta in pair] for pair in regions]
+    for pair in candidates:
+        if len(pair) == 2 and min(pair) > 0 and math.isfinite(sum(pair)):
+            return pair[0], pair[1]
+    return None

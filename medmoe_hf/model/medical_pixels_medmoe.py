@@ -1,0 +1,125 @@
+"""What the readers of DICOM and NIfTI have in common: windows, limits, orientation, and the image that they return."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .errors_medmoe import ImageTooLargeError, MedicalImageError
+
+WINDOWS: dict[str, tuple[float, float]] = {
+    "lung": (-600, 1500),
+    "mediastinum": (40, 400),
+    "abdomen": (50, 400),
+    "liver": (60, 160),
+    "bone": (400, 1800),
+    "brain": (40, 80),
+    "subdural": (80, 200),
+    "stroke": (40, 40),
+}
+"""Centre and width of the usual CT windows, in Hounsfield units."""
+
+MAX_PIXELS = 100_000_000
+"""Pixels of the largest image that is decoded by default; a larger one is taken for a decompression bomb.
+
+It also limits what a compressed file may inflate to: 16 bytes for each of these pixels, thus 1.6 GB."""
+
+BYTES_PER_PIXEL = 16  # the widest that any format stores: complex numbers of two float64
+
+_PERCENTILES = (1, 99)
+HEAD_BYTES = 1024  # bytes that tell the format; NIfTI's last mark ends at 348, also after decompression of this many
+CHUNK_BYTES = 2**20
+Windows = list[tuple[float, float]]
+
+
+@dataclass(eq=False)
+class MedicalImage:
+    """One picture of a medical file.
+
+    Args:
+        pixels: gray (H, W) float32 in 0..1; (H, W, 3) float32 in 0..1 for three windows and for colours of more than
+            8 bits; (H, W, 3) uint8 RGB for colours of 8 bits. Upright, so rows and columns may be turned against those
+            stored: heat-maps of the picture lie on these pixels. Black is 0, also in MONOCHROME1 files.
+        modality: `"xray"`, `"ct"`, `"mri"`, `"ultrasound"`, `"histopathology"` or `"fundus"` by the header's Modality;
+            None where that is another one or missing, and for NIfTI, which has none.
+        spacing: millimetres per pixel, from row to row and from column to column; None where the file does not tell.
+            For projection images without a calibration it is that of the detector.
+        frame: which frame (NIfTI: axial slice, counted from the feet) this is, from 0.
+        frames: how many the file has.
+    """
+
+    pixels: np.ndarray
+    modality: str | None
+    spacing: tuple[float, float] | None
+    frame: int
+    frames: int
+
+
+def check_size(width: int, height: int, name: str, max_pixels: int) -> None:
+    """Raises `ImageTooLargeError` for an image with more than `max_pixels` pixels."""
+    if width * height > max_pixels:
+        raise ImageTooLargeError(
+            f"{name} has {width} x {height} pixels, more than `max_pixels` {max_pixels} allows; "
+            "reduce it, or allow more"
+        )
+
+
+def too_many_bytes(name: str, limit: int) -> ImageTooLargeError:
+    return ImageTooLargeError(
+        f"{name} inflates to more than {limit} bytes, {BYTES_PER_PIXEL} for each pixel that `max_pixels` allows; "
+        "store it uncompressed or in parts, or allow more"
+    )
+
+
+def missing_package(what: str, package: str) -> str:
+    return f'reading {what} needs the package {package}: pip install "medmoe_hf[dicom]"'
+
+
+def choose_frame(frame: int | None, frames: int, name: str) -> int:
+    if frame is None:
+        return frames // 2
+    if not 0 <= frame < frames:
+        raise MedicalImageError(f"{name} has no frame {frame}: it has {frames}, and they count from 0")
+    return frame
+
+
+def apply_windows(values: np.ndarray, windows: Windows) -> np.ndarray:
+    """Values (H, W) as (H, W) or, for three windows, (H, W, 3), in 0..1."""
+    channels = [((values - centre) / width + 0.5).clip(0, 1) for centre, width in windows]
+    return channels[0] if len(channels) == 1 else np.stack(channels, axis=-1)
+
+
+def apply_percentiles(values: np.ndarray, keep: np.ndarray | None = None) -> np.ndarray:
+    """Values (H, W) in 0..1, from percentile to percentile of the finite ones and those to keep; constant ones: 0."""
+    counted = np.isfinite(values) if keep is None else np.isfinite(values) & keep
+    if not counted.any():
+        return np.zeros_like(values)
+    low, high = np.percentile(values[counted], _PERCENTILES)
+    if low == high:  # a small mark on a plain ground
+        low, high = values[counted].min(), values[counted].max()
+    return np.zeros_like(values) if low == high else ((values - low) / (high - low)).clip(0, 1)
+
+
+def turn_upright(plane: np.ndarray, axes: Sequence[int], signs: Sequence[float]) -> tuple[np.ndarray, bool]:
+    """A picture (H, W, ...) as radiologists look at it, and whether rows became columns for that.
+
+    Args:
+        plane: any picture.
+        axes: of the patient, that growing rows and growing columns run along: 0 for right, 1 front, 2 head.
+        signs: above 0 where they run to that side, below 0 where they run to the other.
+    """
+    turned = axes[0] < axes[1]
+    if turned:
+        plane, signs = plane.swapaxes(0, 1), signs[::-1]
+    return np.flip(plane, tuple(axis for axis in range(2) if signs[axis] > 0)), turned
+
+
+def to_float32(picture: np.ndarray) -> np.ndarray:
+    # NIfTI writers mark what lies outside the body with NaN.
+    return np.ascontiguousarray(np.nan_to_num(picture, nan=0.0), dtype=np.float32)
+
+
+def to_uint8_or_float32(colours: np.ndarray, white: int) -> np.ndarray:
+    if white == 255:
+        return np.ascontiguousarray(colours.clip(0, 255), dtype=np.uint8)
+    return to_float32((colours.astype(np.float64) / white).clip(0, 1))
