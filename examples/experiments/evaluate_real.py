@@ -500,8 +500,8 @@ def to_markdown(report: dict[str, Any]) -> str:
         "# Real images, before and after fine-tuning",
         "",
         f"Model: `{report['model']}`, fine-tuned for {report['steps']} steps with {count} seeds; `after` is the mean "
-        f"over seeds. In brackets 95 % bootstrap intervals, which resample the {report['test_blocks']} test blocks (or "
-        "the training blocks) for organs, and subjects for routing.",
+        f"over seeds. In brackets 95 % bootstrap intervals, which resample the {report['test_blocks']} test blocks "
+        "(or the training blocks) for organs, and subjects for routing.",
         "",
         "| metric | N | before | after | each seed |",
         "| --- | --- | --- | --- | --- |",
@@ -563,8 +563,8 @@ def limits_of(volume: Volume, images: Sequence[tuple[RealImage, Path]]) -> list[
         "the mean is informative.",
         f"An organ is present if its segmentation covers {SMALLEST:.0f} mm² of a slice. Excluded, because too few "
         f"slices show it or do not show it: {', '.join(volume.excluded) or 'none'}.",
-        f"Routing: one image per subject, few subjects per modality. Training used {trained}, and the CT of the slices, "
-        "which is not part of the routing test.",
+        f"Routing: one image per subject, few subjects per modality. Training used {trained}, and the CT of the "
+        "slices, which is not part of the routing test.",
         "Three fine-tuning configurations were evaluated on these test slices and images, and one was kept. "
         "After that, the minimum area of an organ was lowered, because thin organs counted as absent.",
         "That subjects are different persons is inferred from headers and origins, which anonymization has changed.",
