@@ -17,13 +17,27 @@ from medmoe_hf.training.config import ModelSection
 
 
 def build_model(section: ModelSection) -> tuple[MedMoEModel, MedMoEProcessor]:
-    """The model that a configuration names, with the processor that belongs to it.
+    """Builds or loads the model that a configuration names, with its processor.
 
-    A new model's vocabulary and positions follow its tokenizer.
+    The vocabulary and the number of positions of a new model follow its tokenizer.
+
+    Args:
+        section: The `model` section of a training configuration.
+
+    Returns:
+        The model, in the mode that `from_pretrained` or the constructor leaves it in, and its processor.
 
     Raises:
-        FileNotFoundError: for a folder that is not there.
-        ValueError: for an unknown preset or a wrong override.
+        FileNotFoundError: If a folder does not exist.
+        ValueError: For an unknown preset or an invalid override.
+
+    Example:
+        ```python
+        from medmoe_hf.training import build_model
+        from medmoe_hf.training.config import ModelSection
+
+        model, processor = build_model(ModelSection(preset="tiny"))
+        ```
     """
     if section.from_pretrained is not None:
         refuse_missing_folder(section.from_pretrained)

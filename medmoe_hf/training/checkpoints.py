@@ -1,13 +1,13 @@
-"""All that a run needs to go on exactly: written whole, read without unpickling anything.
+"""Checkpoints of a run: all that it needs to resume exactly; written atomically, read without unpickling.
 
-A checkpoint `step-00000100` is the model's folder (or the adapter's) with a folder `training_state` in it:
+A checkpoint `step-00000100` is a model folder (or an adapter's) with a folder `training_state` in it:
 
-    state.json            step, configuration, record, schedule, scaler, by rank the stream's state and random numbers
+    state.json            step, configuration, record, schedule, scaler; per rank the stream's and random state
     optimizer.safetensors `<parameter>/<exp_avg, ...>`
-    weights.safetensors   of a model with adapters, what is trained, and the buffers
+    weights.safetensors   of a model with adapters: trained parameters and buffers
     ema.safetensors       the moving average
     random.safetensors    `<rank>/<generator>`
-    manifest.json         size and CRC-32 of every other file of the checkpoint; written last
+    manifest.json         size and CRC-32 of every other file in the checkpoint; written last
 """
 
 import json
@@ -29,11 +29,9 @@ from medmoe_hf.errors import ResumeError
 
 STATE = "training_state"
 MANIFEST = "manifest.json"
-# A run may go on with other values of these: nothing that is learned depends on them.
+# A run may resume with other values of these: the weights do not depend on them.
 _FREE = ("output_dir", "log_every", "trackers", "checkpoints", "data.num_workers", "data.max_bad_fraction")
-
-
-_NAMED = 10  # files that a message names
+_NAMED = 10  # files listed in a message
 
 
 def step_name(step: int) -> str:
@@ -42,7 +40,7 @@ def step_name(step: int) -> str:
 
 
 def find_checkpoints(folder: Path, up_to: float = float("inf")) -> list[Path]:
-    """The checkpoints of a run up to a step, oldest first; `check` says whether one is whole."""
+    """The checkpoints of a run up to a step, oldest first; `check` tells whether one is complete."""
     found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
     return sorted((path for path in found if _step(path) <= up_to), key=_step)
 
@@ -55,13 +53,13 @@ def check(folder: Path) -> None:
     """Compares a checkpoint with its manifest.
 
     Raises:
-        ResumeError: if a file is missing, cut off or changed; names each.
+        ResumeError: If files are missing, truncated or changed; the message names each.
     """
     try:
         listed = json.loads((folder / STATE / MANIFEST).read_text(encoding="utf-8"))["files"]
     except FileNotFoundError:
         raise ResumeError(
-            f"{folder} has no {STATE}/{MANIFEST}, which lists its files: it is not whole, or of an older version."
+            f"{folder} has no {STATE}/{MANIFEST}, which lists its files: it is incomplete, or of an older version."
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ResumeError(f"{folder}: {STATE}/{MANIFEST} cannot be read ({error}).") from error
@@ -74,7 +72,7 @@ def check(folder: Path) -> None:
             problems.append(f"{name} is missing" if missing else f"{name} cannot be read ({error.strerror})")
             continue
         if found["size"] != expected["size"]:
-            problems.append(f"{name} has {found['size']} bytes in place of {expected['size']}")
+            problems.append(f"{name} has {found['size']} bytes instead of {expected['size']}")
         elif found != expected:
             problems.append(f"{name} is damaged (its checksum differs)")
     problems += [
@@ -83,14 +81,17 @@ def check(folder: Path) -> None:
         if f"{STATE}/{path.name}" not in listed
     ]
     if problems:
-        raise ResumeError(f"{folder} is not whole: {'; '.join(problems)}.")
+        raise ResumeError(f"{folder} is not complete: {'; '.join(problems)}.")
 
 
 def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint of a run that is whole, and what is wrong with each newer one.
+    """The newest complete checkpoint of a run, and what is wrong with each newer one.
+
+    Returns:
+        The checkpoint, or `None` if there is none, and one message per newer, incomplete checkpoint.
 
     Raises:
-        ResumeError: if there are checkpoints, and none is whole.
+        ResumeError: If there are checkpoints, but none is complete.
     """
     problems: list[str] = []
     for path in reversed(find_checkpoints(folder)):
@@ -103,14 +104,14 @@ def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:
     if problems:
         listed = "\n".join(f"  {problem}" for problem in problems)
         raise ResumeError(
-            f"{folder} holds no checkpoint that is whole:\n{listed}\nRemove them to begin anew; where the weights are "
-            "whole, a new run with another `output_dir` can begin from them by `model.from_pretrained`."
+            f"{folder} holds no complete checkpoint:\n{listed}\nRemove them to start again; if the weights are "
+            "complete, a new run with another `output_dir` can start from them by `model.from_pretrained`."
         )
     return None, problems
 
 
 def clean(folder: Path) -> None:
-    """Removes what an interrupted write has left. Only for a folder that no run is writing to."""
+    """Removes temporary folders of interrupted writes. Only for a folder that no run is writing to."""
     for path in folder.glob(".step-*"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -118,8 +119,8 @@ def clean(folder: Path) -> None:
 def rotate(folder: Path, keep_last: int, best: int | None, step: int) -> None:
     """Removes all but the newest checkpoints up to this step, and the best.
 
-    Later ones are of before the run was taken up at an older checkpoint, and may be damaged: they neither count nor
-    go.
+    Later ones were written before the run was resumed from an older checkpoint, and may be damaged: they are neither
+    counted nor removed.
     """
     for path in find_checkpoints(folder, step)[:-keep_last]:
         if _step(path) != best:
@@ -127,12 +128,12 @@ def rotate(folder: Path, keep_last: int, best: int | None, step: int) -> None:
 
 
 def write_state(folder: Path, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
-    """Writes `training_state` into a checkpoint, and makes sure that the disk has it all.
+    """Writes `training_state` into a checkpoint and flushes all files to disk.
 
     Args:
-        folder: the checkpoint, not yet in its place; whatever is in it already is listed in the manifest.
-        state: for `state.json`.
-        tensors: by name of a file, without its ending.
+        folder: The checkpoint, not yet renamed; files that are already in it are listed in the manifest.
+        state: Content of `state.json`.
+        tensors: File name without suffix -> tensors.
     """
     place = folder / STATE
     place.mkdir()
@@ -154,8 +155,8 @@ def write_state(folder: Path, state: dict[str, Any], tensors: dict[str, dict[str
 
 def _facts(path: Path) -> dict[str, Any]:
     """A file's size and checksum."""
-    # CRC-32 finds what disks and copies do to a file, and nobody forges a checkpoint; a cryptographic hash takes two
-    # to five times as long, and checkpoints have gigabytes.
+    # CRC-32 detects damage by disks and copies; forgery is not a concern. A cryptographic hash takes two to five
+    # times as long, and checkpoints have gigabytes.
     size = checksum = 0
     with path.open("rb") as file:
         while piece := file.read(2**20):
@@ -167,21 +168,25 @@ def _facts(path: Path) -> dict[str, Any]:
 def read_state(
     folder: Path, config: dict[str, Any], world_size: int
 ) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """What `write_state` wrote, if it is of the same run. `check` first whether it is whole.
+    """Reads what `write_state` wrote, if it belongs to the same configuration. `check` the folder first.
 
     Args:
-        config: of the run that wants to go on, as JSON.
-        world_size: its number of processes.
+        folder: The checkpoint.
+        config: Configuration of the run to resume, as JSON.
+        world_size: Number of processes of the run to resume.
+
+    Returns:
+        The content of `state.json`, and tensors by file name without suffix.
 
     Raises:
-        ResumeError: if it cannot be read, or belongs to another configuration; names each key that differs.
+        ResumeError: If it cannot be read or belongs to another configuration; the message names each different key.
     """
     place = folder / STATE
     try:
         state = json.loads((place / "state.json").read_text(encoding="utf-8"))
         tensors = {path.stem: load_file(path) for path in sorted(place.glob("*.safetensors"))}
     except (OSError, ValueError, SafetensorError) as error:
-        raise ResumeError(f"{folder} is no checkpoint that training can go on from: {error}.") from error
+        raise ResumeError(f"{folder} is no checkpoint that training can resume from: {error}.") from error
     then, now = _flat(state["config"]), _flat(config)
     different = [
         f"  {key}: {then.get(key, 'not set')} then, {now.get(key, 'not set')} now"
@@ -192,23 +197,25 @@ def read_state(
         different.append(f"  processes: {state['world_size']} then, {world_size} now")
     if different:
         raise ResumeError(
-            f"{folder} is of another configuration, and would not go on to the same weights:\n"
+            f"{folder} is of another configuration, and would not lead to the same weights:\n"
             + "\n".join(different)
-            + "\nUse that configuration; or begin a new run with another `output_dir`, from these weights by "
+            + "\nUse that configuration; or start a new run with another `output_dir` from these weights by "
             f"`model.from_pretrained: {folder}`."
         )
     return state, tensors
 
 
 def compare_content(checkpoint: Path, part: str, then: list[list[Any]], now: list[list[Any]]) -> None:
-    """Compares the files behind the data of a checkpoint with those that are there now.
+    """Compares the data files that a checkpoint was trained on with the present ones.
 
     Args:
-        part: what the data are called.
-        then, now: for each source its `content_facts`.
+        checkpoint: The checkpoint's folder, for the message.
+        part: Name of the data: "training" or "held-out".
+        then: `content_facts` of each source when the checkpoint was written.
+        now: The same now.
 
     Raises:
-        ResumeError: if they differ; names the files.
+        ResumeError: If they differ; the message names the files.
     """
     lines: list[str] = []
     for old, new in zip(then, now, strict=False):
@@ -218,7 +225,7 @@ def compare_content(checkpoint: Path, part: str, then: list[list[Any]], now: lis
         lines += [f"  {name}: not there any more" for name in before if name not in after]
         lines += [f"  {name}: new" for name in after if name not in before]
         lines += [
-            f"  {name}: {_in_words(before[name])} then, {_in_words(after[name])} now"
+            f"  {name}: {_describe(before[name])} then, {_describe(after[name])} now"
             for name in before
             if name in after and before[name] != after[name]
         ]
@@ -227,14 +234,14 @@ def compare_content(checkpoint: Path, part: str, then: list[list[Any]], now: lis
     if lines:
         more = [f"  ... and {len(lines) - _NAMED} more"] if len(lines) > _NAMED else []
         raise ResumeError(
-            f"{checkpoint} is of other {part} data: its place in them would mean other samples. Files differ:\n"
+            f"{checkpoint} is of other {part} data: it would continue with other samples. Files differ:\n"
             + "\n".join([*lines[:_NAMED], *more])
-            + "\nBring them back; or begin a new run with another `output_dir`, from these weights by "
+            + "\nRestore them; or start a new run with another `output_dir` from these weights by "
             f"`model.from_pretrained: {checkpoint}`."
         )
 
 
-def _in_words(facts: list[Any]) -> str:
+def _describe(facts: list[Any]) -> str:
     size, checksum = facts
     return "missing" if size is None else f"{size} bytes (checksum {checksum})"
 
@@ -249,7 +256,7 @@ def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """An optimiser's state by the names of its parameters, whole where it is sharded. Every process must call this."""
+    """An optimizer's state as `<parameter name>/<key>` -> tensor, unsharded. Every process must call this."""
     found = {}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -258,12 +265,12 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def wait_for_async(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same, none of them still under way from other processes: what sharding gathers may be a promise."""
+    """Waits for tensors that are still being gathered from other processes (FSDP returns asynchronous ones)."""
     return {name: value.wait() if hasattr(value, "wait") else value for name, value in tensors.items()}
 
 
 def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Gives an optimiser that has done no step the state of `optimizer_tensors`."""
+    """Restores the state of `optimizer_tensors` in an optimizer that has not taken a step."""
     parameters = dict(model.named_parameters())
     for key, value in tensors.items():
         name, kind = key.rsplit("/", 1)
@@ -273,15 +280,19 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
 
             value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
         elif value.dim():
-            # A copy: what was read may be a view of the file, and lie where vector instructions round otherwise.
+            # A copy: a view of the file may be aligned differently, and vector instructions then round differently.
             value = value.clone().to(parameter.device)
         optimizer.state[parameter][kind] = value
 
 
 def random_state() -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The generators of Python, numpy and torch: what JSON takes, and tensors."""
+    """State of the random number generators of Python, NumPy and torch.
+
+    Returns:
+        What JSON can hold, and tensors.
+    """
     version, numbers, gauss = random.getstate()
-    legacy: Any = np.random.get_state()  # noqa: NPY002  # others may use it
+    legacy: Any = np.random.get_state()  # noqa: NPY002  # libraries may use it
     name, keys, position, has_gauss, cached = legacy
     plain = {"python": [version, list(numbers), gauss], "numpy": [name, int(position), int(has_gauss), float(cached)]}
     tensors = {"numpy": torch.from_numpy(keys.astype(np.int64)), "torch": torch.get_rng_state()}
@@ -291,7 +302,7 @@ def random_state() -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def set_random_state(plain: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Puts the generators where `random_state` found them."""
+    """Restores the random number generators to a state of `random_state`."""
     version, numbers, gauss = plain["python"]
     random.setstate((version, tuple(numbers), gauss))
     name, position, has_gauss, cached = plain["numpy"]

@@ -1,4 +1,4 @@
-"""What a training YAML may say, and clear words for what it may not."""
+"""The keys of a training YAML, and clear messages for wrong ones."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -11,13 +11,21 @@ from medmoe_hf.errors import ConfigError, SourceError
 
 
 class ModelSection(BaseModel):
-    """Which model is trained: a new one of a preset, or a checkpoint.
+    """The model to train: a new one or a checkpoint.
 
     Attributes:
-        preset: `MedMoEConfig.from_preset`'s name, for a new model.
-        from_pretrained: folder or Hub id of a checkpoint to go on from.
-        tokenizer: of a new model: folder or Hub id of any fast tokenizer; None: the phantom reports' words.
-        overrides: fields of `MedMoEConfig` to change.
+        preset: Name of a preset of `MedMoEConfig.from_preset`, for a new model.
+        from_pretrained: Folder or Hub id of a checkpoint to continue from.
+        tokenizer: Folder or Hub id of any fast tokenizer, for a new model; `None` for one with the words of the
+            phantom reports.
+        overrides: Fields of `MedMoEConfig` to change.
+
+    Example:
+        ```python
+        from medmoe_hf.training.config import ModelSection
+
+        section = ModelSection(preset="tiny", overrides={"projection_dim": 64})
+        ```
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -28,28 +36,37 @@ class ModelSection(BaseModel):
     overrides: dict[str, Any] = {}
 
     @model_validator(mode="after")
-    def _one_origin(self) -> "ModelSection":
+    def _check_origin(self) -> "ModelSection":
         if (self.preset is None) == (self.from_pretrained is None):
-            raise ValueError("give either `preset` (a new model) or `from_pretrained` (a checkpoint)")
+            raise ValueError("set either `preset` (a new model) or `from_pretrained` (a checkpoint)")
         if self.from_pretrained is not None and self.tokenizer is not None:
-            raise ValueError("`tokenizer` belongs to a new model; a checkpoint brings its own")
+            raise ValueError("`tokenizer` is for a new model; a checkpoint has its own")
         return self
 
 
 class DataSection(BaseModel):
-    """What is read.
+    """The training and held-out data.
 
     Attributes:
-        train: the source of training pairs, a list of sources that take turns, or the path of a YAML with such a list.
-        evaluation: the same for held-out pairs; None: see `validation_share`.
-        validation_share: share of the training data, by subject or image, that is held out and evaluated on.
-        mixing: how sources take turns: by `weight`, or every `modality` equally often.
-        once: whether every sample comes once an epoch, or small sources begin again so that shares stay as they are.
-        shuffle_buffer: rows that are shuffled within, in each source; 0 keeps the order of the files.
-        max_bad_fraction: over this share of unreadable samples the run stops.
-        reduced_decode: whether large JPEGs are decoded at a half, quarter or eighth of their size where that is still
-            no smaller than the model's images: faster, and within about one grey level of the whole.
-        num_workers: processes that read and decode beside each training process.
+        train: Source of training pairs, a list of sources that are mixed, or the path of a YAML with such a list.
+        evaluation: The same for held-out pairs; `None` to use `validation_share`.
+        validation_share: Share of the training data that is held out for evaluation, in [0, 1). Data are split by
+            subject if the source names one, otherwise by image.
+        mixing: How sources are mixed: `"weight"` by their weights, `"modality"` with equal frequency per modality.
+        once: Whether each sample is used once per epoch. Otherwise small sources are repeated, so that the mixture
+            stays constant.
+        shuffle_buffer: Number of rows per source that are shuffled at a time; 0 keeps the order of the files.
+        max_bad_fraction: Share of unreadable samples above which the run stops, in [0, 1].
+        reduced_decode: Whether large JPEGs are decoded at 1/2, 1/4 or 1/8 of their size if that is at least the size
+            of the model's images. This is faster and differs by about one grey level.
+        num_workers: Number of processes per training process that read and decode data; 0 for none.
+
+    Example:
+        ```python
+        from medmoe_hf.training.config import DataSection
+
+        section = DataSection(train={"kind": "phantom", "length": 100}, validation_share=0.1)
+        ```
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -66,7 +83,7 @@ class DataSection(BaseModel):
 
     @field_validator("train", "evaluation", mode="before")
     @classmethod
-    def _from_file(cls, value: Any) -> Any:
+    def _load_file(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
         try:
@@ -76,16 +93,24 @@ class DataSection(BaseModel):
 
 
 class CheckpointSection(BaseModel):
-    """When a run writes down all that it needs to go on exactly, and how many of these are kept.
+    """When checkpoints are written, and how many are kept.
 
-    A checkpoint is a model folder with a `training_state` in it. It is written too when the run is told to stop
-    (SIGTERM, SIGINT) and when the data fail.
+    A checkpoint is a model folder that also contains a `training_state`, so that a run can resume exactly. One is also
+    written when the run is stopped by a signal (SIGTERM, SIGINT) or by an error.
 
     Attributes:
-        every_steps: 0 for no such rhythm.
-        every_minutes: 0 for no such rhythm; by default a quarter of an hour is the most that can be lost.
-        keep_last: how many of the newest are kept.
-        keep_best: whether an evaluation with the lowest held-out loss so far writes one that is kept as well.
+        every_steps: Steps between checkpoints; 0 to ignore the number of steps.
+        every_minutes: Minutes between checkpoints; 0 to ignore the time. The default loses at most a quarter of an
+            hour.
+        keep_last: Number of newest checkpoints to keep.
+        keep_best: Whether to write and keep a checkpoint when an evaluation has the lowest loss so far.
+
+    Example:
+        ```python
+        from medmoe_hf.training.config import CheckpointSection
+
+        section = CheckpointSection(every_steps=500, every_minutes=0, keep_last=3)
+        ```
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -97,20 +122,27 @@ class CheckpointSection(BaseModel):
 
 
 class LoraSection(BaseModel):
-    """Trains an update of low rank for some modules, in the place of all weights.
+    """Low-rank adapters that are trained instead of all weights.
 
-    Modules are named whole, by the end of their name (`q_proj`, `attention.output.dense`), or by a pattern
+    Modules are named by their full name, by the end of it (`q_proj`, `attention.output.dense`), or by a pattern
     (`vision_model.*.q_proj`).
 
     Attributes:
-        rank: of the updates.
-        alpha: updates are multiplied by alpha / rank.
-        dropout: share of an update's inputs that is dropped in training.
-        targets: linear, convolutional or embedding layers that get an update; None: the projections of the attention
-            in both towers (in a tower without attention: its linear layers and 1x1 convolutions).
-        train: modules (or single parameters) that are trained and saved whole; None: routers, projections, classifier
-            and learned scale, of those that there are.
-        merge: whether the output folder holds a whole model, updates added to its weights, and not the adapter alone.
+        rank: Rank of the updates.
+        alpha: Updates are multiplied by `alpha / rank`.
+        dropout: Dropout probability of the inputs of the updates during training, in [0, 1).
+        targets: Linear, convolutional or embedding layers that get an update; `None` for the attention projections of
+            both towers (in a tower without attention: its linear layers and 1x1 convolutions).
+        train: Modules or single parameters that are trained and saved in full; `None` for routers, projections,
+            classifier and learned scale, as far as the model has them.
+        merge: Whether to save a complete model, with the updates merged into its weights, instead of an adapter.
+
+    Example:
+        ```python
+        from medmoe_hf.training.config import LoraSection
+
+        section = LoraSection(rank=4, targets=["q_proj", "v_proj"])
+        ```
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -124,47 +156,65 @@ class LoraSection(BaseModel):
 
 
 class TrainConfig(BaseModel):
-    """A training run.
+    """Configuration of a training run.
 
-    A step sees `batch_size` x `gradient_accumulation_steps` x processes pairs.
+    A step uses `batch_size` x `gradient_accumulation_steps` x processes pairs.
 
     Attributes:
-        output_dir: where the model lands (a folder that loads with `from_pretrained`), with `training.json`.
-            Checkpoints and logs stand beside it in `<output_dir>-run`.
-        model, data: see there.
-        max_steps: optimiser steps.
-        batch_size: pairs that a process has in memory at a time.
-        gradient_accumulation_steps: such batches of a process in a step.
-        negatives: what a pair is contrasted with: its `micro_batch`, those of all processes at a time (`ranks`), or
-            everything in the step (`global`, which caches gradients where they are accumulated); see
-            `medmoe_hf.training.negatives` for what each costs.
-        positives: which of these mean the same as the pair and are no negatives: those of an equal `caption` or
-            `label`, or all in the measure of `text_similarity`; `none`: no other. Replaces `MedMoEConfig.positives`,
-            which is described there and saved with the model; None leaves it as it is. Held-out losses use it too.
-        learning_rate: at the top of the schedule.
-        layer_decay: factor on it from each layer of a tower to the next below; 1 for the same everywhere.
-        schedule: `cosine`, `linear`, `constant_with_warmup`, or `plateau`, where the rate falls when the held-out loss
-            does not.
-        warmup_steps: steps of linear rise before it.
-        plateau_factor, plateau_patience: of `plateau`: what the rate is multiplied with after more than so many
-            evaluations without a lower loss.
-        weight_decay: of AdamW, on matrices and kernels only (not on biases, norms, positions, temperatures).
-        betas: AdamW's.
-        max_grad_norm: gradients are clipped to this norm.
-        ema_decay: of an exponential moving average of the weights (it rises to this from 0); that average is then
-            evaluated and saved. None for none.
-        mixed_precision: Accelerate's: `no`, `bf16` or `fp16`.
-        gradient_checkpointing: recompute activations of the towers in the backward pass.
-        compile_towers: `torch.compile` the backbone and the text encoder.
-        freeze: parameters that stay as they are, by pattern or beginning of their name: `text_model`,
-            `*.experts.2.*`. What is frozen as a whole has no dropout and keeps its running statistics.
-        lora: train low-rank adapters in both towers instead of the towers; see there.
-        evaluate_every: steps between evaluations; 0 evaluates only at the end.
-        evaluation_samples: held-out pairs looked at each time.
-        checkpoints: see there.
-        trackers: where numbers go: `tensorboard` (files in `<output_dir>-run/logs`), `wandb`, `trackio`.
-        log_every: steps between records in `training.json` and the trackers.
-        seed: of weights, data order and dropout.
+        output_dir: Folder for the trained model, which loads with `from_pretrained`, and its `training.json`. It must
+            not exist. Checkpoints and logs are in `<output_dir>-run`.
+        model: The model to train.
+        data: Training and held-out data.
+        max_steps: Number of optimizer steps.
+        batch_size: Pairs per micro-batch: what a process computes at a time.
+        gradient_accumulation_steps: Micro-batches per step and process.
+        negatives: What a pair is contrasted with: the rest of its `"micro_batch"`, the current micro-batches of all
+            processes (`"ranks"`), or all pairs of the step (`"global"`, which caches gradients if they are
+            accumulated). `medmoe_hf.training.negatives` lists the costs.
+        positives: Which of these pairs are positives too: those with an equal `"caption"` or `"label"`, or all,
+            weighted by `"text_similarity"`; `"none"` for no others. Replaces `MedMoEConfig.positives`, where the
+            values are described, and is saved with the model; `None` keeps the model's value. Held-out losses use it
+            too.
+        learning_rate: Highest learning rate of the schedule.
+        layer_decay: Factor on the learning rate from each layer of a tower to the next lower one, in (0, 1]; 1 for one
+            learning rate for all layers.
+        schedule: `"cosine"`, `"linear"`, `"constant_with_warmup"`, or `"plateau"`, which lowers the learning rate when
+            the held-out loss does not decrease.
+        warmup_steps: Number of steps of linear warm-up.
+        plateau_factor: Factor on the learning rate at a plateau, in (0, 1).
+        plateau_patience: Number of evaluations without a lower loss after which the learning rate is lowered.
+        weight_decay: Weight decay of AdamW, for matrices and kernels only (not for biases, norms, position embeddings
+            and temperatures).
+        betas: AdamW's betas.
+        max_grad_norm: Largest norm of the gradients, to which they are clipped.
+        ema_decay: Decay of an exponential moving average of the weights, in (0, 1); it increases to this value from
+            0. The average is then evaluated and saved instead of the weights. `None` for no average.
+        mixed_precision: Accelerate's mixed precision: `"no"`, `"bf16"` or `"fp16"`.
+        gradient_checkpointing: Whether to recompute activations of the towers in the backward pass.
+        compile_towers: Whether to `torch.compile` the image backbone and the text encoder.
+        freeze: Parameters to freeze, by name, by the name of their module, or by pattern: `text_model`,
+            `*.experts.2.*`. Frozen modules have no dropout and keep their running statistics.
+        lora: Low-rank adapters to train in both towers instead of the towers; `None` to train the towers.
+        evaluate_every: Steps between evaluations; 0 evaluates only at the end.
+        evaluation_samples: Number of held-out pairs that are evaluated.
+        checkpoints: When checkpoints are written, and how many are kept.
+        trackers: Where metrics are logged: `"tensorboard"` (files in `<output_dir>-run/logs`), `"wandb"`, `"trackio"`.
+        log_every: Steps between entries in `training.json` and the trackers.
+        seed: Seed of the initial weights, the order of the data, and dropout.
+
+    Example:
+        ```python
+        from medmoe_hf.training import TrainConfig
+
+        config = TrainConfig.from_dict(
+            {
+                "output_dir": "runs/first",
+                "model": {"preset": "tiny"},
+                "data": {"train": {"kind": "phantom", "image_size": 64}},
+                "max_steps": 100,
+            }
+        )
+        ```
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -200,19 +250,19 @@ class TrainConfig(BaseModel):
     seed: int = 0
 
     @model_validator(mode="after")
-    def _fits_together(self) -> "TrainConfig":
+    def _check_combinations(self) -> "TrainConfig":
         contrasted = self.batch_size * (1 if self.negatives != "global" else self.gradient_accumulation_steps)
         if contrasted < 2:
-            raise ValueError("a pair needs another one to be contrasted with: raise `batch_size` to 2 or more")
+            raise ValueError("a pair needs another one to be contrasted with: set `batch_size` to 2 or more")
         if self.schedule == "plateau" and not (self.evaluate_every and self.evaluates):
             raise ValueError(
-                "`schedule: plateau` follows the held-out loss: give `evaluate_every`, and `data.evaluation` or "
+                "`schedule: plateau` depends on the held-out loss: set `evaluate_every`, and `data.evaluation` or "
                 "`data.validation_share`"
             )
         if self.positives is not None and self.model.overrides.get("positives", self.positives) != self.positives:
-            raise ValueError("`positives` and `model.overrides.positives` contradict each other: give one of them")
+            raise ValueError("`positives` and `model.overrides.positives` contradict each other: set only one of them")
         if self.lora is not None and self.model.from_pretrained is None:
-            raise ValueError("`lora` adapts a trained model: give `model.from_pretrained`")
+            raise ValueError("`lora` adapts a trained model: set `model.from_pretrained`")
         return self
 
     @property
@@ -222,21 +272,31 @@ class TrainConfig(BaseModel):
 
     @property
     def caches_gradients(self) -> bool:
-        """Whether negatives reach over accumulated micro-batches, so that a step is more than a sum of their steps."""
+        """Whether negatives come from several accumulated micro-batches, so that gradients are cached."""
         return self.negatives == "global" and self.gradient_accumulation_steps > 1
 
     @property
     def run_dir(self) -> Path:
-        """Where checkpoints and logs are kept."""
+        """Folder of checkpoints and logs."""
         return self.output_dir.with_name(f"{self.output_dir.name}-run")
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "TrainConfig":
-        """Reads and checks a YAML file.
+        """Reads and validates a YAML file.
+
+        Args:
+            path: The file.
 
         Raises:
-            ConfigError: for a missing file, broken YAML, unknown keys (the nearest known one is suggested) or wrong
-                values; names the file and every key at fault.
+            ConfigError: For a missing file, invalid YAML, unknown keys (the nearest known key is suggested) or invalid
+                values; the message names the file and every wrong key.
+
+        Example:
+            ```python
+            from medmoe_hf.training import TrainConfig
+
+            config = TrainConfig.from_yaml("run.yaml")
+            ```
         """
         content = read_yaml(path, ConfigError)
         if not isinstance(content, dict):
@@ -245,7 +305,15 @@ class TrainConfig(BaseModel):
 
     @classmethod
     def from_dict(cls, content: dict[str, Any], where: str = "the configuration") -> "TrainConfig":
-        """Checks a dictionary; errors as in `from_yaml`, `where` says what it came from."""
+        """Validates a dictionary.
+
+        Args:
+            content: Keys and values as in a YAML file.
+            where: Where the content comes from, for messages.
+
+        Raises:
+            ConfigError: For unknown keys or invalid values; the message names all of them.
+        """
         try:
             return cls.model_validate(content)
         except ValidationError as error:

@@ -1,4 +1,4 @@
-"""What a run would do, before it does it: `medmoe train --dry-run`."""
+"""Plan of a run, without training: `medmoe train --dry-run`."""
 
 import resource
 import sys
@@ -16,28 +16,34 @@ _STEPS = 2
 _NEGATIVES = {
     "micro_batch": "its own micro-batch",
     "ranks": "the micro-batches of all processes",
-    "global": "the whole step",
+    "global": "the entire step",
 }
 
 
 @dataclass
 class Plan:
-    """A run's sizes: computed, except `step_seconds` and `peak_bytes`, which two steps were run for.
+    """Sizes and costs of a run, measured in two steps and computed.
 
     Attributes:
-        parameters, trainable: of the model.
-        groups: of the optimiser: name, parameters, learning rate, weight decay.
-        processes, pairs: pairs of a step over all processes.
-        contrasted: what a pair is contrasted with, in words, and how many pairs that are.
-        positives: of the model's configuration.
-        max_steps: of the configuration.
-        schedule: in words.
-        step_seconds: of the second step: the first one warms up.
-        weight_bytes, gradient_bytes, optimizer_bytes, average_bytes: of one process with whole weights.
-        peak_bytes: of the process (on a CPU) or the device in these steps.
-        checkpoint_bytes: on disk, each.
-        losses: of the two steps.
-        places: where the model, the checkpoints and the logs go.
+        parameters: Number of parameters.
+        trainable: Number of trainable parameters.
+        groups: Name, number of parameters, learning rate and weight decay of each parameter group.
+        processes: Number of processes.
+        pairs: Pairs per step, over all processes.
+        contrasted: Description and number of the pairs that a pair is contrasted with.
+        positives: `positives` of the model's configuration.
+        max_steps: Number of steps of the run.
+        schedule: Description of the learning rate schedule.
+        step_seconds: Duration of the second step, as the first one warms up.
+        weight_bytes: Memory of the weights of one process, without sharding.
+        gradient_bytes: Memory of the gradients.
+        optimizer_bytes: Memory of the optimizer's state.
+        average_bytes: Memory of the moving average; 0 without one.
+        peak_bytes: Peak memory of the device, or of the process on a CPU, in these steps.
+        checkpoint_bytes: Size of a checkpoint on disk.
+        device: Name of the device.
+        losses: Losses of the two steps.
+        locations: Lines that name the folders of model, checkpoints and logs.
     """
 
     parameters: int
@@ -58,7 +64,7 @@ class Plan:
     checkpoint_bytes: int
     device: str
     losses: list[float] = field(default_factory=list)
-    places: list[str] = field(default_factory=list)
+    locations: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         hours = self.step_seconds * self.max_steps / 3600
@@ -66,30 +72,44 @@ class Plan:
             f"model       {self.parameters:,} parameters, {self.trainable:,} trained "
             f"({self.trainable / self.parameters:.1%})",
             *(
-                f"            {name}: {count:,} at rate {rate:.2g}, decay {decay:g}"
+                f"            {name}: {count:,} learning rate {rate:.2g}, weight decay {decay:g}"
                 for name, count, rate, decay in self.groups
             ),
             f"step        {self.pairs} pairs on {self.processes} process{'es' if self.processes > 1 else ''} "
             f"({self.device}); each pair against {self.contrasted[0]} ({self.contrasted[1]})"
             + ("" if self.positives == "none" else f", positives by {self.positives.replace('_', ' ')}"),
             f"schedule    {self.max_steps:,} steps, {self.schedule}",
-            f"time        {self.step_seconds:.2f} s a step, about {hours:.1f} h in all, evaluations left out",
-            f"memory      weights {_size(self.weight_bytes)}, gradients {_size(self.gradient_bytes)}, optimiser "
+            f"time        {self.step_seconds:.2f} s per step, about {hours:.1f} h in total, without evaluations",
+            f"memory      weights {_size(self.weight_bytes)}, gradients {_size(self.gradient_bytes)}, optimizer "
             f"{_size(self.optimizer_bytes)}"
             + (f", moving average {_size(self.average_bytes)}" if self.average_bytes else "")
             + f"; peak in {_STEPS} steps {_size(self.peak_bytes)}",
-            f"disk        {_size(self.checkpoint_bytes)} a checkpoint",
+            f"disk        {_size(self.checkpoint_bytes)} per checkpoint",
             f"losses      {', '.join(f'{loss:.3f}' for loss in self.losses)}",
-            *self.places,
+            *self.locations,
         ]
         return "\n".join(lines)
 
 
 def plan(config: TrainConfig) -> Plan:
-    """Runs two steps as the configuration says, and leaves nothing behind.
+    """Runs two steps of a configuration and reports sizes and costs. Leaves no files.
+
+    Args:
+        config: Configuration of the run.
+
+    Returns:
+        The plan; `str()` of it is the output of `medmoe train --dry-run`.
 
     Raises:
-        what `train` raises for data or settings that cannot be used.
+        TrainingError: As `train`, for settings that cannot be used.
+        StreamError: If too many samples cannot be read.
+
+    Example:
+        ```python
+        from medmoe_hf.training import TrainConfig, plan
+
+        print(plan(TrainConfig.from_yaml("run.yaml")))
+        ```
     """
     with tempfile.TemporaryDirectory() as folder:
         dry = config.model_copy(update={"output_dir": Path(folder) / "model", "trackers": []})
@@ -121,7 +141,7 @@ def plan(config: TrainConfig) -> Plan:
     average = weights if run.ema is not None else 0
     groups = run.optimizer.param_groups
     full = [group.get("initial_lr", group["lr"]) for group in groups]
-    schedule = f"{config.schedule} after {config.warmup_steps} of warm-up"
+    schedule = f"{config.schedule} after {config.warmup_steps} steps of warm-up"
     return Plan(
         parameters=sum(parameter.numel() for parameter in parameters),
         trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
@@ -144,7 +164,7 @@ def plan(config: TrainConfig) -> Plan:
         checkpoint_bytes=(weights if config.lora is None else gradients) + 2 * gradients + average,
         device=str(run.accelerator.device),
         losses=losses,
-        places=[
+        locations=[
             f"model       {config.output_dir}",
             f"checkpoints {config.run_dir / 'checkpoints'}",
             *([f"logs        {config.run_dir / 'logs'}"] if config.trackers else []),

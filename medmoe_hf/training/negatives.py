@@ -1,15 +1,15 @@
-"""What a pair is contrasted with: the rest of its micro-batch, of all processes, or of the whole step.
+"""Negatives of a pair: the rest of its micro-batch, of all processes, or of the entire step.
 
-| `negatives` | a pair is contrasted with | sent, beside gradients | memory, beside a micro-batch |
+| `negatives` | a pair is contrasted with | communication besides gradients | memory besides a micro-batch |
 |---|---|---|---|
 | `micro_batch` | the pairs of its own micro-batch | BatchNorm's sums | none |
-| `ranks` | the micro-batches that all processes have at one time | + B (2 D + W D + B) numbers | B W D |
-| `global` | all pairs of a step, over processes and accumulation | the same, once a step | + 4.5 MB an image |
+| `ranks` | the current micro-batches of all processes | + B (2 D + W D + B) numbers | B W D |
+| `global` | all pairs of a step, over processes and accumulation | the same, once per step | + 4.5 MB per image |
 
-B is the number of those pairs, W their words, D the width; the last are pyramids with their gradients, at 224 pixels.
-Local maps never travel: each process compares its own with all words. With `gradient_accumulation_steps: 1`, `global`
-is `ranks`. Above that it caches gradients: the towers run forward twice, the experts' layers about five times; see
-`medmoe_hf.training.cached`.
+B is the number of pairs, W their words, D the embedding size; 4.5 MB are one pyramid with gradients at 224 pixels.
+Local maps are never sent: each process compares its own with all words. With `gradient_accumulation_steps: 1`,
+`global` is the same as `ranks`. With more, it caches gradients: the towers run forward twice, the experts' layers
+about five times; see `medmoe_hf.training.cached`.
 """
 
 from typing import Any
@@ -21,17 +21,17 @@ from medmoe_hf.model.modeling_medmoe import in_process_group
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """Puts the rows of all processes together, in the order of ranks; differentiable.
+    """Concatenates the rows of all processes in the order of ranks; differentiable.
 
-    The backward pass adds what all processes have to say about a row. So where every process computes the same loss,
-    the mean of their gradients (what DDP and FSDP take) is the gradient of one process with all rows.
+    The backward pass sums the gradients of a row over all processes. So if every process computes the same loss, the
+    mean of their gradients (as DDP and FSDP compute it) is the gradient of a single process with all rows.
 
     Args:
-        rows: (b, ...), of one type everywhere; sizes may differ between processes, and rows are padded with zeros
-            behind to the largest in every dimension but the first.
+        rows: (b, ...), with the same dtype in all processes. Sizes may differ; every dimension except the first is
+            padded with trailing zeros to the largest size.
 
     Returns:
-        (B, ...), B the sum of all b. `rows` themselves in a single process.
+        (B, ...), where B is the sum of all b; `rows` itself in a single process.
     """
     return _GatherRows.apply(rows) if in_process_group() else rows
 
@@ -45,7 +45,7 @@ class _GatherRows(torch.autograd.Function):
         distributed.all_gather(shapes, shape)
         counts = [int(other[0]) for other in shapes]
         largest = torch.stack(shapes).amax(dim=0).tolist()
-        # Booleans do not travel everywhere; bytes do.
+        # Some backends cannot send booleans.
         sent = rows.to(torch.uint8) if rows.dtype == torch.bool else rows
         padded = sent.new_zeros(largest)
         padded[tuple(slice(size) for size in rows.shape)] = sent
@@ -66,7 +66,11 @@ class _GatherRows(torch.autograd.Function):
 
 
 def summed(tensors: list[Tensor]) -> list[Tensor]:
-    """Each tensor's sum over all processes, in one exchange; all of one type, in the same order everywhere."""
+    """Sums each tensor over all processes, in one exchange.
+
+    Args:
+        tensors: All of one dtype, in the same order in all processes.
+    """
     if not tensors or not in_process_group():
         return tensors
     flat = torch.cat([tensor.flatten() for tensor in tensors])
@@ -92,10 +96,10 @@ def max_over_processes(value: int, device: torch.device) -> int:
 
 
 def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
-    """Averages gradients over processes, for a model that is wrapped in nothing that does.
+    """Averages gradients over processes, for a model without a wrapper that does so.
 
     Args:
-        parameters: in the same order everywhere; one without a gradient counts as zero.
+        parameters: In the same order in all processes; a missing gradient counts as zero.
     """
     if not in_process_group():
         return
@@ -111,4 +115,4 @@ def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
             gradient.copy_(total / distributed.get_world_size())
 
 
-_BUCKET = 2**23  # elements that travel at a time: 32 MiB
+_BUCKET = 2**23  # elements per exchange: 32 MiB

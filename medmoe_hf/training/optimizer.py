@@ -23,13 +23,16 @@ _TOWER = re.compile(r"(?:^|\.)(?:(?P<vision>(?:vision_model\.)?backbone)|(?:text
 _LAYER = re.compile(r"(?:^|[._])(?:layers?|stages?|[a-z]*blocks?)[._]?(\d+)(?:\.(?:blocks\.)?(\d+)(?=\.))?\.")
 
 _IN_FRONT: tuple[int, ...] = ()
-"""The place of a tower's embeddings or stem: it sorts before the numbers of any layer."""
+"""Layer number of a tower's embeddings or stem: sorts before any layer."""
 
 
 def split_tower(name: str) -> tuple[str, str] | None:
-    """The tower that a parameter or module belongs to, and its name in there; None for routers, experts, projections.
+    """Splits the name of a parameter or module into tower and name inside the tower.
 
-    Works for the dual encoder, the classifier and the towers alone, wrapped (DDP, PEFT) or not.
+    Works for the dual encoder, the classifier and single towers, with or without wrappers (DDP, PEFT).
+
+    Returns:
+        "vision_model" or "text_model", and the rest of the name; `None` for routers, experts and projections.
     """
     found = _TOWER.search(name)
     if found is None:
@@ -40,42 +43,51 @@ def split_tower(name: str) -> tuple[str, str] | None:
 def parameter_groups(
     model: nn.Module, weight_decay: float, learning_rate: float | None = None, layer_decay: float = 1.0
 ) -> list[dict[str, Any]]:
-    """Trainable parameters as AdamW's groups: what is decayed, and how fast each layer learns.
+    """Trainable parameters as parameter groups for AdamW: weight decay and the learning rate of each layer.
 
-    No weight decay on:
+    There is no weight decay on:
 
-    - norms, biases and temperatures: one dimension or none, and pulling them to zero only hurts;
-    - tables of positions, relative or not, and of segments: each row is an offset that is added, a bias of its place.
-      A place that the training texts or images never reach has no gradient, and decay alone would wipe it out.
+    - norms, biases and temperatures: parameters with one dimension or none, for which zero is no useful prior;
+    - position (absolute or relative) and segment embeddings: each row is an additive offset, like a bias. A position
+      that never occurs in training has no gradient, and decay alone would erase it.
 
-    Word embeddings are decayed, as in BERT's own training: they are added too, but they are most of the text tower's
-    weights and hold what it knows.
+    Word embeddings are decayed, as in BERT's own training.
 
     With `layer_decay` below 1 a layer learns at `learning_rate * layer_decay ** distance`. The distance is 0 for
     experts, routers, projections, temperatures and a tower's final norm, 1 for a tower's last layer (a block of the
-    Swin, a layer of the text encoder), and grows by one a layer down to the embeddings, which learn slowest. What
-    merges patches after a stage belongs to the stage's last block. Layers are found by their numbers, in most
-    encoders and timm backbones; a tower in which none are found lies at distance 1 as a whole.
+    Swin, a layer of the text encoder), and grows by one per layer down to the embeddings, which learn slowest. What
+    merges patches after a stage belongs to the stage's last block. Layers are recognised by their numbers, which works
+    for most encoders and timm backbones; a tower without recognised layers has distance 1.
 
     Args:
-        model: frozen and wrapped (PEFT) already, if it is to be.
-        weight_decay: of the groups that are decayed.
-        learning_rate: at distance 0; None leaves it to the optimiser.
-        layer_decay: factor from one layer to the next below, in (0, 1].
+        model: The model, after freezing and wrapping (PEFT).
+        weight_decay: Weight decay of the groups with decay.
+        learning_rate: Learning rate at distance 0; `None` to leave it to the optimizer.
+        layer_decay: Factor from one layer to the next lower one, in (0, 1].
 
     Returns:
-        groups with `name`, `params`, `weight_decay` and (with a `learning_rate`) `lr`: the full rate first, then the
-        towers from the top down. None is empty, and each parameter is in exactly one.
+        Groups with `name`, `params`, `weight_decay` and (with a `learning_rate`) `lr`: first those with the full
+        learning rate, then the towers from top to bottom. No group is empty, and each parameter is in exactly one.
 
     Raises:
-        ValueError: if nothing is trainable, or for a `layer_decay` out of range or without a `learning_rate`.
+        ValueError: If nothing is trainable, or for a `layer_decay` out of range or without a `learning_rate`.
+
+    Example:
+        ```python
+        import torch
+        from medmoe_hf import MedMoEConfig, MedMoEModel
+        from medmoe_hf.training.optimizer import parameter_groups
+
+        model = MedMoEModel(MedMoEConfig.from_preset("tiny"))
+        optimizer = torch.optim.AdamW(parameter_groups(model, 0.05, learning_rate=1e-4, layer_decay=0.8))
+        ```
     """
     if not 0 < layer_decay <= 1:
         raise ArgumentError(f"`layer_decay` must lie in (0, 1], 1 for one rate everywhere; got {layer_decay}.")
     if layer_decay < 1 and learning_rate is None:
         raise ArgumentError("`layer_decay` needs a `learning_rate` to start from.")
     towers: dict[str, dict[str, tuple[str, nn.Parameter]]] = {"vision_model": {}, "text_model": {}}
-    for name, parameter in model.named_parameters():  # which gives a shared one once
+    for name, parameter in model.named_parameters():  # a shared parameter once
         if layer_decay < 1 and (split := split_tower(name)) is not None:
             towers[split[0]][name] = split[1], parameter
     places: dict[str, tuple[int, int, str]] = {}  # order of the tower, distance from the top, title
@@ -105,15 +117,15 @@ def parameter_groups(
 
 
 def _distances(members: dict[str, tuple[str, nn.Parameter]]) -> dict[str, tuple[int, str]]:
-    """For each parameter of one tower its distance from the top, and what to call its layer.
+    """Distance of each parameter of one tower from the top, and the name of its layer.
 
     Args:
-        members: full name -> (name inside the tower, parameter), in the order of registration.
+        members: Full name -> (name inside the tower, parameter), in the order of registration.
     """
     numbers = {name: found for name, (inside, _) in members.items() if (found := _LAYER.search(inside))}
     order = {name: position for position, name in enumerate(members)}
     last = max((order[name] for name in numbers), default=len(order))
-    blocks: dict[int, list[tuple[int, int]]] = {}  # stage -> (block, where it is registered first)
+    blocks: dict[int, list[tuple[int, int]]] = {}  # stage -> (block, first position in the order of registration)
     for name, found in numbers.items():
         known = blocks.setdefault(int(found[1]), [])
         if found[2] is not None and int(found[2]) not in [block for block, _ in known]:
@@ -124,7 +136,7 @@ def _distances(members: dict[str, tuple[str, nn.Parameter]]) -> dict[str, tuple[
             stage, block = int(numbers[name][1]), numbers[name][2]
             if block is not None or not blocks[stage]:
                 layers[name] = (stage,) if block is None else (stage, int(block))
-            else:  # merges patches: timm registers that before a stage's blocks, transformers behind them
+            else:  # merges patches: timm registers it before a stage's blocks, transformers after them
                 in_front = order[name] < min(position for _, position in blocks[stage])
                 layers[name] = stage, (min if in_front else max)(blocks[stage])[0]
         else:
@@ -139,18 +151,18 @@ def _distances(members: dict[str, tuple[str, nn.Parameter]]) -> dict[str, tuple[
 
 
 def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
-    """Makes the parameters that a pattern fits untrainable.
+    """Freezes the parameters that match a pattern.
 
     Args:
-        model: for one with adapters, what is inside: `peft_model.get_base_model()`.
-        patterns: names of parameters or of modules (`text_model`, `vision_model.backbone.embeddings`), in which `*`,
-            `?` and `[...]` have their meaning for file names (`*.experts.2`, `*.experts.[0-2].*`). A name must be
-            whole between its dots: `layer.1` is not `layer.10`.
+        model: The model; with adapters, the model inside: `peft_model.get_base_model()`.
+        patterns: Names of parameters or modules (`text_model`, `vision_model.backbone.embeddings`), with the wildcards
+            of file names (`*.experts.2`, `*.experts.[0-2].*`). They match entire parts between dots: `layer.1` does
+            not match `layer.10`.
 
     Raises:
-        ValueError: for a pattern that fits nothing; names the parts of the model and the nearest names.
+        ValueError: If a pattern matches nothing; the message names the parts of the model and the nearest names.
     """
-    # Under all of its names, if it is shared.
+    # A shared parameter under all of its names.
     parameters = list(model.named_parameters(remove_duplicate=False))
     for pattern in patterns:
         whole = pattern.rstrip(".")
@@ -163,7 +175,7 @@ def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
             near = nearest_names(whole, names)
             hint = f" Nearest: {', '.join(near)}." if near else ""
             raise ArgumentError(
-                f'`freeze`: no parameter begins with "{pattern}", or fits it as a pattern. '
+                f'`freeze`: no parameter begins with "{pattern}" or matches it as a pattern. '
                 f"The model has {', '.join(top)}.{hint}"
             )
         for parameter in fitting:
@@ -171,9 +183,9 @@ def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
 
 
 def nearest_names(pattern: str, names: Iterable[str]) -> list[str]:
-    """Up to three names, of these or of the modules above them, that look most like a pattern that fits none."""
+    """Up to three names of parameters or modules that are most similar to a pattern without matches."""
     paths = {path for name in names for path in accumulate(name.split("."), "{}.{}".format)}
-    if pattern.startswith("*"):  # then what is meant is an end, and ends are compared
+    if pattern.startswith("*"):  # the pattern describes the end of a name
         pattern = pattern.strip("*.")
         length = pattern.count(".") + 1
         paths = {".".join(path.split(".")[-length:]) for path in paths}
@@ -181,15 +193,15 @@ def nearest_names(pattern: str, names: Iterable[str]) -> list[str]:
 
 
 def train_mode(model: nn.Module) -> None:
-    """As `model.train()`, but what is frozen as a whole stays in evaluation mode.
+    """Like `model.train()`, but modules without trainable parameters stay in evaluation mode.
 
-    A frozen BatchNorm that goes on adapting its statistics is not frozen, and dropout in a frozen part adds noise that
-    nothing learns to bear. To be called again after everything that calls `model.train()`.
+    A frozen BatchNorm that updates its statistics is not frozen, and dropout in a frozen part only adds noise. Call
+    this again after anything that calls `model.train()`.
 
-    Adapters change the second half of this. In a tower that has some (PEFT's LoRA layers), dropout and stochastic
-    depth go on as if the tower were trained, since its output is: they are what regularises it, and half of them
-    (those in modules that happen to hold no adapter) would be another network than the one that was pretrained. Its
-    frozen BatchNorms stay as they are. The dropout of an adapter itself is always active.
+    In a tower with adapters (PEFT's LoRA layers), however, dropout and stochastic depth are active everywhere, as if
+    the tower were trained: they regularise its output, and using them only in the modules that have an adapter would
+    change the network that was pretrained. Frozen BatchNorms stay in evaluation mode there too. The dropout of the
+    adapters themselves is always active.
     """
     model.train()
     adapted = {
@@ -202,7 +214,7 @@ def train_mode(model: nn.Module) -> None:
 
     def visit(module: nn.Module, name: str) -> None:
         trainable = [parameter.requires_grad for parameter in module.parameters()]
-        tower = split_tower(f"{name}.weight")  # with an end: the tower's own module belongs to it too
+        tower = split_tower(f"{name}.weight")  # with a suffix, so that the tower's own module is recognised
         inside_adapted = tower is not None and tower[0] in adapted
         normalises = isinstance(module, nn.modules.batchnorm._BatchNorm)
         if trainable and not any(trainable) and (normalises or not inside_adapted):

@@ -69,12 +69,12 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["paper", "plus", "finetune", "lora"])
-def test_recipes_are_valid(tmp_path, monkeypatch, name):
+def test_example_configurations_are_valid(tmp_path, monkeypatch, name):
     root = Path(__file__).parents[2]
     (tmp_path / "sources.yaml").write_text("- {kind: phantom}\n")
     (tmp_path / "examples").symlink_to(root / "examples")
     monkeypatch.chdir(tmp_path)
-    run = TrainConfig.from_yaml(root / "examples" / "recipes" / f"{name}.yaml")
+    run = TrainConfig.from_yaml(root / "examples" / "configurations" / f"{name}.yaml")
     if name == "paper":  # spec/model.md, row 21
         assert (run.learning_rate, run.weight_decay, run.max_grad_norm) == (5e-5, 0.0, 0.25)
         assert (run.batch_size, run.gradient_accumulation_steps, run.schedule) == (32, 10, "plateau")
@@ -84,8 +84,8 @@ def test_recipes_are_valid(tmp_path, monkeypatch, name):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("batch_size: 1", "raise `batch_size` to 2"),
-        ("schedule: plateau", "plateau` follows the held-out loss: give `evaluate_every`"),
+        ("batch_size: 1", "set `batch_size` to 2"),
+        ("schedule: plateau", "plateau` depends on the held-out loss: set `evaluate_every`"),
         ("lora: {rank: 4}", "`lora` adapts a trained model"),
         ("lora: {rang: 4}", r"lora.rang: unknown key. Did you mean `rank`\?"),
         ("checkpoints: {keep_last: 0}", "checkpoints.keep_last: .*greater than or equal to 1"),

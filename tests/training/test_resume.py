@@ -272,26 +272,26 @@ def test_a_damaged_checkpoint_is_refused_by_name(copied, damage):
     assert re.search(said, problems[0])
 
 
-def test_auto_takes_the_newest_checkpoint_that_is_whole_and_says_so(copied, capsys):
+def test_auto_uses_the_newest_complete_checkpoint_and_reports_it(copied, capsys):
     run, _, newest, expected = copied
     said = damaged(newest, "no average")
     assert train(run, "auto").resumed == [2]
     out = capsys.readouterr().out
     assert re.search(f"Skipped: .*{said}", out)
-    assert re.search("Going on from .*step-00000002, the newest checkpoint that is whole", out)
+    assert re.search("Resuming from .*step-00000002, the newest complete checkpoint", out)
     assert_same(weights(run.output_dir), expected)
     checkpoints.check(newest)  # written anew on the way
 
 
-def test_without_a_whole_checkpoint_nothing_begins_anew_by_itself(copied):
+def test_without_a_complete_checkpoint_no_new_run_is_started(copied):
     run, older, newest, _ = copied
     (older / "model.safetensors").unlink()
     (newest / "training_state" / "ema.safetensors").write_bytes(b"")
     with pytest.raises(ResumeError) as error:
         train(run, "auto")
     said = str(error.value)
-    assert "step-00000002 is not whole: model.safetensors is missing" in said
-    assert "step-00000004 is not whole: training_state/ema.safetensors has 0 bytes in place of" in said
+    assert "step-00000002 is not complete: model.safetensors is missing" in said
+    assert "step-00000004 is not complete: training_state/ema.safetensors has 0 bytes instead of" in said
 
 
 def test_a_run_taken_up_at_an_older_checkpoint_loses_none_and_writes_later_ones_anew(copied):
