@@ -39,7 +39,8 @@ from sklearn.preprocessing import StandardScaler
 from medmoe_hf.data import MODALITIES
 from medmoe_hf.evaluation.intervals import Interval, bootstrap
 from medmoe_hf.evaluation.metrics import classification_metrics
-from medmoe_hf.inference.encoders import MedMoEEncoder, read_picture
+from medmoe_hf.inference.batching import read_picture
+from medmoe_hf.inference.encoders import MedMoEEncoder
 from medmoe_hf.model.medical_images_medmoe import read_medical_image
 from medmoe_hf.training import TrainConfig, train
 

@@ -9,7 +9,8 @@ from medmoe_hf.evaluation.dataset import Box, EvaluationSet, test_split
 from medmoe_hf.evaluation.intervals import bootstrap
 from medmoe_hf.evaluation.metrics import box_mask, contrast_to_noise, energy_in_box, mean_iou, pointing_hit
 from medmoe_hf.evaluation.results import HeatmapExample, Result, common_facts
-from medmoe_hf.inference.encoders import Encoder, MedMoEEncoder, read_picture
+from medmoe_hf.inference.batching import read_picture
+from medmoe_hf.inference.encoders import Encoder, MedMoEEncoder
 from medmoe_hf.model.modalities_medmoe import MODALITIES, UNKNOWN_MODALITY
 
 NONSENSE = ("glorbix", "quandle", "zwyvex")
@@ -123,7 +124,8 @@ def grounding(encoder: Encoder, data: EvaluationSet, resamples: int = 1000, seed
 
 def _mask(boxes: Sequence[Box], size: tuple[int, ...]) -> np.ndarray:
     """(H, W) bool: what any of the boxes covers."""
-    return np.any([box_mask(box, (size[0], size[1])) for box in boxes], axis=0)
+    covered: np.ndarray = np.any([box_mask(box, (size[0], size[1])) for box in boxes], axis=0)
+    return covered
 
 
 def _measure(heatmaps: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> dict[str, np.ndarray]:

@@ -212,7 +212,8 @@ def _rarest_findings(labels: np.ndarray) -> np.ndarray:
     """(N,) index of each image's rarest finding, C where it has none; of labels (N, C)."""
     present = labels == 1
     frequency = np.where(present, present.sum(axis=0), len(labels) + 1)
-    return np.where(present.any(axis=1), frequency.argmin(axis=1), labels.shape[1])
+    rarest: np.ndarray = np.where(present.any(axis=1), frequency.argmin(axis=1), labels.shape[1])
+    return rarest
 
 
 def stratified_part(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:

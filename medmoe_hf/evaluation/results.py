@@ -13,7 +13,8 @@ from huggingface_hub import EvalResult
 from medmoe_hf.evaluation.dataset import EvaluationSet
 from medmoe_hf.evaluation.intervals import Interval, bootstrap
 from medmoe_hf.evaluation.metrics import calibration, classification_metrics, multilabel_metrics
-from medmoe_hf.inference.encoders import Encoder, fingerprint
+from medmoe_hf.inference.batching import short_hash
+from medmoe_hf.inference.encoders import Encoder
 
 PACKAGES = ("medmoe_hf", "torch", "torchvision", "transformers", "numpy", "scikit-learn", "pillow")
 
@@ -148,7 +149,8 @@ class Result:
 
     def to_json(self) -> dict[str, Any]:
         """What `json.dumps` takes; NaN and infinity become null."""
-        return _plain({name: value for name, value in _shallow(self).items() if name != "examples"})
+        plain: dict[str, Any] = _plain({name: value for name, value in _shallow(self).items() if name != "examples"})
+        return plain
 
     def rows_of(self, interval: Interval) -> int:
         """How many images an interval of this result was measured on: a variant may leave out some."""
@@ -228,8 +230,8 @@ def common_facts(
     return {
         **data.facts,
         "weights": encoder.weights,
-        "preprocessing": fingerprint(encoder.preprocessing),
-        "prompts": fingerprint(json.dumps(list(texts))) if texts else None,
+        "preprocessing": short_hash(encoder.preprocessing),
+        "prompts": short_hash(json.dumps(list(texts))) if texts else None,
         "seed": seed,
         "resamples": resamples,
         "versions": {name: version(name) for name in PACKAGES},

@@ -15,7 +15,8 @@ from medmoe_hf.evaluation.results import Result
 from medmoe_hf.evaluation.retrieval import retrieval
 from medmoe_hf.evaluation.routing import routing
 from medmoe_hf.evaluation.zero_shot import zero_shot
-from medmoe_hf.inference.encoders import BATCH_SIZE, MedMoEEncoder, load_encoder
+from medmoe_hf.inference.batching import BATCH_SIZE
+from medmoe_hf.inference.encoders import MedMoEEncoder, load_encoder
 
 PROTOCOLS: dict[str, Callable[..., Result]] = {
     "zero-shot": zero_shot,

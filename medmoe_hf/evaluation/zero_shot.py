@@ -165,7 +165,8 @@ def flatten_prompts(prompts: Mapping[str, Sequence[str]]) -> tuple[list[str], Te
 
 def _by_class(by_sentence: Tensor, class_ids: Tensor) -> Tensor:
     """Means over the sentences of each class: (..., M) to (..., C)."""
-    return torch.stack([by_sentence[:, class_ids == label].mean(dim=1) for label in class_ids.unique()], dim=1)
+    labels = range(int(class_ids.max()) + 1)
+    return torch.stack([by_sentence[:, class_ids == label].mean(dim=1) for label in labels], dim=1)
 
 
 def _add_routing(result: Result, encoder: MedMoEEncoder, data: EvaluationSet, modalities: np.ndarray) -> None:

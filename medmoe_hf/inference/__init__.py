@@ -1,1 +1,1 @@
-"""Images and texts to embeddings and scores, by our model and by others."""
+"""Encoding of images and texts, by MedMoE and by other models."""

@@ -1,4 +1,4 @@
-"""Texts to report embeddings, for evaluation and search."""
+"""Encoding of texts, for evaluation and search."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,13 +11,22 @@ from medmoe_hf.common.console import progress
 
 @torch.inference_mode()
 def encode_texts(model: Any, processor: Any, texts: Sequence[str], batch_size: int = 64) -> Tensor:
-    """Report embeddings (N, D) float32 of length 1, on the CPU: texts of like length share a batch, equal ones a row.
+    """Encodes texts. Texts of similar length share a batch, and equal ones are encoded once.
 
     Args:
-        model: a `MedMoEModel`, in `eval` mode.
-        processor: its `MedMoEProcessor`.
-        texts: N of them.
-        batch_size: texts at a time.
+        model: A `MedMoEModel` in `eval` mode.
+        processor: Its `MedMoEProcessor`.
+        texts: N texts.
+        batch_size: Texts per batch.
+
+    Returns:
+        (N, D) float32 report embeddings of length 1, on the CPU.
+
+    Example:
+        ```python
+        embeds = encode_texts(model, processor, ["No pleural effusion.", "A large pleural effusion."])
+        print(embeds.shape, (embeds[0] @ embeds[1]).item())
+        ```
     """
     different = list(dict.fromkeys(texts))
     if not different:
@@ -37,5 +46,6 @@ def encode_texts(model: Any, processor: Any, texts: Sequence[str], batch_size: i
 
 
 def embedding_size(model: Any) -> int:
-    """D, the width of the space that images and reports share."""
-    return model.config.projection_dim or model.config.text_config.hidden_size
+    """Returns D, the size of the space that images and reports share."""
+    config = model.config
+    return int(config.projection_dim or config.text_config.hidden_size)

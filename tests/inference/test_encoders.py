@@ -15,15 +15,9 @@ from transformers import AutoModel, AutoProcessor, CLIPModel, CLIPProcessor, Sig
 
 from medmoe_hf.data import phantom_sample
 from medmoe_hf.errors import EncoderError
-from medmoe_hf.inference.encoders import (
-    ExportedEncoder,
-    MedMoEEncoder,
-    OpenClipEncoder,
-    TransformersEncoder,
-    load_encoder,
-    read_picture,
-    scores_of,
-)
+from medmoe_hf.inference.batching import read_picture
+from medmoe_hf.inference.encoders import MedMoEEncoder, load_encoder, scores_of
+from medmoe_hf.inference.other_encoders import ExportedEncoder, OpenClipEncoder, TransformersEncoder
 
 TEXTS = ["a chest radiograph with effusion", "normal", "axial ct of the abdomen with a cyst of the left kidney"]
 
@@ -66,7 +60,7 @@ def test_local_scores_are_the_models_own_local_logits(tmp_path, images, changes,
     encoder = MedMoEEncoder(folder, batch_size=4)
     texts = TEXTS + [phantom_sample(3, index, image_size=72)["caption"] for index in range(6)]
     # Few texts a part: what is kept of parts has to land in the right columns.
-    monkeypatch.setattr("medmoe_hf.inference.encoders._TEXTS_AT_ONCE", 2)
+    monkeypatch.setattr("medmoe_hf.inference.encoders.TEXT_BATCH_SIZE", 2)
     found = encoder.local_scores(images, texts)
     model = AutoModel.from_pretrained(folder, trust_remote_code=True, similarity="local").eval()
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
@@ -258,7 +252,7 @@ def test_an_export_is_scored_as_its_model(folder, images, tmp_path):
 
 def test_a_folder_without_an_export_is_no_encoder(folder):
     pytest.importorskip("onnxruntime")
-    with pytest.raises(EncoderError, match="no folder that `medmoe export` has written"):
+    with pytest.raises(EncoderError, match="was not written by `medmoe export`"):
         load_encoder(f"onnx:{folder}")
 
 
