@@ -38,7 +38,8 @@ from sklearn.preprocessing import StandardScaler
 
 from medmoe_hf.data import MODALITIES
 from medmoe_hf.evaluation.intervals import Interval, bootstrap
-from medmoe_hf.evaluation.metrics import classification_metrics
+from medmoe_hf.evaluation.metrics import multilabel_metrics
+from medmoe_hf.evaluation.zero_shot import multilabel_logits
 from medmoe_hf.inference.batching import read_picture
 from medmoe_hf.inference.encoders import MedMoEEncoder
 from medmoe_hf.model.medical_images_medmoe import read_medical_image
@@ -240,11 +241,6 @@ def is_measurable(present: np.ndarray, parts: np.ndarray, least: int = LEAST) ->
     return min(counts) >= least
 
 
-def auroc(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Return the AUROC of scores (N,) for labels (N,) bool; NaN if all labels are equal."""
-    return classification_metrics(np.stack([-scores, scores], axis=1), labels.astype(int))["macro_auroc"]
-
-
 def package_file(package: str, path: str) -> Path | None:
     """Return the path of a file of an installed package without importing the package; None if it is missing."""
     try:
@@ -354,16 +350,13 @@ def fine_tune(model: str, sources: list[dict[str, Any]], folder: Path, steps: in
 
 def zero_shot_scores(encoder: MedMoEEncoder, volume: Volume, rows: np.ndarray) -> dict[str, np.ndarray]:
     """Return, per similarity, how much more a slice is like an organ's presence than its absence: (rows, organs)."""
-    prompts = [template.format(organ) for organ in volume.organs for kind in (PRESENT, ABSENT) for template in kind]
     slices = [volume.slices[WINDOWS[0]][row] for row in rows]
-    embeds = encoder.encode_texts(prompts).view(len(volume.organs), 2, len(PRESENT), -1)
-    classes = torch.nn.functional.normalize(embeds.mean(dim=2), dim=-1)
-    cosines = torch.einsum("nd,ocd->noc", encoder.encode_images(slices), classes)
-    local = encoder.local_scores(slices, prompts).view(len(rows), len(volume.organs), 2, len(PRESENT)).mean(dim=3)
-    return {
-        name: (logits[..., 0] - logits[..., 1]).double().numpy()
-        for name, logits in (("global", encoder.logit_scale * cosines), ("local", local))
-    }
+    present, absent = (
+        {organ: [template.format(organ) for template in templates] for organ in volume.organs}
+        for templates in (PRESENT, ABSENT)
+    )
+    logits = multilabel_logits(encoder, slices, present, absent, scores=("global", "local"))
+    return {similarity: scores.double().numpy() for similarity, scores in logits.items()}
 
 
 def probe_scores(features: np.ndarray, volume: Volume) -> np.ndarray:
@@ -394,12 +387,11 @@ def measure_organs(runs: np.ndarray, volume: Volume, part: str, resamples: int) 
     rows = volume.rows(part)
 
     def metric(values: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        found = {
-            organ: float(np.mean([auroc(values[:, run, i], labels[:, i]) for run in range(values.shape[1])]))
-            for i, organ in enumerate(volume.organs)
+        found = [multilabel_metrics(values[:, run], labels, volume.organs) for run in range(values.shape[1])]
+        return {
+            name: float(np.mean([one[key] for one in found]))
+            for name, key in (("mean", "macro_auroc"), *((organ, f"{organ}/auroc") for organ in volume.organs))
         }
-        known = [value for value in found.values() if not np.isnan(value)]
-        return {"mean": float(np.mean(known)) if known else float("nan"), **found}
 
     columns = runs.swapaxes(0, 1), volume.labels[rows]
     return bootstrap(metric, *columns, groups=volume.blocks[rows], resamples=resamples)
