@@ -1,8 +1,9 @@
-"""What README.md and docs/pages/ tell people to type: it parses, exists, validates, imports; and much of it is run."""
+"""Commands, YAML and Python code in the Markdown pages: they parse and refer to existing things, and most are run."""
 
 import argparse
 import ast
 import importlib
+import importlib.util
 import json
 import re
 import runpy
@@ -11,6 +12,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import typer
@@ -31,17 +33,20 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
-PAGES = {path.name: path for path in (ROOT / "README.md", *sorted((ROOT / "docs" / "pages").glob("*.md")))}
+PAGES = {
+    path.name: path
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs" / "pages").glob("*.md")))
+}
 LAUNCHERS = ("torchrun", "accelerate")
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A fenced block or a span of code, and where it stands."""
+    """A fenced block or a span of code, and its location."""
 
     page: str
     line: int
-    kind: str  # "bash", "python", "yaml"; "span" for code inside a sentence
+    kind: str  # "bash", "python", "yaml"; "span" for inline code
     text: str
 
     def __str__(self) -> str:
@@ -68,7 +73,7 @@ def of_kind(kind: str) -> list[Piece]:
 
 
 def commands_in(text: str) -> list[list[str]]:
-    """The words of each command of a shell block, comments left out."""
+    """Return the words of each command of a shell block, without comments."""
     found: list[list[str]] = []
     for line in text.replace("\\\n", " ").splitlines():
         current: list[str] = []
@@ -86,7 +91,8 @@ def is_command(span: str) -> bool:
     if len(words) < 2:
         return False
     scripts = words[0] == "python" and words[1].endswith(".py")
-    return scripts or words[0] in ("medmoe", "pip", "mkdocs") or (words[0] in LAUNCHERS and "-m" in words)
+    tools = ("medmoe", "pip", "mkdocs", "pytest", "nox", "pre-commit")
+    return scripts or words[0] in tools or (words[0] in LAUNCHERS and "-m" in words)
 
 
 COMMANDS = [
@@ -98,9 +104,11 @@ COMMANDS = [
 
 
 def medmoe(words: list[str], mentioned: bool = False) -> tuple[str, ...]:
-    """Parses the arguments of `medmoe` as the program does, and gives the names of the command.
+    """Parse the arguments of `medmoe` as the program does; returns the names of the command.
 
-    `mentioned`: a sentence may name a command without its arguments.
+    Args:
+        words: The arguments.
+        mentioned: Whether the command is inline code, which may omit the arguments.
     """
     command, context, names = typer.main.get_command(app), None, []
     rest = list(words)
@@ -114,18 +122,18 @@ def medmoe(words: list[str], mentioned: bool = False) -> tuple[str, ...]:
     if rest or not mentioned:
         try:
             command.make_context(names[-1], rest, parent=context)
-        except Exception as error:  # click's own, or typer's copy of it
+        except Exception as error:  # of click, or typer's copy of it
             said = error.format_message() if hasattr(error, "format_message") else error
             pytest.fail(f"medmoe {shlex.join(words)}: {said}")
     return tuple(names)
 
 
 class Parsed(Exception):
-    """Raised in the place of what a script does after its arguments are read."""
+    """Raised after a script has parsed its arguments."""
 
 
 def example(script: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs a script as far as its own argparse."""
+    """Run a script until it has parsed its arguments."""
     parse = argparse.ArgumentParser.parse_args
 
     def stop(parser, *given):
@@ -141,6 +149,13 @@ def example(script: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch)
 def extras() -> set[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     return set(project["optional-dependencies"])
+
+
+def nox_sessions() -> set[str]:
+    functions = (
+        node for node in ast.parse((ROOT / "noxfile.py").read_text()).body if isinstance(node, ast.FunctionDef)
+    )
+    return {function.name for function in functions if function.decorator_list}
 
 
 def check(command: list[str], mentioned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,8 +181,16 @@ def check(command: list[str], mentioned: bool, monkeypatch: pytest.MonkeyPatch) 
             assert (ROOT / rest[rest.index("-r") + 1]).is_file()
     elif program == "mkdocs":
         assert (ROOT / rest[rest.index("-f") + 1]).is_file()
+    elif program == "nox":
+        named = rest[rest.index("-s") + 1 :] if "-s" in rest else []
+        assert set(named) <= nox_sessions(), f"noxfile.py lacks one of the sessions {', '.join(named)}"
+    elif program == "pre-commit":
+        assert (ROOT / ".pre-commit-config.yaml").is_file()
+    elif program == "pytest":
+        for path in (word for word in rest if "/" in word):
+            assert (ROOT / path).exists(), f"there is no {path}"
     else:
-        assert command in (["pytest"], ["hf", "auth", "login"]), f"nothing checks `{shlex.join(command)}`"
+        assert command == ["hf", "auth", "login"], f"nothing checks `{shlex.join(command)}`"
 
 
 @pytest.mark.parametrize(("command", "mentioned"), COMMANDS)
@@ -185,6 +208,8 @@ def test_a_command_parses(command, mentioned, monkeypatch):
         ("python examples/nothing.py", "no examples/nothing.py"),
         ("python examples/search.py --sample 3 --modle x", None),
         ('pip install -e ".[dicom,nothing]"', "no extra"),
+        ("nox -s lint typse", "lacks one of the sessions"),
+        ("pytest tests/nothing", "no tests/nothing"),
         ("rm -r /", "nothing checks"),
     ],
 )
@@ -193,14 +218,14 @@ def test_a_wrong_command_is_noticed(command, message, monkeypatch):
         check(shlex.split(command), False, monkeypatch)
 
 
-# Files that a page's YAML blocks are, by the name in their first comment.
+# The first comment of a YAML block is the name of its file.
 
 
 def yaml_files(page: str) -> dict[str, str]:
     found = {}
     for piece in of_kind("yaml"):
         name = re.match(r"# (\S+\.yaml)\n", piece.text)
-        # The page's own wins over another page's file of the same name.
+        # A file on the same page takes precedence over a file of the same name on another page.
         if name and (piece.page == page or name[1] not in found):
             found[name[1]] = piece.text
     return found
@@ -237,21 +262,60 @@ def test_python_compiles_and_its_imports_resolve(piece):
                 assert hasattr(module, name.name), f"{node.module} has no {name.name}"
 
 
-def test_blocks_say_what_they_are():
+def test_blocks_state_their_language():
     assert {piece.kind for piece in EVERYTHING} <= {"bash", "python", "yaml", "span"}
     assert len(COMMANDS) > 30
 
 
-def test_the_readme_links_to_what_is_there():
-    tokens = MarkdownIt().enable("table").parse(PAGES["README.md"].read_text(encoding="utf-8"))
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_links_lead_to_existing_files(page):
+    tokens = MarkdownIt().enable("table").parse(PAGES[page].read_text(encoding="utf-8"))
     children = [child for token in tokens for child in token.children or ()]
-    places = [str(child.attrs.get("href") or child.attrs.get("src")) for child in children if child.attrs]
-    for place in places:
-        if not place.startswith("http"):
-            assert (ROOT / place.split("#")[0]).exists(), f"README.md links to {place}, which is not there"
+    links = [str(child.attrs.get("href") or child.attrs.get("src")) for child in children if child.attrs]
+    for link in links:
+        if not link.startswith("http"):
+            assert (ROOT / link.split("#")[0]).exists(), f"{page} links to {link}, which does not exist"
 
 
-# The documented commands one after another, in small: what is documented, and what is added to it here.
+# The layers of the package
+
+
+def draw_imports() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("draw_imports", ROOT / "docs" / "draw_imports.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_imports_lead_to_lower_layers_without_cycles():
+    module = draw_imports()
+    edges = module.graph()
+    assert module.upward(edges) == []
+    assert module.cycles(edges) == []
+
+
+def test_the_picture_of_the_imports_is_up_to_date():
+    module = draw_imports()
+    drawn = (ROOT / "docs" / "pages" / "imports.svg").read_text(encoding="utf-8")
+    assert drawn == module.draw(module.graph()), "run: python docs/draw_imports.py"
+
+
+def test_wrong_imports_are_noticed():
+    module = draw_imports()
+    edges = {"model.a": {"data.b"}, "data.b": {"data.c"}, "data.c": {"data.b"}, "errors": {"model.a"}}
+    assert module.upward(edges) == ["model.a -> data.b"]
+    assert module.cycles(edges) == [["data.b", "data.c"]]
+
+
+def test_example_scripts_are_short():
+    lengths = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "examples").glob("*.py")}
+    assert {name for name, length in lengths.items() if length > 120} == set()
+
+
+# The documented commands
+
+
+# Documented commands that run one after another, and arguments that make them fast.
 CHAIN = (
     ("medmoe phantom data/phantoms --shards 4", "--samples 12 --image-size 64"),
     ("medmoe data inspect sources.yaml", ""),
@@ -281,7 +345,7 @@ CHAIN = (
     ("medmoe verify quickstart/model --record", ""),
     ("medmoe data push sources.yaml you/pairs --private --license cc-by-4.0", ""),
 )
-# Where the other commands are run.
+# Where the other commands run.
 ELSEWHERE = {
     ("convert", "official"): ("tests/test_cli.py", '"convert", "official"'),
     ("convert", "medclip"): ("tests/hub/test_convert.py", '"convert", "medclip"'),
@@ -290,7 +354,7 @@ ELSEWHERE = {
     ("export",): (".ci/run", "medmoe export"),
     ("merge",): ("tests/training/test_adapters.py", '"merge"'),
     **{
-        # `evaluate all` of the phantoms is these
+        # `evaluate all` on phantoms runs these
         ("evaluate", protocol): (".ci/run", "medmoe evaluate all")
         for protocol in ("linear-probe", "retrieval", "grounding", "routing")
     },
@@ -298,7 +362,7 @@ ELSEWHERE = {
 
 
 def documented() -> dict[tuple[str, ...], list[list[str]]]:
-    """Names of a command of `medmoe` -> the ways in which blocks write it."""
+    """Return the commands in all shell blocks, by the names of the `medmoe` command."""
     found: dict[tuple[str, ...], list[list[str]]] = {}
     for piece in of_kind("bash"):
         for command in commands_in(piece.text):
@@ -309,9 +373,9 @@ def documented() -> dict[tuple[str, ...], list[list[str]]]:
 
 def test_every_documented_command_is_run_somewhere():
     known = documented()
-    written = [command for ways in known.values() for command in ways]
+    written = [command for commands in known.values() for command in commands]
     for command, _ in CHAIN:
-        assert shlex.split(command) in written, f"no page says `{command}`"
+        assert shlex.split(command) in written, f"no page contains `{command}`"
     run = {medmoe(shlex.split(command)[1:]) for command, _ in CHAIN}
     for file, text in ELSEWHERE.values():
         assert text in (ROOT / file).read_text()
@@ -323,7 +387,7 @@ def test_every_documented_command_is_run_somewhere():
 
 
 def write_small_data() -> None:
-    """What the chain reads beside what its own commands write."""
+    """Write the files that the commands read but do not write themselves."""
     run = yaml.safe_load(yaml_files("training.md")["run.yaml"])
     run |= {"max_steps": 3, "batch_size": 8, "evaluate_every": 3, "evaluation_samples": 8, "warmup_steps": 1}
     run["checkpoints"] = {"every_steps": 2}
@@ -341,7 +405,7 @@ def write_small_data() -> None:
 
 
 @pytest.mark.slow
-def test_the_documented_commands_in_a_row(tmp_path, monkeypatch):
+def test_the_documented_commands_run_one_after_another(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "tests" / "hub"))
     from loopback_hub import Account, LoopbackHub
 
@@ -353,7 +417,7 @@ def test_the_documented_commands_in_a_row(tmp_path, monkeypatch):
         hub.use(monkeypatch, tmp_path / "home", token="hf_write")
         for command, added in CHAIN:
             if "--resume" in command:
-                # As if the run had ended before it could write its model.
+                # As if the run had been stopped before it wrote its model.
                 before = Path("runs/first/model.safetensors").read_bytes()
                 shutil.rmtree("runs/first")
             result = CliRunner().invoke(app, shlex.split(f"{command} {added}")[1:])
@@ -364,9 +428,9 @@ def test_the_documented_commands_in_a_row(tmp_path, monkeypatch):
                 shutil.copytree("runs/first", "quickstart/model")
             if "--dry-run" in command:
                 assert not Path("runs").exists() or "push" in command
-                assert not hub.repos, "a dry run has sent something"
+                assert not hub.repos, "a dry run has uploaded something"
         for piece in of_kind("python"):
-            # A block without imports only illustrates; export takes a minute, and has tests of its own.
+            # A block without imports is an illustration; the export takes a minute and has its own tests.
             if "import" in piece.text and "hub.export" not in piece.text:
                 exec(compile(piece.text, str(piece), "exec"), {})
         repos = dict(hub.repos)
