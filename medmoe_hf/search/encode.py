@@ -1,15 +1,15 @@
-"""Image and report embeddings of whole sources, written as parquet shards: streaming, resumable, on many processes.
+"""Image and report embeddings of complete sources, as parquet shards: streaming, resumable, on many processes.
 
-A folder of embeddings holds
+A folder of embeddings contains
 
-    encoding.json                         what they were made from: model, sources, their content, precision, processes
+    encoding.json                         model, sources, their content, precision, number of processes
     embeds-00000-of-00002-000000.parquet  shard 0 of process 0 of 2, then shard 1, ...
     shards-00000-of-00002.json            size and checksum of each shard of process 0
     index/                                what `medmoe search` builds from them
 
-A shard appears by rename, and its own metadata say where the stream stood after its last sample. It is listed before
-it appears, so a shard that is there is always listed, and whatever interrupts a run, the next one goes on after the
-newest shard.
+A shard is renamed into the folder once it is complete, and its metadata contain the state of the stream after its last
+sample. It is listed before the rename, so every existing shard is listed, and after any interruption the next run
+resumes after the newest shard.
 """
 
 import hashlib
@@ -37,32 +37,37 @@ from medmoe_hf.common.files import atomic_write
 from medmoe_hf.common.loading import explain_loading
 from medmoe_hf.data.checkpoint_names import refuse_missing_folder
 from medmoe_hf.data.collate import ContrastiveCollator
-from medmoe_hf.data.stream import Place, Sample, SampleStream
+from medmoe_hf.data.reading import Place, Sample
+from medmoe_hf.data.stream import SampleStream
 from medmoe_hf.errors import EncodeError
 from medmoe_hf.inference.texts import encode_texts
 from medmoe_hf.model import MedMoEModel, MedMoEProcessor
 
 MANIFEST = "encoding.json"
 FORMAT = 2
-"""Of a folder of embeddings. 1 had neither the sources' content nor a list of shards; it can still be searched."""
+"""Version of the folder's format. Version 1 had neither the sources' content nor a list of shards; search reads it."""
 _STATE = b"medmoe"
-# A run may go on with another value of these: nothing that is written depends on them.
-_FREE = ("model",)
-# What configurations hold that does not change an embedding.
+# A run may be resumed with another value of these: nothing that is written depends on them.
+_MAY_DIFFER = ("model",)
+# Entries of configurations that do not change an embedding.
 _VOLATILE = ("transformers_version", "architectures", "auto_map", "_name_or_path", "dtype", "processor_class")
 
-_MOST_CHANGES = 5  # lines of a message, for each source
+_MOST_CHANGES = 5  # lines of a message per source
 
 
 @dataclass
 class EncodeRecord:
-    """What a call of `encode_sources` did, over all processes.
+    """Record of a call of `encode_sources`, over all processes.
 
     Attributes:
-        samples: pairs that it encoded.
-        total: pairs in the folder, with those of earlier calls.
-        seconds: that it took, without loading the model.
-        skipped: samples of all calls that could not be read, by source and cause.
+        samples: Number of pairs that the call encoded.
+        total: Number of pairs in the folder, including earlier calls.
+        seconds: Duration without loading the model.
+        skipped: Number of samples that could not be read in all calls, by `<source>: <cause>`.
+
+    Example:
+        >>> print(EncodeRecord(samples=100, total=300, seconds=2.0))
+        100 pairs encoded in 2 s, 50 per second; 300 in total. Skipped: none.
     """
 
     samples: int = 0
@@ -74,15 +79,15 @@ class EncodeRecord:
         rate = self.samples / self.seconds if self.seconds else 0.0
         skipped = ", ".join(f"{count} {cause}" for cause, count in sorted(self.skipped.items())) or "none"
         if not self.samples:
-            return f"Nothing was left to encode: {self.total} pairs are there. Skipped: {skipped}."
+            return f"Nothing left to encode: the folder contains {self.total} pairs. Skipped: {skipped}."
         return (
-            f"{self.samples} pairs encoded in {self.seconds:.0f} s, {rate:.0f} a second; {self.total} in all. "
+            f"{self.samples} pairs encoded in {self.seconds:.0f} s, {rate:.0f} per second; {self.total} in total. "
             f"Skipped: {skipped}."
         )
 
 
-class _PlacedStream(SampleStream):
-    """A stream in the sources' own order, which also tells the shard and row of what it gives, and keeps nothing."""
+class _LocatedStream(SampleStream):
+    """A stream in the order of the sources, which also knows the shard and row of each sample."""
 
     def __init__(self, sources: Sequence[Any], **arguments: Any) -> None:
         super().__init__(sources, shuffle=False, **arguments)
@@ -96,14 +101,14 @@ class _PlacedStream(SampleStream):
                 self._waiting.append(place)
             yield place
 
-    def place(self, sample: Sample) -> tuple[str, int]:
-        """Name of the shard, and row in it, of the sample that was given last."""
+    def location(self, sample: Sample) -> tuple[str, int]:
+        """Returns the name of the shard, and the row in it, of the last sample."""
         while (place := self._waiting.popleft()).position != sample["position"]:
             pass  # this one was skipped
         shards = self.shards[place.source]
         for done in range(self._begun[place.source], place.shard):
-            # A copy is what readers in other processes get: without the shard's list of samples. Over millions of them
-            # the lists would fill the memory.
+            # A copy drops the shard's list of samples, as for readers in other processes: for millions of samples the
+            # lists would fill the memory.
             shards[done] = copy(shards[done])
         self._begun[place.source] = place.shard
         return shards[place.shard].name, place.where
@@ -121,32 +126,43 @@ def encode_sources(
     num_workers: int = 0,
     max_bad_fraction: float = 0.05,
 ) -> EncodeRecord:
-    """Encodes every pair of the sources, or goes on where an interrupted call has stopped.
+    """Encodes every pair of the sources, or resumes an interrupted call.
 
-    Launched on several processes (`accelerate launch`, `torchrun`) each writes its own share. A shard has the columns
-    `source`, `shard`, `row`, `key` and `position` (where a pair stands; in its source, and in the run), `modality` and
-    `probability` (where the image router sends the image), `image_embeds` and `text_embeds` (of length 1), and
-    `caption` if asked for.
+    On several processes (`accelerate launch`, `torchrun`) each writes its own share. A shard has the columns `source`,
+    `shard`, `row` and `key` (location of a pair in its source), `position` (in the run), `modality` and `probability`
+    (of the expert that the image router selects), `image_embeds` and `text_embeds` (D values each, of length 1), and
+    `caption` if requested.
 
     Args:
-        sources: models of `medmoe_hf.data.sources`; none endless.
-        out: folder to make, or to go on with.
-        model: folder or Hub id.
-        batch_size: images, and texts, that are computed at a time.
-        samples_per_shard: pairs in a shard: at most so many have to be encoded again after an interruption.
-        dtype: of the embeddings on disk.
-        keep_captions: whether the reports are written too. They may be about patients.
-        num_workers: processes that read and decode, for each process that encodes.
-        max_bad_fraction: over this share of faulty samples the run stops.
+        sources: Models of `medmoe_hf.data.sources`; all of them finite.
+        out: Folder to create, or to resume.
+        model: Folder or Hub id.
+        batch_size: Images, and texts, per batch.
+        samples_per_shard: Pairs per shard; at most this many are encoded again after an interruption.
+        dtype: Data type of the embeddings on disk.
+        keep_captions: Whether the reports are written too. Warning: they may contain PHI.
+        num_workers: Processes that read and decode, per process that encodes.
+        max_bad_fraction: Share of faulty samples, of 0..1, above which the run stops.
+
+    Returns:
+        What was encoded.
 
     Raises:
-        EncodeError: if `out` belongs to another model, other sources or settings, or is damaged.
-        StreamError: if too many samples cannot be read. What is written stays; a call with a higher limit goes on.
+        EncodeError: If `out` belongs to another model, other sources or settings, or is damaged.
+        StreamError: If too many samples cannot be read. Written shards remain; a call with a higher limit resumes.
+
+    Example:
+        ```python
+        from medmoe_hf.data.sources import load_sources
+
+        record = encode_sources(load_sources("sources.yaml"), "embeds", "quickstart/model")
+        print(record)
+        ```
     """
     for source in sources:
         if source.kind == "phantom" and source.length is None:
-            raise EncodeError("An endless phantom source cannot be encoded; give it a `length`.")
-    # Activations fade into denormals, which CPUs multiply a hundred times slower.
+            raise EncodeError("An endless phantom source cannot be encoded; set its `length`.")
+    # Activations decay to denormals, which CPUs multiply a hundred times more slowly.
     torch.set_flush_denormal(True)
     refuse_missing_folder(model)
     accelerator = Accelerator()
@@ -154,7 +170,7 @@ def encode_sources(
         loaded: Any = MedMoEModel.from_pretrained(model).to(accelerator.device).eval()
         processor = MedMoEProcessor.from_pretrained(model)
     collator = ContrastiveCollator(processor)
-    stream = _PlacedStream(
+    stream = _LocatedStream(
         sources,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
@@ -174,7 +190,7 @@ def encode_sources(
         "keep_captions": keep_captions,
         "mixed_precision": accelerator.mixed_precision,
         "sources": [source.model_dump(mode="json") for source in sources],
-        # Files that a pattern has found since would move every position, and changed ones were encoded as they were.
+        # New files that match a pattern would shift every position, and changed files were encoded as they were.
         "content": [[name, source.content_facts()] for name, source in zip(stream.names, sources, strict=True)],
     }
     if accelerator.is_main_process:
@@ -186,7 +202,7 @@ def encode_sources(
     record = _run(encoder, stream, writer, samples_per_shard, keep_captions)
     records = gather_object([record]) if accelerator.num_processes > 1 else [record]
     accelerator.end_training()
-    skipped: Counter = Counter()
+    skipped: Counter[str] = Counter()
     for one in records:
         skipped.update(one.skipped)
     return EncodeRecord(
@@ -198,7 +214,15 @@ def encode_sources(
 
 
 def model_fingerprint(model: Any, processor: Any) -> str:
-    """A hash of all that an embedding depends on: weights, configuration, image processing, vocabulary."""
+    """Hashes everything that an embedding depends on: weights, configuration, image processing, vocabulary.
+
+    Args:
+        model: A `MedMoEModel`.
+        processor: Its `MedMoEProcessor`.
+
+    Returns:
+        16 hexadecimal digits.
+    """
     plain = [_lasting(model.config.to_dict()), _lasting(processor.image_processor.to_dict())]
     plain += [processor.tokenizer.get_vocab(), processor.max_length]
     digest = hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode())
@@ -216,7 +240,7 @@ def _lasting(value: Any) -> Any:
 
 @dataclass
 class _Encoder:
-    """Samples to the columns of a shard."""
+    """Encodes samples as the columns of a shard."""
 
     model: Any
     processor: Any
@@ -226,7 +250,7 @@ class _Encoder:
     dtype: np.dtype
 
     def images(self, images: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        """Prepared images to `image_embeds` (B, D), `modality` (B,) ids and `probability` (B,)."""
+        """Encodes prepared images: `image_embeds` (B, D), `modality` (B,) expert ids and `probability` (B,)."""
         pixels = torch.from_numpy(np.stack(images)).to(self.accelerator.device, non_blocking=True)
         with torch.inference_mode(), self.accelerator.autocast():
             batch = self.collator.normalise({"pixel_values": pixels})
@@ -238,15 +262,15 @@ class _Encoder:
         }
 
     def shard(
-        self, samples: Iterator[Sample], stream: _PlacedStream, keep_captions: bool, bar: Any
+        self, samples: Iterator[Sample], stream: _LocatedStream, keep_captions: bool, bar: Any
     ) -> tuple[pyarrow.Table, int]:
-        """A table of all the samples, and how many they are. Images are let go a batch at a time."""
+        """Encodes all samples as a table, and counts them. Images are released batch by batch."""
         plain: dict[str, list[Any]] = {name: [] for name in ("source", "shard", "row", "key", "position")}
         captions: list[str] = []
         held: list[np.ndarray] = []
         parts: list[dict[str, np.ndarray]] = []
         for sample in samples:
-            shard, row = stream.place(sample)
+            shard, row = stream.location(sample)
             known = {**sample, "source": stream.names[sample["source"]], "shard": shard, "row": row}
             for name, values in plain.items():
                 values.append(known[name])
@@ -284,30 +308,33 @@ class _Encoder:
 
 
 class _Writer:
-    """One process's shards, and the list of them."""
+    """The shards of one process, and their list."""
 
     def __init__(self, out: Path, rank: int, world_size: int) -> None:
         self.out, self.prefix = out, f"embeds-{rank:05d}-of-{world_size:05d}"
         self.list_path = out / f"shards-{rank:05d}-of-{world_size:05d}.json"
         self.listed: dict[str, list[Any]] = {}
 
-    def place(self, number: int) -> Path:
+    def path(self, number: int) -> Path:
         return self.out / f"{self.prefix}-{number:06d}.parquet"
 
     def shards(self, listed: bool = True) -> list[Path]:
-        """What it has written, in order; sizes are compared with the list, which is read.
+        """Finds the shards that were written and compares their sizes with the list.
 
         Args:
-            listed: whether there is a list, as in every folder of this `FORMAT`.
+            listed: Whether there is a list, as in every folder of this `FORMAT`.
+
+        Returns:
+            Paths of the shards, in order.
 
         Raises:
-            EncodeError: if a shard or the list is missing, or a size is another one.
+            EncodeError: If a shard or the list is missing, or a size differs.
         """
         found = sorted(self.out.glob(f"{self.prefix}-*.parquet"))
         for number, path in enumerate(found):
-            if path != self.place(number):
+            if path != self.path(number):
                 raise EncodeError(
-                    f"{self.place(number)} is missing, and {path.name} is there. Put it back, or remove "
+                    f"{self.path(number)} is missing, but {path.name} exists. Restore it, or remove "
                     f"{path.name} and those after it and run `medmoe encode` again."
                 )
         if not listed:
@@ -317,40 +344,43 @@ class _Writer:
             if path.name not in self.listed:
                 raise EncodeError(
                     f"{path} is not listed in {self.list_path.name}: it does not belong to this folder. "
-                    f"Remove it, and the shards of its process after it, to encode them again."
+                    f"Remove it, and the later shards of its process, to encode them again."
                 )
             size, written = path.stat().st_size, self.listed[path.name][0]
             if size != written:
-                raise _damaged(path, f"it has {size} bytes, and {written} were written")
+                raise _damaged(path, f"it has {size} bytes instead of {written}")
         return found
 
     def check(self, path: Path) -> None:
-        """Reads a shard and compares it with the list, as `shards` has read it.
+        """Compares the checksum of a shard with the list; call `shards` first.
 
         Raises:
-            EncodeError: if its content is another one.
+            EncodeError: If they differ.
         """
         if path.name in self.listed and _checksum(path) != self.listed[path.name][1]:
-            raise _damaged(path, "its checksum is not that of what was written")
+            raise _damaged(path, "its checksum differs from the one in the list")
 
     def resume(self) -> dict[str, Any] | None:
-        """Puts the next shard after those that are there; the newest one's state, None without any.
+        """Checks the existing shards, after which the next one is written.
+
+        Returns:
+            State of the newest shard; None if there are none.
 
         Raises:
-            EncodeError: if one before it is missing, or any of them is damaged.
+            EncodeError: If a shard is missing or damaged.
         """
         for left in (*self.out.glob(f".{self.prefix}-*"), *self.out.glob(f".{self.list_path.name}*")):
             left.unlink()
         found = self.shards()
         for path in progress(found, "checking shards", "shard"):
             self.check(path)
-        # A run that ended between the list and the rename has listed one shard more than there are.
+        # A run that was interrupted between the list and the rename has listed one shard that does not exist.
         self.listed = {path.name: self.listed[path.name] for path in found}
         return shard_state(found[-1]) if found else None
 
     def write(self, table: pyarrow.Table, state: dict[str, Any]) -> None:
         table = table.replace_schema_metadata({_STATE: json.dumps(state).encode()})
-        path = self.place(len(self.listed))
+        path = self.path(len(self.listed))
         with atomic_write(path) as partial:
             # Numbers like these do not compress.
             pyarrow.parquet.write_table(
@@ -366,15 +396,16 @@ class _Writer:
 
     def _read_list(self) -> dict[str, list[Any]]:
         try:
-            return json.loads(self.list_path.read_text(encoding="utf-8"))
+            listed: dict[str, list[Any]] = json.loads(self.list_path.read_text(encoding="utf-8"))
+            return listed
         except FileNotFoundError:
             raise EncodeError(
-                f"{self.list_path} is missing: without it nobody knows whether the shards are whole. "
-                "Put it back, or encode into another folder."
+                f"{self.list_path} is missing: without it the shards cannot be checked. "
+                "Restore it, or encode into another folder."
             ) from None
         except ValueError as error:
             raise EncodeError(
-                f"{self.list_path} is damaged: {error}. Put it back, or encode into another folder."
+                f"{self.list_path} is damaged: {error}. Restore it, or encode into another folder."
             ) from error
 
 
@@ -388,13 +419,13 @@ def _checksum(path: Path) -> str:
 
 def _damaged(path: Path, why: object) -> EncodeError:
     return EncodeError(
-        f"{path} is damaged: {why}. Put it back from a copy; or remove it and the shards of its process after it, and "
+        f"{path} is damaged: {why}. Restore it from a copy; or remove it and the later shards of its process, and "
         "run `medmoe encode` again."
     )
 
 
 def _run(
-    encoder: _Encoder, stream: _PlacedStream, writer: _Writer, samples_per_shard: int, keep_captions: bool
+    encoder: _Encoder, stream: _LocatedStream, writer: _Writer, samples_per_shard: int, keep_captions: bool
 ) -> EncodeRecord:
     state = writer.resume()
     complete = state is not None and state["complete"]
@@ -411,9 +442,9 @@ def _run(
         disable=not process.is_main_process,
     ) as bar:
         while not complete:
-            # A shard ends the batch: a resumed run then computes the same batches, and the same numbers.
+            # No batch spans two shards: a resumed run computes the same batches, and so the same numbers.
             table, count = encoder.shard(islice(samples, samples_per_shard), stream, keep_captions, bar)
-            # The last shard may be empty; it says that nothing is missing.
+            # The last shard may be empty; it marks the end.
             complete = count < samples_per_shard
             state = {"stream": stream.state_dict(), "complete": complete}
             writer.write(table, state)
@@ -430,11 +461,11 @@ def _run(
 
 
 def _claim(out: Path, manifest: dict[str, Any]) -> None:
-    """Makes the folder with its manifest, unless it is one already."""
+    """Creates the folder with its manifest, unless it exists."""
     if (out / MANIFEST).exists():
         return
     if out.exists() and (not out.is_dir() or any(path.name != f".{MANIFEST}.partial" for path in out.iterdir())):
-        raise EncodeError(f"{out} is there, and no folder of embeddings (no {MANIFEST} in it); choose another.")
+        raise EncodeError(f"{out} exists and is not a folder of embeddings (it has no {MANIFEST}); choose another.")
     out.mkdir(parents=True, exist_ok=True)
     with atomic_write(out / MANIFEST) as partial:
         partial.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
@@ -444,16 +475,16 @@ def _check_manifest(out: Path, manifest: dict[str, Any]) -> None:
     then = read_manifest(out)
     if then.get("format") != FORMAT:
         raise EncodeError(
-            f"{out} was written by another version of medmoe_hf (format {then.get('format')}, and not {FORMAT}). "
+            f"{out} was written by another version of medmoe_hf (format {then.get('format')} instead of {FORMAT}). "
             "It can be searched; to encode more, choose another folder."
         )
     different = [
-        f"  {key}: {_brief(then.get(key))} then, {_brief(value)} now"
+        f"  {key}: {_brief(then.get(key))} before, {_brief(value)} now"
         for key, value in manifest.items()
-        if key not in (*_FREE, "content") and then.get(key) != value
+        if key not in (*_MAY_DIFFER, "content") and then.get(key) != value
     ]
     if not different:
-        # Other sources have other content: that would say the same twice.
+        # Other sources have other content: the difference would be reported twice.
         different = [
             f"  {name}: {change}"
             for (_, before), (name, after) in zip(then["content"], manifest["content"], strict=True)
@@ -461,27 +492,27 @@ def _check_manifest(out: Path, manifest: dict[str, Any]) -> None:
         ]
     if different:
         raise EncodeError(
-            f"{out} holds embeddings that were made otherwise, and would not go together with new ones:\n"
+            f"{out} contains embeddings that are not comparable with new ones:\n"
             + "\n".join(different)
-            + "\nGo on with the same model, sources and settings, or choose another folder."
+            + "\nUse the same model, sources and settings, or choose another folder."
         )
 
 
 def _changes(before: list[list[Any]], after: list[list[Any]]) -> list[str]:
-    """What happened to the files of a source, given `[name, size, checksum]` of each; a line for each of them."""
+    """Describes the changes to the files of a source, given `[name, size, checksum]` of each; one line per file."""
     old, new = ([tuple(facts) for facts in files] for files in (before, after))
     gone, come = Counter(old) - Counter(new), Counter(new) - Counter(old)
     sizes = {name: size for name, size, _ in come}
     lines = []
     for name, size, _ in gone:
         if name not in sizes or sizes[name] is None:
-            lines.append(f"{name} is gone")
+            lines.append(f"{name} is missing")
         elif size is None:
-            lines.append(f"{name} is new: it was missing then")
+            lines.append(f"{name} is new: it was missing before")
         elif size == sizes[name]:
-            lines.append(f"{name} has changed: as many bytes ({size}), but others")
+            lines.append(f"{name} has changed: same size ({size} bytes), other content")
         else:
-            lines.append(f"{name} has changed: {size} bytes then, {sizes[name]} now")
+            lines.append(f"{name} has changed: {size} bytes before, {sizes[name]} now")
     known = {name for name, _, _ in gone}
     lines += [f"{name} is new" for name in sizes if name not in known]
     if not lines and old != new:
@@ -495,38 +526,59 @@ def _brief(value: Any) -> str:
 
 
 def read_manifest(out: Path) -> dict[str, Any]:
-    """What a folder of embeddings was made from.
+    """Reads the manifest of a folder of embeddings.
+
+    Args:
+        out: The folder.
+
+    Returns:
+        Model, sources and settings that the embeddings were computed with.
 
     Raises:
-        EncodeError: if it is none.
+        EncodeError: If it is not a folder of embeddings.
     """
     try:
-        return json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+        return manifest
     except OSError as error:
         raise EncodeError(
-            f"{out} holds no embeddings (no {MANIFEST}); `medmoe encode SOURCES.yaml {out}` makes them."
+            f"{out} contains no embeddings (no {MANIFEST}); create them with `medmoe encode SOURCES.yaml {out}`."
         ) from error
     except ValueError as error:
         raise EncodeError(f"{out / MANIFEST} is damaged: {error}. Encode again into another folder.") from error
 
 
 def shard_state(path: Path) -> dict[str, Any]:
-    """Where its process's stream stood after a shard (`stream`), and whether it is the last one (`complete`).
+    """Reads the state in the metadata of a shard.
+
+    Args:
+        path: The shard.
+
+    Returns:
+        `stream`, the state of its process's stream after it, and `complete`, whether it is the last one.
 
     Raises:
-        EncodeError: if it cannot be read.
+        EncodeError: If it cannot be read.
     """
     try:
-        return json.loads(pyarrow.parquet.read_schema(path).metadata[_STATE])
+        state: dict[str, Any] = json.loads(pyarrow.parquet.read_schema(path).metadata[_STATE])
+        return state
     except (OSError, pyarrow.ArrowException, ValueError, KeyError, TypeError) as error:
         raise _damaged(path, error) from error
 
 
 def read_shard(path: Path, columns: Sequence[str]) -> pyarrow.Table:
-    """Some columns of a shard.
+    """Reads columns of a shard.
+
+    Args:
+        path: The shard.
+        columns: Names of the columns.
+
+    Returns:
+        A table with one row per pair.
 
     Raises:
-        EncodeError: if it cannot be read, or a page's checksum is not that of its content.
+        EncodeError: If it cannot be read, or the checksum of a page differs.
     """
     try:
         return pyarrow.parquet.read_table(path, columns=list(columns), page_checksum_verification=True)
@@ -539,10 +591,10 @@ class FinishedShard:
     """A shard of a finished folder.
 
     Attributes:
-        path: where it is.
-        rows: number of its pairs.
-        checksum: as it is listed; None in a folder of format 1.
-        writer: of its process.
+        path: Path of the file.
+        rows: Number of pairs.
+        checksum: Checksum in the list; None in a folder of format 1.
+        writer: Writer of its process.
     """
 
     path: Path
@@ -551,19 +603,25 @@ class FinishedShard:
     writer: _Writer
 
     def check(self) -> None:
-        """Reads all of it.
+        """Compares its checksum with the list.
 
         Raises:
-            EncodeError: if it is not what was written.
+            EncodeError: If they differ.
         """
         self.writer.check(self.path)
 
 
 def finished_shards(out: Path) -> tuple[dict[str, Any], list[FinishedShard]]:
-    """The manifest and the shards, in order, of a folder that nothing is missing from; their sizes are right.
+    """Reads the manifest of a finished folder and finds its shards.
+
+    Args:
+        out: The folder.
+
+    Returns:
+        The manifest, and the shards in order.
 
     Raises:
-        EncodeError: if it is no folder of embeddings, or not finished, or a shard is damaged.
+        EncodeError: If it is not a folder of embeddings, not finished, or a shard is damaged.
     """
     manifest = read_manifest(out)
     processes = manifest["processes"]
@@ -581,7 +639,7 @@ def finished_shards(out: Path) -> tuple[dict[str, Any], list[FinishedShard]]:
             shards.append(FinishedShard(path, rows, writer.listed.get(path.name, [None, None])[1], writer))
     if missing:
         raise EncodeError(
-            f"{out} is not finished: {missing} of {processes} processes have not come to the end. Run the same "
-            "`medmoe encode` again, and it goes on where it was."
+            f"{out} is not finished: {missing} of {processes} processes were interrupted. Run the same "
+            "`medmoe encode` again to resume."
         )
     return manifest, shards

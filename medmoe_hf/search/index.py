@@ -1,7 +1,7 @@
-"""Search in a folder of embeddings: faiss indexes that are built once, from shards as they stream, and then mapped.
+"""Search in a folder of embeddings: faiss indexes that are built once, shard by shard, and then memory-mapped.
 
-Up to `EXACT` pairs everything is compared. Above, pairs go in segments of `SEGMENT`, each with inverted lists that
-share one set of centroids: so building takes the memory of one segment, and searching that of the lists it probes.
+Up to `EXACT` pairs the search is exhaustive. Above, pairs are stored in segments of `SEGMENT`, each with inverted
+lists that share one set of centroids: building takes the memory of one segment, searching that of the probed lists.
 """
 
 import json
@@ -34,9 +34,9 @@ EXACT = 100_000
 SEGMENT = 250_000
 LISTS = 1024
 PROBES = 64
-"""Inverted lists that a query reads, of `LISTS`."""
+"""Number of inverted lists, of `LISTS`, that a query reads."""
 
-_TRAINED_ON = 64  # vectors for each centroid
+_TRAINED_ON = 64  # vectors per centroid
 _COLUMNS = {"images": "image_embeds", "reports": "text_embeds"}
 Among = Literal["images", "reports"]
 
@@ -46,10 +46,18 @@ class Hit:
     """A pair that was found.
 
     Attributes:
-        score: cosine of the query and the pair's image or report.
-        source, shard, row, key: where it stands.
-        modality, probability: where the image router sends its image.
-        caption: its report, if it was kept.
+        score: Cosine of the query and the pair's image or report, -1..1.
+        source: Name of the source.
+        shard: Name of the source's shard.
+        row: Row in the shard.
+        key: Key of the sample: the image's file, if it has one of its own.
+        modality: Modality of the expert that the image router selects.
+        probability: Probability of that expert, 0..1.
+        caption: The report, if it was kept.
+
+    Example:
+        >>> print(Hit(0.71, "mine", "a.tar", 3, "a.tar", "ct", 0.98))
+        0.710  ct (0.98)  a.tar, row 3
     """
 
     score: float
@@ -62,50 +70,60 @@ class Hit:
     caption: str | None = None
 
     @property
-    def place(self) -> str:
-        """The image's file, or the shard and the row where it has none of its own."""
+    def location(self) -> str:
+        """The image's file, or the shard and the row if it has no file of its own."""
         return f"{self.shard}, row {self.row}" if self.key == self.shard else self.key
 
     def __str__(self) -> str:
         said = "" if self.caption is None else f"  {self.caption}"
-        return f"{self.score:.3f}  {self.modality} ({self.probability:.2f})  {self.place}{said}"
+        return f"{self.score:.3f}  {self.modality} ({self.probability:.2f})  {self.location}{said}"
 
 
 def hits_table(hits: Sequence[Hit], among: Among) -> str:
-    """Hits in columns under a header, and what a reader has to know about them.
+    """Formats hits as a table.
 
     Args:
-        hits: at least one.
-        among: what was searched.
+        hits: At least one hit.
+        among: What was searched.
+
+    Returns:
+        Aligned columns under a header, and a note if the reports were searched but not kept.
     """
-    # A source is called by its path unless it has a name, and then the images' paths say it too.
-    named = not all(hit.place.startswith(hit.source) for hit in hits)
+    # An unnamed source is named by its path, which the paths of its images contain anyway.
+    named = not all(hit.location.startswith(hit.source) for hit in hits)
     captions = hits[0].caption is not None
     rows = [["cosine", "routed to", *["source"] * named, "image", *["report"] * captions]]
     for hit in hits:
         routed = f"{hit.modality} ({hit.probability:.2f})"
         said = [] if hit.caption is None else [" ".join(hit.caption.split())]
-        rows.append([f"{hit.score:.3f}", routed, *[hit.source] * named, hit.place, *said])
+        rows.append([f"{hit.score:.3f}", routed, *[hit.source] * named, hit.location, *said])
     lines = [text_table(rows)]
     if among == "reports" and not captions:
-        lines.append("These are the images of the reports. The reports themselves were not kept: encode with")
-        lines.append("--keep-captions to see them here.")
+        lines.append("These are the images of the reports. The reports were not kept: encode with --keep-captions")
+        lines.append("to show them.")
     return "\n".join(lines)
 
 
 class EmbeddingIndex:
-    """The images or the reports of a folder of embeddings, ready to be searched.
+    """Index of the images or the reports of a folder of embeddings.
 
     Args:
-        out: the folder. Its index is built if there is none, or if the shards are others by now.
-        among: what is searched.
+        out: The folder. Its index is built if there is none, or if the shards have changed.
+        among: Whether images or reports are searched.
 
     Attributes:
-        manifest: what the folder was made from.
+        manifest: Model, sources and settings that the embeddings were computed with.
 
     Raises:
-        ImportError: without faiss.
-        EncodeError: if the folder is none, empty or not finished, or one of its shards is damaged.
+        ImportError: Without faiss.
+        EncodeError: If the folder contains no embeddings, is empty or not finished, or a shard is damaged.
+
+    Example:
+        ```python
+        index = EmbeddingIndex("embeds")
+        for hit in index.search(query, k=5, modality="ct"):  # query: (D,) of length 1
+            print(hit)
+        ```
     """
 
     def __init__(self, out: str | Path, among: Among = "images") -> None:
@@ -123,48 +141,58 @@ class EmbeddingIndex:
             "fingerprint": self.manifest["fingerprint"],
             "shards": [[shard.path.name, shard.rows, shard.checksum] for shard in self._shards],
         }
-        place = Path(out) / "index" / among
-        if _facts_of(place) != facts:
-            _build(place, facts, self._shards, self.manifest)
-        # Mapped and not read: what a query does not look at stays on the disk.
+        folder = Path(out) / "index" / among
+        if _facts_of(folder) != facts:
+            _build(folder, facts, self._shards, self.manifest)
+        # Memory-mapped: what a query does not need stays on disk.
         self._segments = [
             faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if exact else faiss.IO_FLAG_MMAP)
-            for path in sorted(place.glob("segment-*.faiss"))
+            for path in sorted(folder.glob("segment-*.faiss"))
         ]
-        self._modalities = np.load(place / "modality.npy", mmap_mode="r")
+        self._modalities = np.load(folder / "modality.npy", mmap_mode="r")
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def search(self, query: np.ndarray, k: int = 10, modality: str | None = None) -> list[Hit]:
-        """The pairs nearest to an embedding, the nearest first.
+        """Finds the pairs nearest to an embedding.
 
         Args:
-            query: (D,), of length 1.
-            k: how many.
-            modality: only pairs whose image is sent to this expert: its name in the manifest.
+            query: (D,) float array of length 1.
+            k: Number of pairs.
+            modality: Restricts the search to pairs whose image is routed to this expert: a name in the manifest.
+
+        Returns:
+            At most `k` hits, the nearest first.
 
         Raises:
-            ValueError: for a modality that the model does not have.
+            ValueError: For a modality that the model does not have.
+
+        Example:
+            ```python
+            hits = index.search(query, k=5, modality="ct")
+            ```
         """
-        selector, there = None, len(self)
+        selector, available = None, len(self)
         if modality is not None:
             if modality not in self.manifest["modalities"]:
-                raise ArgumentError(f"There is no modality {modality}, but {', '.join(self.manifest['modalities'])}.")
+                raise ArgumentError(
+                    f"There is no modality {modality}; known: {', '.join(self.manifest['modalities'])}."
+                )
             wanted = self._modalities == self.manifest["modalities"].index(modality)
-            there = int(wanted.sum())
+            available = int(wanted.sum())
             selector = faiss.IDSelectorBitmap(np.packbits(wanted, bitorder="little"))
-        k = min(k, there)
+        k = min(k, available)
         if k < 1:
             return []
         found = self._nearest(query, k, selector, PROBES)
         if len(found) < k:
-            # The lists that were read hold too few of this modality: read them all.
+            # The probed lists contain too few pairs of this modality: read all of them.
             found = self._nearest(query, k, selector, LISTS)
         return self._hits(found)
 
     def _nearest(self, query: np.ndarray, k: int, selector: Any, probes: int) -> list[tuple[float, int]]:
-        """(score, row) of all segments together."""
+        """(score, row) of the nearest pairs in all segments."""
         found: list[tuple[float, int]] = []
         for segment in self._segments:
             if isinstance(segment, faiss.IndexIVF):
@@ -173,7 +201,7 @@ class EmbeddingIndex:
                 parameters = faiss.SearchParameters(sel=selector)
             scores, rows = segment.search(query.astype(np.float32)[None], k, params=parameters)
             pairs = zip(scores[0].tolist(), rows[0].tolist(), strict=True)
-            # A row of -1 says that there were not as many.
+            # A row of -1 means that fewer were found.
             found += [(score, row) for score, row in pairs if row >= 0]
         return sorted(found, key=lambda one: (-one[0], one[1]))[:k]
 
@@ -184,7 +212,7 @@ class EmbeddingIndex:
         scores = {row: score for score, row in found}
         by_shard = groupby(sorted(scores), key=lambda row: int(np.searchsorted(self._starts, row, side="right")) - 1)
         for number, rows in by_shard:
-            # A file that is read for a row or two: without its embeddings it is small.
+            # Read for a few rows only: without the embeddings the file is small.
             table = read_shard(self._shards[number].path, columns)
             for row in rows:
                 fields = table.slice(row - self._starts[number], 1).to_pylist()[0]
@@ -192,44 +220,45 @@ class EmbeddingIndex:
         return [hits[row] for _, row in found]
 
 
-def _facts_of(place: Path) -> dict[str, Any] | None:
-    """What an index was built from; None without one, or if its files are not as long as they were."""
+def _facts_of(folder: Path) -> dict[str, Any] | None:
+    """What an index was built from; None without an index, or if the size of a file differs."""
     try:
-        facts = json.loads((place / "index.json").read_text(encoding="utf-8"))
+        facts = json.loads((folder / "index.json").read_text(encoding="utf-8"))
         sizes = facts.pop("sizes")
-        return facts if sizes == _sizes_of(place) else None
+        return facts if sizes == _sizes_of(folder) else None
     except (OSError, ValueError, LookupError, AttributeError):
         return None
 
 
-def _sizes_of(place: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_size for path in place.iterdir() if path.name != "index.json"}
+def _sizes_of(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in folder.iterdir() if path.name != "index.json"}
 
 
 def _vectors(shard: FinishedShard, column: str) -> np.ndarray:
     """(n, D) float32 of one shard."""
     values = read_shard(shard.path, [column]).column(column).combine_chunks()
-    return values.flatten().to_numpy().astype(np.float32).reshape(len(values), values.type.list_size)
+    flat: np.ndarray = values.flatten().to_numpy().astype(np.float32)
+    return flat.reshape(len(values), values.type.list_size)
 
 
-def _build(place: Path, facts: dict[str, Any], shards: Sequence[FinishedShard], manifest: dict[str, Any]) -> None:
+def _build(folder: Path, facts: dict[str, Any], shards: Sequence[FinishedShard], manifest: dict[str, Any]) -> None:
     column, total = facts["column"], sum(shard.rows for shard in shards)
-    # Before an index is trained on them: every byte is read below in any case.
+    # Before an index is trained on them; every byte is read below anyway.
     for shard in progress(shards, "checking shards", "shard"):
         shard.check()
-    # As precise as what is on disk: nothing is lost.
+    # The precision of the shards: nothing is lost.
     code = "SQfp16" if manifest["dtype"] == "float16" else "Flat"
     size = pyarrow.parquet.read_schema(shards[0].path).field(column).type.list_size
     exact = facts["exact"]
     empty = faiss.index_factory(size, code if exact else f"IVF{LISTS},{code}", faiss.METRIC_INNER_PRODUCT)
     if not exact:
-        # Vectors and not their distances from a centroid: those would be rounded once more.
+        # Vectors, not residuals: those would be rounded again.
         empty.by_residual = False
         empty.train(_some_vectors(shards, column, _TRAINED_ON * LISTS))
     modalities = np.zeros(total, np.uint8)
-    with atomic_dir(place, force=True) as partial:
+    with atomic_dir(folder, force=True) as partial:
         segment, segments, row = faiss.clone_index(empty), 0, 0
-        for shard in progress(shards, f"indexing {place.name}", "shard"):
+        for shard in progress(shards, f"indexing {folder.name}", "shard"):
             names = read_shard(shard.path, ["modality"]).column("modality").to_pylist()
             if not names:
                 continue
@@ -249,7 +278,7 @@ def _build(place: Path, facts: dict[str, Any], shards: Sequence[FinishedShard], 
 
 
 def _some_vectors(shards: Sequence[FinishedShard], column: str, count: int) -> np.ndarray:
-    """(count, D) or a few less, from shards all over the folder: neighbours in a source are alike."""
+    """(n, D) with n <= count, from random shards: neighbouring samples of a source are similar."""
     order = np.random.default_rng(0).permutation(len(shards))
     parts: list[np.ndarray] = []
     for number in order.tolist():
@@ -270,21 +299,31 @@ def search(
     k: int = 10,
     model: str | Path | None = None,
 ) -> list[Hit]:
-    """The images that are nearest to a text or an image, or whose report is; each image file once.
+    """Finds the images that are nearest to a text or an image, or whose report is; each image file once.
 
-    An image that stands in several pairs, with a report each, is given with the nearest of them.
+    An image that belongs to several pairs, each with a report, is returned with the nearest of them.
 
     Args:
-        out: a folder that `encode_sources` wrote.
-        text, image: the query, one of the two: a sentence, or an image file (DICOM and NIfTI too).
-        among: whether images or reports are compared with it.
-        modality: name, alias or id of the expert that the pairs' images are sent to; None for all.
-        k: how many images.
-        model: folder or Hub id; None takes the one that the embeddings were made with, where it was then.
+        out: A folder that `encode_sources` wrote.
+        text: Sentence to search for; either `text` or `image` is required.
+        image: Image file to search for (DICOM and NIfTI too).
+        among: Whether images or reports are compared with the query.
+        modality: Name, alias or id of the expert that the images are routed to; None for all.
+        k: Number of images.
+        model: Folder or Hub id; None uses the one that the embeddings were computed with, at its path then.
+
+    Returns:
+        At most `k` hits, the nearest first.
 
     Raises:
-        EncodeError: if `out` is none, empty or not finished, or of another model.
-        ValueError: for both a text and an image, or neither, or an unknown modality.
+        EncodeError: If `out` contains no embeddings, is empty, not finished or of another model.
+        ValueError: For both a text and an image, or neither, or an unknown modality.
+
+    Example:
+        ```python
+        for hit in search("embeds", text="a large pleural effusion", k=5):
+            print(hit.score, hit.modality, hit.source, hit.key)
+        ```
     """
     if (text is None) == (image is None):
         raise ArgumentError("A search takes either a text or an image (--text or --image).")
@@ -297,7 +336,7 @@ def search(
     if model_fingerprint(loaded, processor) != index.manifest["fingerprint"]:
         raise EncodeError(
             f"{out} was encoded with {index.manifest['model']}, and {model} is another model, or has changed since. "
-            "Search with the one that it was encoded with, or encode again."
+            "Search with the model that it was encoded with, or encode again."
         )
     if modality is not None:
         modality = loaded.config.modalities[loaded.config.vision_config.modality_ids([modality], 1)[0]]
@@ -307,12 +346,12 @@ def search(
         with torch.inference_mode():
             outputs = loaded.get_image_features(**processor(images=str(image), return_tensors="pt"), local=False)
             query = nn.functional.normalize(outputs.pooler_output[0].float(), dim=-1)
-    asked = k
+    requested = k
     while True:
-        hits = index.search(query.numpy(), asked, modality)
+        hits = index.search(query.numpy(), requested, modality)
         images: dict[tuple[str, str], Hit] = {}
         for hit in hits:
-            images.setdefault((hit.source, hit.place), hit)
-        if len(images) >= k or len(hits) < asked:
+            images.setdefault((hit.source, hit.location), hit)
+        if len(images) >= k or len(hits) < requested:
             return list(images.values())[:k]
-        asked *= 2
+        requested *= 2

@@ -34,7 +34,7 @@ from medmoe_hf.data.sources import PhantomSource, TableSource, WebDatasetSource
 from medmoe_hf.errors import EncodeError, StreamError
 from medmoe_hf.inference.texts import encode_texts
 from medmoe_hf.search import encode_sources
-from medmoe_hf.search.encode import _PlacedStream, _Writer
+from medmoe_hf.search.encode import _LocatedStream, _Writer
 from medmoe_hf.training import build_model
 from medmoe_hf.training.config import ModelSection
 
@@ -63,7 +63,7 @@ def whole(data, model, tmp_path_factory):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_each_row_is_what_the_model_says_of_the_sample_at_its_place(data, model, tmp_path, dtype):
+def test_each_row_is_what_the_model_computes_for_the_sample_at_its_location(data, model, tmp_path, dtype):
     encode_all(data, tmp_path / "out", model, dtype=dtype, keep_captions=True)
     rows = table_of(tmp_path / "out").to_pylist()
     assert len(rows) == len({row["position"] for row in rows}) == GOOD
@@ -117,7 +117,7 @@ def test_interrupted_twice_it_is_as_if_never(data, model, whole, tmp_path, monke
     for _ in range(2):
         with monkeypatch.context() as patch:
             if rng.random() < 0.5:
-                stopping(patch, _PlacedStream, "place", rng.randint(1, 40))  # somewhere in a shard
+                stopping(patch, _LocatedStream, "location", rng.randint(1, 40))  # somewhere in a shard
             else:
                 stopping(patch, _Writer, "write", rng.randint(1, 4))  # between two
             with pytest.raises(Stop):
@@ -131,7 +131,7 @@ def test_interrupted_twice_it_is_as_if_never(data, model, whole, tmp_path, monke
     assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in whole.iterdir())
     again = encode_all(data, out, model)  # and there is nothing more to do
     assert (again.samples, again.total, again.skipped) == (0, GOOD, record.skipped)
-    assert str(again).startswith(f"Nothing was left to encode: {GOOD} pairs are there.")
+    assert str(again).startswith(f"Nothing left to encode: the folder contains {GOOD} pairs.")
 
 
 @pytest.mark.parametrize("samples", [GOOD, 31])
@@ -171,21 +171,21 @@ def test_two_processes_write_what_one_does(data, model, whole, tmp_path):
     for column in ("image_embeds", "text_embeds"):
         # other batches: the sums are added up in another order
         np.testing.assert_allclose(np.stack(two[column].to_numpy()), np.stack(one[column].to_numpy()), atol=5e-4)
-    with pytest.raises(EncodeError, match="processes: 2 then, 1 now"):
+    with pytest.raises(EncodeError, match="processes: 2 before, 1 now"):
         encode_all(data, tmp_path / "out", model)
 
 
 def test_reports_are_in_no_file_unless_asked_for(whole, data):
-    captions = {sample["caption"] for sample in _PlacedStream(sources_of(data))}
+    captions = {sample["caption"] for sample in _LocatedStream(sources_of(data))}
     written = b"".join(path.read_bytes() for path in whole.iterdir())
     assert b"xray" in written
     assert not any(caption.encode() in written for caption in captions)
 
 
 def test_passed_shards_keep_no_list_of_their_samples(data):
-    stream = _PlacedStream(sources_of(data))
+    stream = _LocatedStream(sources_of(data))
     for sample in stream:
-        stream.place(sample)
+        stream.location(sample)
     lists = [[vars(shard)["_places"] is None for shard in shards] for shards in stream.shards]
     assert lists == [[True, True, False], [False]]
 
@@ -223,7 +223,7 @@ def test_a_batch_of_texts_is_padded_to_its_own_longest(model, monkeypatch):
 
 def test_what_does_not_belong_together_is_refused(data, model, whole, tmp_path):
     other = model_folder(tmp_path / "other", seed=1)
-    with pytest.raises(EncodeError, match=r"fingerprint: [0-9a-f]{16} then, [0-9a-f]{16} now"):
+    with pytest.raises(EncodeError, match=r"fingerprint: [0-9a-f]{16} before, [0-9a-f]{16} now"):
         encode_all(data, whole, other)
     for changes in ({"dtype": "float32"}, {"samples_per_shard": 11}, {"keep_captions": True}):
         name = next(iter(changes))
@@ -231,7 +231,7 @@ def test_what_does_not_belong_together_is_refused(data, model, whole, tmp_path):
             encode_all(data, whole, model, **changes)
     with pytest.raises(EncodeError, match="sources: "):
         encode_sources(sources_of(data)[:1], whole, model, samples_per_shard=10)
-    with pytest.raises(EncodeError, match="no folder of embeddings"):
+    with pytest.raises(EncodeError, match="not a folder of embeddings"):
         encode_all(data, data, model)
     with pytest.raises(EncodeError, match="`length`"):
         encode_sources([PhantomSource(kind="phantom")], tmp_path / "endless", model)
@@ -255,19 +255,19 @@ def test_changed_content_of_the_sources_is_refused_with_what_differs(changing, t
     assert encode().samples == 0
     content, size = tars[1].read_bytes(), tars[1].stat().st_size
     tars[1].write_bytes(content + bytes(10240))
-    with pytest.raises(EncodeError, match=rf"mine: {tars[1].name} has changed: {size} bytes then, {size + 10240} now"):
+    with pytest.raises(EncodeError, match=rf"{tars[1].name} has changed: {size} bytes before, {size + 10240} now"):
         encode()
     tars[1].write_bytes(content[:600] + bytes([content[600] ^ 1]) + content[601:])
-    with pytest.raises(EncodeError, match=rf"mine: {tars[1].name} has changed: as many bytes \({size}\), but others"):
+    with pytest.raises(EncodeError, match=rf"{tars[1].name} has changed: same size \({size} bytes\), other content"):
         encode()
     tars[1].rename(tmp_path / "aside")
-    with pytest.raises(EncodeError, match=rf"mine: {tars[1].name} is gone\nGo on with"):
+    with pytest.raises(EncodeError, match=rf"mine: {tars[1].name} is missing\nUse the same"):
         encode()
     (tmp_path / "aside").rename(tars[1])
     tars[1].write_bytes(content)
     added = tars[0].with_name("another.tar")
     added.write_bytes(content)
-    with pytest.raises(EncodeError, match=r"mine: another\.tar is new\nGo on with"):
+    with pytest.raises(EncodeError, match=r"mine: another\.tar is new\nUse the same"):
         encode()
     added.unlink()
     assert encode().samples == 0
@@ -280,7 +280,7 @@ def test_a_row_more_in_a_table_is_refused(tmp_path, model):
     encode_sources([source], tmp_path / "out", model)
     with (tmp_path / "t.csv").open("a") as file:
         file.write("a.png,normal\n")
-    with pytest.raises(EncodeError, match=r"t\.csv has changed: 51 bytes then, 64 now"):
+    with pytest.raises(EncodeError, match=r"t\.csv has changed: 51 bytes before, 64 now"):
         encode_sources([source], tmp_path / "out", model)
 
 
@@ -301,8 +301,8 @@ def test_a_shard_that_is_not_what_was_written_is_named(changing, tmp_path, numbe
     content = path.read_bytes()
     middle = len(content) // 2
     for damaged, reason in (
-        (content[:-20], f"it has {len(content) - 20} bytes, and {len(content)} were written"),
-        (content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :], "its checksum is not that"),
+        (content[:-20], f"it has {len(content) - 20} bytes instead of {len(content)}"),
+        (content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :], "its checksum differs"),
     ):
         path.write_bytes(damaged)
         with pytest.raises(EncodeError, match=f"{path.name} is damaged: {reason}"):
@@ -337,7 +337,7 @@ def test_a_folder_of_an_earlier_version_is_not_gone_on_with(changing, tmp_path):
     encode, _ = changing
     path = tmp_path / "out" / "encoding.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 1}))
-    with pytest.raises(EncodeError, match="format 1, and not 2"):
+    with pytest.raises(EncodeError, match="format 1 instead of 2"):
         encode()
 
 

@@ -211,7 +211,7 @@ def test_folders_that_cannot_be_searched_say_why(planted, model, tmp_path):
     for text, image in ((None, None), ("a", "b.png")):
         with pytest.raises(ValueError, match="either a text or an image"):
             search(folder / "out", text, image)
-    with pytest.raises(EncodeError, match="holds no embeddings"):
+    with pytest.raises(EncodeError, match="contains no embeddings"):
         search(tmp_path, "effusion")
     half = tmp_path / "half"
     shutil.copytree(folder / "out", half)
@@ -369,7 +369,7 @@ def test_what_the_command_prints(several_reports, planted):
 
 def test_rows_of_a_file_that_holds_images_are_told_apart(planted):
     hits = [Hit(0.5, "a.parquet", "a.parquet", row, "a.parquet", "ct", 0.9) for row in (3, 17)]
-    assert [hit.place for hit in hits] == ["a.parquet, row 3", "a.parquet, row 17"]
+    assert [hit.location for hit in hits] == ["a.parquet, row 3", "a.parquet, row 17"]
     assert hits_table(hits, "images").splitlines() == [
         "cosine  routed to  image",
         "0.500   ct (0.90)  a.parquet, row 3",
