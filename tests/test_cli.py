@@ -1,6 +1,8 @@
 """The `medmoe` command: what a person types and reads."""
 
 import io
+import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,15 +14,177 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner
 
-from medmoe_hf.cli import _errors_of, app
+import medmoe_hf
+from medmoe_hf import errors
+from medmoe_hf.cli import app
+from medmoe_hf.cli.errors import errors_of
+from medmoe_hf.common import console
+from medmoe_hf.training import TrainConfig
 
 run = CliRunner().invoke
+
+
+def in_new_process(code: str, *arguments: str) -> str:
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before():
+    """Commands set up logging for their whole process."""
+    root, own = logging.getLogger(), logging.getLogger("medmoe_hf")
+    before = root.level, own.level, list(root.handlers), console._quiet, dict(os.environ)
+    yield
+    root.setLevel(before[0])
+    own.setLevel(before[1])
+    root.handlers[:] = before[2]
+    console._quiet = before[3]
+    for name in os.environ.keys() - before[4].keys():
+        del os.environ[name]
 
 
 def test_help_lists_the_commands():
     result = run(app, ["--help"])
     assert result.exit_code == 0
     assert {"train", "phantom"} <= set(result.output.split())
+
+
+HELP = """
+import os, runpy, sys
+sys.argv = ["medmoe", *sys.argv[1:], "--help"]
+try:
+    runpy.run_module("medmoe_hf", run_name="__main__")
+except SystemExit as end:
+    assert not end.code, end.code
+times = os.times()
+slow = [name for name in ("torch", "transformers", "datasets", "huggingface_hub", "numpy") if name in sys.modules]
+print(f"\\nREPORT {times.user + times.system:.2f} {','.join(slow)}")
+"""
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["data", "inspect"], ["evaluate", "zero-shot"], ["convert"]])
+def test_help_loads_no_torch_and_takes_half_a_second_of_cpu_time_at_most(command):
+    printed = in_new_process(HELP, *command)
+    assert "Usage: medmoe" in printed
+    seconds, slow = printed.rpartition("REPORT ")[2].rstrip("\n").split(" ")
+    assert slow == ""
+    # Twice what is promised: other processes may share the core.
+    assert float(seconds) < 1.0
+
+
+def test_import_loads_neither_torch_nor_transformers():
+    code = "import sys, medmoe_hf.training, medmoe_hf.hub; print({'torch', 'transformers'} & set(sys.modules))"
+    assert in_new_process(code).strip() == "set()"
+
+
+@pytest.mark.parametrize("command", [["medmoe_hf", "--version"], ["medmoe_hf.cli", "--version"]])
+def test_version_is_that_of_the_package(command):
+    printed = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == f"medmoe_hf {medmoe_hf.__version__}"
+
+
+def test_shell_completion_is_offered():
+    assert "--install-completion" in run(app, ["--help"], env={"COLUMNS": "120"}).output
+
+
+AUTO = """
+import sys
+if sys.argv[1] == "package first":
+    import medmoe_hf
+import transformers
+auto = getattr(transformers, sys.argv[2])
+if sys.argv[1] == "transformers first":
+    import medmoe_hf
+print(type(auto.from_pretrained(sys.argv[3])).__module__)
+"""
+
+
+@pytest.mark.parametrize(
+    ("order", "auto", "module"),
+    [
+        ("package first", "AutoModel", "modeling_medmoe"),
+        ("transformers first", "AutoModel", "modeling_medmoe"),
+        ("transformers first", "AutoTokenizer", "tokenization_medmoe"),
+        ("package first", "AutoProcessor", "processing_medmoe"),
+        ("package first", "AutoImageProcessor", "image_processing_medmoe"),
+    ],
+)
+def test_auto_classes_load_a_folder_without_trusting_its_code(order, auto, module):
+    folder = Path(__file__).parent / "fixtures" / "saved_by_0_1"
+    assert in_new_process(AUTO, order, auto, str(folder)).strip() == f"medmoe_hf.model.{module}"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (errors.ArgumentError("a wrong argument"), "a wrong argument"),
+        (errors.ResumeError("no checkpoint"), "no checkpoint"),
+        (errors.MissingPackageError('pip install "medmoe_hf[search]"'), r"pip install \"medmoe_hf\[search\]\""),
+        (FileNotFoundError(2, "No such file", "a.png"), "a.png"),
+        (ModuleNotFoundError("No module named 'timm'", name="timm"), "timm"),
+    ],
+)
+def test_errors_that_a_user_can_fix_are_messages(error, message):
+    with pytest.raises(SystemExit, match=f"medmoe train: .*{message}"), errors_of("train"):
+        raise error
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [
+        ValueError("shapes do not match"),
+        KeyError("x"),
+        RuntimeError("a bug"),
+        ImportError("cannot import name 'x' from 'medmoe_hf.hub'", name="medmoe_hf.hub"),
+    ],
+)
+def test_bugs_keep_their_traceback(bug):
+    with pytest.raises(type(bug)) as caught, errors_of("train"):
+        raise bug
+    assert caught.value is bug
+
+
+def test_every_error_class_of_the_package_has_the_base():
+    for name in errors.__all__:
+        assert issubclass(getattr(errors, name), errors.MedMoEError), name
+
+
+@pytest.mark.parametrize(
+    ("option", "shown"),
+    [(None, "info\nwarning: careful\n"), ("-q", ""), ("-v", "a: debug: detail\na: info\na: warning: careful\n")],
+)
+def test_verbosity(option, shown, monkeypatch):
+    for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY"):
+        monkeypatch.delenv(name, raising=False)
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    console.set_up_logging(verbose=option == "-v", quiet=option == "-q")
+    logger = logging.getLogger("medmoe_hf.a")
+    logger.debug("detail")
+    logger.info("info")
+    logger.warning("careful")
+    assert stream.getvalue().replace("medmoe_hf.a", "a") == shown
+    assert console.progress(range(3), "test", "item").disable == (option == "-q")
+
+
+def test_verbose_and_quiet_exclude_each_other():
+    assert run(app, ["-v", "-q", "evaluate", "recipes"]).exit_code == 2
+
+
+def test_train_set_overrides_keys_and_explains_wrong_ones(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"output_dir: {tmp_path}/out\nmodel: {{preset: tiny}}\nmax_steps: 2\ndata: {{train: {{kind: phantom}}}}\n"
+    )
+    result = run(app, ["train", str(path), "--set", "max_step=1", "--set", "data.num_worker=0"])
+    assert result.exit_code == 1
+    assert "max_step: unknown key. Did you mean `max_steps`?" in str(result.exception)
+    assert "data.num_worker: unknown key. Did you mean `num_workers`?" in str(result.exception)
+    result = run(app, ["train", str(path), "--set", "max_steps"])
+    assert "--set max_steps: expected KEY=VALUE" in str(result.exception)
+    config = TrainConfig.from_yaml(path, ["max_steps=7", "data.train.length=9", "freeze=[text_model]", "lora=null"])
+    assert (config.max_steps, config.data.train.length, config.freeze) == (7, 9, ["text_model"])
+    assert config.model_dump(mode="json")["max_steps"] == 7
 
 
 def test_phantom_writes_tars_that_stream_back(tmp_path):
@@ -100,14 +264,14 @@ def test_an_error_begins_on_its_own_line_below_a_bar():
     bar = tqdm(total=3, file=stream)
     bar.update()
     assert not stream.getvalue().endswith("\n")
-    with pytest.raises(SystemExit, match="medmoe train: the disk is full"), _errors_of("train"):
+    with pytest.raises(SystemExit, match="medmoe train: the disk is full"), errors_of("train"):
         raise OSError("the disk is full")
     assert stream.getvalue().endswith("\n")
 
 
 def test_bars_of_transformers_are_hidden_and_those_of_downloads_are_not(monkeypatch):
     monkeypatch.setattr(transformers_logging, "_tqdm_active", True)
-    with _errors_of("train"):
+    with errors_of("train"):
         assert not transformers_logging.is_progress_bar_enabled()
         assert not are_progress_bars_disabled()
 

@@ -19,7 +19,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from medmoe_hf.common.loading import explain_loading
-from medmoe_hf.common.yaml_files import in_words, nearest, read_yaml
+from medmoe_hf.common.yaml_files import explain, nearest, read_yaml
 from medmoe_hf.data.captions import CAPTION_RULES
 from medmoe_hf.data.shards import (
     CAPTION_FIELDS,
@@ -528,4 +528,4 @@ def load_sources(path: str | Path) -> list[Any]:
     try:
         return _SOURCES.validate_python(content)
     except ValidationError as error:
-        raise SourceError(f"{path} cannot be used:\n{in_words(error, SOURCE_SECTIONS)}") from error
+        raise SourceError(f"{path} cannot be used:\n{explain(error, SOURCE_SECTIONS)}") from error

@@ -1,11 +1,12 @@
 """The keys of a training YAML, and clear messages for wrong ones."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from medmoe_hf.common.yaml_files import in_words, read_yaml
+from medmoe_hf.common.yaml_files import explain, read_yaml, set_values
 from medmoe_hf.data.sources import SOURCE_SECTIONS, Source, load_sources
 from medmoe_hf.errors import ConfigError, SourceError
 
@@ -281,11 +282,16 @@ class TrainConfig(BaseModel):
         return self.output_dir.with_name(f"{self.output_dir.name}-run")
 
     @classmethod
-    def from_yaml(cls, path: str | Path) -> "TrainConfig":
+    def from_yaml(cls, path: str | Path, overrides: Sequence[str] = ()) -> "TrainConfig":
         """Reads and validates a YAML file.
 
         Args:
             path: The file.
+            overrides: Values that replace those of the file, as `key=value` with dotted keys:
+                `["max_steps=100", "model.preset=tiny"]`. Values are YAML.
+
+        Returns:
+            The configuration.
 
         Raises:
             ConfigError: For a missing file, invalid YAML, unknown keys (the nearest known key is suggested) or invalid
@@ -301,7 +307,7 @@ class TrainConfig(BaseModel):
         content = read_yaml(path, ConfigError)
         if not isinstance(content, dict):
             raise ConfigError(f"{path} must hold keys and values, got {type(content).__name__}.")
-        return cls.from_dict(content, str(path))
+        return cls.from_dict(set_values(content, overrides, ConfigError), str(path))
 
     @classmethod
     def from_dict(cls, content: dict[str, Any], where: str = "the configuration") -> "TrainConfig":
@@ -317,7 +323,7 @@ class TrainConfig(BaseModel):
         try:
             return cls.model_validate(content)
         except ValidationError as error:
-            raise ConfigError(f"{where} cannot be used:\n{in_words(error, _SECTIONS)}") from error
+            raise ConfigError(f"{where} cannot be used:\n{explain(error, _SECTIONS)}") from error
 
 
 _SECTIONS = {

@@ -7,7 +7,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from medmoe_hf.common import yaml_files
-from medmoe_hf.common.yaml_files import in_words, nearest, read_yaml
+from medmoe_hf.common.yaml_files import explain, nearest, read_yaml
 from medmoe_hf.data.sources import load_sources
 from medmoe_hf.errors import ConfigError, RecipeError, SourceError
 from medmoe_hf.evaluation.recipes import load_recipe
@@ -144,7 +144,7 @@ SECTIONS = {"": list(Outer.model_fields), "data": list(Inner.model_fields)}
 def test_problems_in_words(content, words):
     with pytest.raises(ValidationError) as error:
         Outer.model_validate(content)
-    assert in_words(error.value, SECTIONS) == f"  {words}"
+    assert explain(error.value, SECTIONS) == f"  {words}"
 
 
 def test_nearest_is_never_the_word_itself():

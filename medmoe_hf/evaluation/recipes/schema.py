@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from medmoe_hf.common.yaml_files import in_words, read_yaml
+from medmoe_hf.common.yaml_files import explain, read_yaml
 from medmoe_hf.errors import RecipeError
 from medmoe_hf.evaluation.dataset import Split
 from medmoe_hf.model.modalities_medmoe import MODALITIES, modality_id
@@ -344,4 +344,4 @@ def _parse(path: Path) -> Recipe:
     try:
         return Recipe(**content)
     except ValidationError as error:
-        raise RecipeError(f"{path} cannot be used:\n{in_words(error, _SECTIONS)}") from error
+        raise RecipeError(f"{path} cannot be used:\n{explain(error, _SECTIONS)}") from error

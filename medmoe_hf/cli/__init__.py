@@ -1,0 +1,336 @@
+"""The `medmoe` command: parses arguments and calls the package.
+
+Commands import what they need when they are called, so that `--help` does not load torch.
+"""
+
+import logging
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from medmoe_hf import __version__
+from medmoe_hf.cli import convert, data, evaluate
+from medmoe_hf.cli.errors import errors_of, is_main_process
+from medmoe_hf.cli.options import Force, Out
+from medmoe_hf.common.console import close_bars, set_up_logging
+from medmoe_hf.errors import ArgumentError
+
+logger = logging.getLogger(__name__)
+app = typer.Typer(
+    help="MedMoE for Hugging Face: train, publish and evaluate modality-specialised medical image-text models.",
+    no_args_is_help=True,
+    # Rich tracebacks print local variables, and those may hold patient data.
+    pretty_exceptions_show_locals=False,
+)
+
+app.add_typer(data.app, name="data")
+app.add_typer(convert.app, name="convert")
+app.add_typer(evaluate.app, name="evaluate")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"medmoe_hf {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show debug messages.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Show results and errors only, without progress bars.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """MedMoE for Hugging Face: train, publish and evaluate modality-specialised medical image-text models."""
+    if verbose and quiet:
+        raise typer.BadParameter("--verbose and --quiet are mutually exclusive.")
+    set_up_logging(verbose, quiet)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file with the keys of medmoe_hf.training.TrainConfig.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key: model.preset=tiny; may be repeated."),
+    ] = None,
+    resume: Annotated[
+        str | None, typer.Option(help="Checkpoint to resume from; auto: the newest of this run, if there is one.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Run two steps and print the plan; write nothing.")
+    ] = False,
+) -> None:
+    """Train a dual encoder. SIGTERM and Ctrl-C write a checkpoint before the run ends."""
+    from medmoe_hf.errors import Interrupted
+    from medmoe_hf.training import TrainConfig, plan
+    from medmoe_hf.training import train as run
+
+    with errors_of("train"):
+        settings = TrainConfig.from_yaml(config, set_ or ())
+        if dry_run:
+            typer.echo(str(plan(settings)))
+            return
+        try:
+            record = run(settings, resume)
+        except Interrupted as interruption:
+            close_bars()
+            if is_main_process():
+                typer.echo(f"medmoe train: {interruption}", err=True)
+            raise typer.Exit(128 + interruption.signal) from interruption
+    if is_main_process():
+        typer.echo(f"Trained {record.steps} steps on {record.samples} pairs in {record.seconds:.0f} s.")
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="Folder of a LoRA adapter that `medmoe train` wrote.")],
+    out: Annotated[Path, typer.Argument(help="Folder to create.")],
+    base: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of the base model; by default the one that the adapter names.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+) -> None:
+    """Merge a LoRA adapter into its base model, and write a complete model folder."""
+    from medmoe_hf.training.adapters import merge_adapter
+
+    with errors_of("merge"):
+        merge_adapter(adapter, out, base, force)
+    typer.echo(f"Wrote {out}.")
+
+
+@app.command()
+def phantom(
+    out: Annotated[Path, typer.Argument(help="Folder for the tar files.")],
+    shards: Annotated[int, typer.Option(min=1, help="Number of tar files.")] = 1,
+    samples: Annotated[int, typer.Option(min=1, help="Samples per tar file.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    image_size: Annotated[int, typer.Option(min=48, help="Height and width of the images in pixels.")] = 224,
+) -> None:
+    """Write synthetic image-report pairs as WebDataset tar files."""
+    from medmoe_hf.data import write_webdataset
+
+    with errors_of("phantom"):
+        paths = write_webdataset(out, shards=shards, samples_per_shard=samples, seed=seed, image_size=image_size)
+    typer.echo(f"Wrote {len(paths)} tar files with {samples} samples each to {out}.")
+
+
+@app.command()
+def init(
+    out: Out,
+    preset: Annotated[str, typer.Option(help="Preset: paper, plus, official or tiny.")],
+    vision: Annotated[
+        str | None,
+        typer.Option(
+            help="Image encoder: folder, Hub id or file of a Swin; or timm/<name> of any hierarchical model."
+        ),
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="Text encoder: folder or Hub id of any BERT-like model.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder, Hub id or vocab.txt; by default that of --text.")
+    ] = None,
+    projection_dim: Annotated[int | None, typer.Option(min=1, help="Width of the shared space.")] = None,
+    seed: Annotated[int, typer.Option(help="Random seed of the new weights.")] = 0,
+    force: Force = False,
+) -> None:
+    """Create a new model of a preset from published image and text encoders."""
+    from medmoe_hf.hub import init_model
+
+    with errors_of("init"):
+        report = init_model(
+            out,
+            preset,
+            vision=vision,
+            text=text,
+            tokenizer=tokenizer,
+            overrides={} if projection_dim is None else {"projection_dim": projection_dim},
+            seed=seed,
+            force=force,
+        )
+    typer.echo(f"{report}\nWrote {out}.")
+
+
+@app.command()
+def push(
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of a model and its processor, such as `medmoe train` writes.")
+    ],
+    repo: Annotated[str, typer.Argument(help="user/name on the Hub; created if it does not exist.")],
+    private: Annotated[
+        bool | None,
+        typer.Option("--private/--public", help="Visibility of a new repository; by default the account's setting."),
+    ] = None,
+    branch: Annotated[str | None, typer.Option(help="Branch, by default main; created if it does not exist.")] = None,
+    tag: Annotated[str | None, typer.Option(help="Tag for the new commit.")] = None,
+    message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print what would change and send nothing. The local checks need no network."),
+    ] = False,
+) -> None:
+    """Replace the files of a repository by those of a folder, after checking that it loads without this package."""
+    from medmoe_hf.hub import publish
+
+    with errors_of("push"):
+        report = publish(
+            folder,
+            repo,
+            private=private,
+            branch=branch,
+            tag=tag,
+            message=message,
+            create_pr=create_pr,
+            dry_run=dry_run,
+        )
+    typer.echo(str(report))
+
+
+@app.command()
+def verify(
+    source: Annotated[str, typer.Argument(help="Folder, or user/name on the Hub. Its Python files are run.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")] = None,
+    record: Annotated[
+        bool, typer.Option("--record", help="Record the reference outputs of a folder that you trust first.")
+    ] = False,
+) -> None:
+    """Check that a checkpoint computes the outputs recorded when it was published. Exits with 1 if it does not."""
+    from medmoe_hf.hub import verify as run
+
+    with errors_of("verify"):
+        report = run(source, revision, record=record)
+    typer.echo(str(report))
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def card(
+    folder: Annotated[Path, typer.Argument(help="Model folder, where README.md is written.")],
+    training: Annotated[
+        Path | None, typer.Option(help="training.json or YAML file; by default the folder's training.json.")
+    ] = None,
+    results: Annotated[Path | None, typer.Option(help="results.json that `medmoe evaluate` wrote.")] = None,
+    repo: Annotated[str | None, typer.Option(help="Hub id that the model will have.")] = None,
+    base_model: Annotated[list[str] | None, typer.Option(help="Hub id of a base model; may be repeated.")] = None,
+    license: Annotated[str | None, typer.Option(help="License of the weights, such as apache-2.0.")] = None,
+    dataset: Annotated[list[str] | None, typer.Option(help="Hub id of a data set; may be repeated.")] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a README.md that was not written by this command.")
+    ] = False,
+) -> None:
+    """Write the model card of a folder. Missing information is marked as not stated."""
+    from medmoe_hf.hub.card import build_card, write_card
+
+    with errors_of("card"):
+        made = build_card(
+            folder,
+            training=training,
+            results=results,
+            repo=repo,
+            base_model=base_model,
+            license=license,
+            datasets=dataset,
+        )
+        path = write_card(folder, made, force)
+    typer.echo(f"Wrote {path}.")
+
+
+@app.command()
+def demo(
+    checkpoint: Annotated[
+        str | None, typer.Argument(help="Folder or Hub id; by default the value of MEDMOE_MODEL.")
+    ] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 7860,
+) -> None:
+    """Show a checkpoint in the browser. Its Python files are run: use only checkpoints that you trust."""
+    logger.info("Loading the libraries ...")
+    with errors_of("demo"):
+        from medmoe_hf.hub.space.app import launch
+
+        try:
+            launch(checkpoint, port)
+        except ValueError as error:  # the page's code runs without this package, so it has no errors of ours
+            raise ArgumentError(str(error)) from error
+
+
+@app.command("export")
+def export_towers(
+    folder: Annotated[str, typer.Argument(help="Folder or Hub id of a dual encoder.")],
+    out: Out,
+    format: Annotated[Literal["onnx", "torch-export"], typer.Option(help="File format.")] = "onnx",
+    int8: Annotated[bool, typer.Option("--int8", help="Quantize matrix products to 8 bits; onnx only.")] = False,
+    force: Force = False,
+) -> None:
+    """Export both encoders, with routing, to files that run without this package, and compare their outputs."""
+    from medmoe_hf.hub.export import export
+
+    with errors_of("export"):
+        report = export(folder, out, format, force, int8)
+    typer.echo(f"{report}\nWrote {out}.")
+
+
+@app.command()
+def encode(
+    sources: Annotated[Path, typer.Argument(help="YAML file with a list of sources.")],
+    out: Annotated[Path, typer.Argument(help="Folder to create, or to continue after an interruption.")],
+    model: Annotated[str, typer.Option(help="Folder or Hub id.")],
+    batch_size: Annotated[int, typer.Option(min=1, help="Images, and texts, per batch.")] = 64,
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="Pairs per file.")] = 2048,
+    dtype: Annotated[
+        Literal["float16", "float32"], typer.Option(help="Data type of the embeddings on disk.")
+    ] = "float16",
+    keep_captions: Annotated[
+        bool, typer.Option("--keep-captions", help="Write the reports too. They may contain PHI.")
+    ] = False,
+    num_workers: Annotated[
+        int, typer.Option(min=0, help="Number of processes that read, per process that encodes.")
+    ] = 0,
+    max_bad_fraction: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of samples that may be unusable.")
+    ] = 0.05,
+) -> None:
+    """Write image and report embeddings of sources as Parquet files. Run again, it continues where it stopped."""
+    from medmoe_hf.data.sources import load_sources
+    from medmoe_hf.search import encode_sources
+
+    with errors_of("encode"):
+        record = encode_sources(
+            load_sources(sources),
+            out,
+            model,
+            batch_size=batch_size,
+            samples_per_shard=samples_per_shard,
+            dtype=dtype,
+            keep_captions=keep_captions,
+            num_workers=num_workers,
+            max_bad_fraction=max_bad_fraction,
+        )
+    if is_main_process():
+        typer.echo(str(record))
+
+
+@app.command()
+def search(
+    out: Annotated[Path, typer.Argument(help="Folder that `medmoe encode` wrote.")],
+    text: Annotated[str | None, typer.Option(help="Text to search for.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Image to search for instead.")] = None,
+    among: Annotated[
+        Literal["images", "reports"],
+        typer.Option(help="What to search. Reports are shown if `medmoe encode` kept them (--keep-captions)."),
+    ] = "images",
+    modality: Annotated[str | None, typer.Option(help="Search only images that are routed to this expert.")] = None,
+    k: Annotated[int, typer.Option("-k", "--k", min=1, help="Number of results.")] = 10,
+    model: Annotated[str | None, typer.Option(help="Folder or Hub id of the model, if it was moved.")] = None,
+) -> None:
+    """Find the pairs nearest to a text or an image. Warning: prints captions, if kept, which may contain PHI."""
+    from medmoe_hf.search import hits_table
+    from medmoe_hf.search import search as find
+
+    with errors_of("search"):
+        hits = find(out, text, image, among=among, modality=modality, k=k, model=model)
+    typer.echo(hits_table(hits, among) if hits else f"No image of {out} is routed to {modality}.")

@@ -1,0 +1,119 @@
+"""`medmoe data`."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from medmoe_hf.cli.errors import errors_of
+
+app = typer.Typer(help="Inspect data before training on them, and publish them.", no_args_is_help=True)
+
+
+@app.command("inspect")
+def inspect_data(
+    sources: Annotated[Path, typer.Argument(help="YAML file with a list of sources.")],
+    sheet: Annotated[Path, typer.Option(help="Contact sheet to write.")] = Path("contact_sheet.png"),
+    samples: Annotated[int, typer.Option(min=1, help="Samples to read per source.")] = 48,
+    problems: Annotated[
+        Path | None, typer.Option(help="CSV file to write: every pair that cannot be used, and why. Reads all pairs.")
+    ] = None,
+    validation_share: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Share of subjects to hold out: count the pairs of each split. Reads all pairs."
+        ),
+    ] = None,
+    num_workers: Annotated[int, typer.Option(min=0, help="Number of processes that read, if all pairs are read.")] = 0,
+) -> None:
+    """Count pairs, and show samples and problems per source. Warning: prints captions, which may contain PHI."""
+    from medmoe_hf.data.inspection import inspect_sources
+    from medmoe_hf.data.sources import load_sources
+
+    with errors_of("data inspect"):
+        reports = inspect_sources(
+            load_sources(sources),
+            sheet,
+            samples,
+            problems=problems,
+            validation_share=validation_share,
+            num_workers=num_workers,
+        )
+    for report in reports:
+        typer.echo(f"{report}\n")
+    seen = any(report.looked_at for report in reports)
+    typer.echo(f"Contact sheet: {sheet}" if seen else "No contact sheet: no image could be read.")
+    if problems is not None:
+        typer.echo(f"Problems: {problems}")
+    if any(report.problems for report in reports):
+        raise typer.Exit(1)
+
+
+@app.command()
+def overlap(
+    first: Annotated[Path, typer.Argument(help="YAML file with a list of sources, such as the training data.")],
+    second: Annotated[Path, typer.Argument(help="YAML file with another list, such as the test data.")],
+    distance: Annotated[
+        int,
+        typer.Option(
+            min=0, max=12, help="Number of differing bits, of 64, up to which two images count as near duplicates."
+        ),
+    ] = 4,
+    num_workers: Annotated[int, typer.Option(min=0, help="Number of processes that read.")] = 0,
+) -> None:
+    """Find images that are in both lists: exact and near duplicates. Exits with 1 if there are any."""
+    from medmoe_hf.data.overlap import find_overlap
+    from medmoe_hf.data.sources import load_sources
+
+    with errors_of("data overlap"):
+        found = find_overlap(load_sources(first), load_sources(second), distance, num_workers)
+    typer.echo(str(found))
+    if found.exact or found.near:
+        raise typer.Exit(1)
+
+
+@app.command("push")
+def push_sources(
+    sources: Annotated[Path, typer.Argument(help="YAML file with a list of sources.")],
+    repo: Annotated[str, typer.Argument(help="user/name of the data set on the Hub.")],
+    format: Annotated[Literal["parquet", "webdataset"], typer.Option(help="File format.")] = "parquet",
+    shard_size: Annotated[int, typer.Option(min=1, help="Samples per file.")] = 1000,
+    license: Annotated[str | None, typer.Option(help="License of the data, such as cc-by-4.0.")] = None,
+    private: Annotated[
+        bool | None,
+        typer.Option("--private/--public", help="Visibility of a new data set; by default the account's setting."),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
+    replace: Annotated[
+        bool,
+        typer.Option(
+            "--replace",
+            help="Remove other files under data/, and replace a card that was not written by this command.",
+        ),
+    ] = False,
+    i_have_removed_identifiers: Annotated[
+        bool,
+        typer.Option(
+            "--i-have-removed-identifiers", help="Publish even if something looks like a patient identifier."
+        ),
+    ] = False,
+) -> None:
+    """Publish sources as a data set on the Hub."""
+    from medmoe_hf.data.sources import load_sources
+    from medmoe_hf.hub.publish_data import push_data
+
+    with errors_of("data push"):
+        address = push_data(
+            load_sources(sources),
+            repo,
+            format,
+            shard_size,
+            i_have_removed_identifiers,
+            license=license,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            replace=replace,
+        )
+    typer.echo(f"Published: {address}")

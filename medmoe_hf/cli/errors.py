@@ -1,0 +1,41 @@
+"""Which errors commands print as a message, and which as a traceback."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from medmoe_hf.common.console import close_bars, hide_foreign_bars
+from medmoe_hf.errors import MedMoEError
+
+logger = logging.getLogger(__name__)
+
+
+def is_main_process() -> bool:
+    """Launchers number the processes that they start."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def is_fixable(error: Exception) -> bool:
+    """Whether a user can fix an error; all others are bugs, whose traceback helps."""
+    if isinstance(error, ImportError):
+        return isinstance(error, MedMoEError) or not (error.name or "").startswith("medmoe_hf")
+    if isinstance(error, MedMoEError | OSError):  # OSError: of files, disks, ports and the Hub
+        return True
+    from huggingface_hub.errors import HFValidationError, StrictDataclassError  # of a repository id, a configuration
+
+    return isinstance(error, HFValidationError | StrictDataclassError)
+
+
+@contextmanager
+def errors_of(command: str) -> Iterator[None]:
+    """Prints errors that a user can fix in one line, without a traceback."""
+    hide_foreign_bars()
+    try:
+        yield
+    except Exception as error:
+        if not is_fixable(error):
+            raise
+        close_bars()
+        logger.debug("traceback of the error below", exc_info=True)
+        raise SystemExit(f"medmoe {command}: {error}") from error

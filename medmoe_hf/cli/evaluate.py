@@ -1,0 +1,91 @@
+"""`medmoe evaluate`."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from medmoe_hf.cli.errors import errors_of
+
+logger = logging.getLogger(__name__)
+
+app = typer.Typer(help="Evaluate models on your copy of a public data set.", no_args_is_help=True)
+
+_Recipe = "Name from `medmoe evaluate recipes`, or a YAML file."
+_Data = Annotated[Path, typer.Option("--data", help="Folder of your copy of the data.")]
+
+
+def _evaluation_command(protocol: str | None) -> Callable[..., None]:
+    def command(
+        model: Annotated[
+            str, typer.Argument(help="Folder or Hub id of a MedMoE, CLIP or SigLIP; or open_clip:ARCH[:CHECKPOINT].")
+        ],
+        recipe: Annotated[str, typer.Option(help=_Recipe)],
+        data: _Data,
+        output: Annotated[Path, typer.Option(help="Folder to create, for results.json, results.md and figures.")],
+        compare: Annotated[
+            list[str] | None, typer.Option(help="Another model to evaluate for comparison; may be repeated.")
+        ] = None,
+        resamples: Annotated[int, typer.Option(min=1, help="Number of bootstrap resamples.")] = 1000,
+        seed: Annotated[
+            int, typer.Option(min=0, help="Random seed of the bootstrap and of the training subsets of probes.")
+        ] = 0,
+        batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 32,
+        force: Annotated[bool, typer.Option("--force", help="Replace OUTPUT if it exists.")] = False,
+    ) -> None:
+        from medmoe_hf.evaluation.report import summary
+        from medmoe_hf.evaluation.suite import evaluate
+
+        with errors_of(f"evaluate {protocol or 'all'}"):
+            results = evaluate(
+                [model, *(compare or [])],
+                recipe,
+                data,
+                None if protocol is None else [protocol],
+                output=output,
+                resamples=resamples,
+                seed=seed,
+                batch_size=batch_size,
+                force=force,
+                report=logger.info,
+            )
+        typer.echo(f"\n{summary(results)}\n\nWrote {output}: every metric is in results.md.")
+
+    return command
+
+
+for _protocol, _help in {
+    "zero-shot": "Classify images by text prompts.",
+    "linear-probe": "Train linear classifiers on frozen features of 1 %, 10 % and 100 % of the training split.",
+    "retrieval": "Retrieve reports by image, and images by report.",
+    "grounding": "Compare heatmaps of phrases with bounding boxes, and with heatmaps of a made-up word.",
+    "routing": "Compare the routers' choices with the known modalities.",
+    "all": "Run all protocols that the recipe supports.",
+}.items():
+    app.command(_protocol, help=_help)(_evaluation_command(None if _protocol == "all" else _protocol))
+
+
+@app.command()
+def check(recipe: Annotated[str, typer.Argument(help=_Recipe)], data: _Data) -> None:
+    """Check your copy of a data set. Exits with 1 if it cannot be used."""
+    from medmoe_hf.evaluation.recipes import WARNING, check_recipe, load_recipe
+
+    with errors_of("evaluate check"):
+        problems = check_recipe(load_recipe(recipe), data)
+    for problem in problems:
+        typer.echo(problem)
+    if any(not problem.startswith(WARNING) for problem in problems):
+        raise typer.Exit(1)
+    typer.echo(f"{data} can be used.")
+
+
+@app.command("recipes")
+def list_recipes() -> None:
+    """List the recipes that come with the package."""
+    from medmoe_hf.evaluation.recipes import load_recipe, recipe_names
+
+    for name in recipe_names():
+        entry = load_recipe(name)
+        typer.echo(f"{name:<18}{entry.title}: {', '.join(entry.tasks)}")
