@@ -455,7 +455,7 @@ def source_name(source: Mapping[str, Any]) -> str | None:
         return str(source["path"])
     if source["name"] is None and source["kind"] == "phantom":
         return f"synthetic phantoms, seed {source['seed']}"
-    return source["name"]
+    return None if source["name"] is None else str(source["name"])
 
 
 def _sources_table(sources: list[dict[str, Any]]) -> str:

@@ -23,7 +23,8 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from PIL import Image, ImageOps
 
 from medmoe_hf.common.files import atomic_dir
-from medmoe_hf.data.sources import IMAGE_FIELDS, field_of
+from medmoe_hf.data.shards import IMAGE_FIELDS
+from medmoe_hf.data.sources import field_of
 from medmoe_hf.data.stream import SampleStream
 from medmoe_hf.errors import ArgumentError, IdentifierError, MissingPackageError, PublishError, ShardError
 from medmoe_hf.hub.access import writable

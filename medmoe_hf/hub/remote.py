@@ -196,7 +196,7 @@ def _same(path: Path, remote: RepoFile) -> bool:
     with path.open("rb") as file:
         while part := file.read(1 << 20):
             digest.update(part)
-    return digest.hexdigest() == (remote.blob_id if remote.lfs is None else remote.lfs.sha256)
+    return bool(digest.hexdigest() == (remote.blob_id if remote.lfs is None else remote.lfs.sha256))
 
 
 def readable_size(size: float) -> str:

@@ -167,7 +167,7 @@ def test_the_report_accounts_for_every_tensor(converted):
     assert not report.missing
     assert not report.initialised
     reasons = {name.split(".")[2]: why for name, why in report.dropped.items()}
-    assert reasons["global_embedder"] == reasons["local_embedder"] == "the official code never calls it"
+    assert reasons["global_embedder"] == reasons["local_embedder"] == "the official code never uses it"
     assert "dropped 5, derived: model.image_encoder" in str(report)
     saved = load_file(converted.folder / "model.safetensors")
     assert set(saved) == set(report.taken)
@@ -414,11 +414,11 @@ def test_medclip_s_towers(medclip, tmp_path, size, monkeypatch):
         torch.testing.assert_close(model.text_model(ids).last_hidden_state, medclip.bert(ids).last_hidden_state)
     projections = ("vision_model.projection_head.weight", "text_model.projection_head.weight")
     if size is None:
-        assert all("no room for it" in report.dropped[name] for name in projections)
+        assert all("does not match the preset" in report.dropped[name] for name in projections)
     else:
         assert torch.equal(model.visual_projection.weight, medclip.state[projections[0]])
         assert torch.equal(model.text_projection.weight, medclip.state[projections[1]])
-    assert "no room" in report.dropped["logit_scale"]
+    assert "does not match" in report.dropped["logit_scale"]
     assert any(name.startswith("vision_model.experts.") for name in report.initialised)
     assert not report.missing
 
@@ -551,7 +551,7 @@ def test_a_text_tower_with_its_tokenizer(tmp_path):
         assert torch.equal(text(**inputs).last_hidden_state, expected)
     assert text.config.num_summed_layers == 2
     assert any("num_summed_layers" in note for note in report.notes)
-    assert report.dropped["pooler.dense.weight"] == "no loss reaches it"
+    assert report.dropped["pooler.dense.weight"] == "not used by any loss"
 
 
 def _installed(package):
@@ -656,7 +656,7 @@ def test_a_gap_among_the_experts(tmp_path):
 def test_the_wrong_kind_of_checkpoint(tmp_path, medclip, timm_swin):
     with pytest.raises(ConvertError, match="is no checkpoint of the official code"):
         convert_official(medclip.path, tmp_path / "out", **OPTIONS)
-    with pytest.raises(ConvertError, match="is no checkpoint of MedCLIP: nothing begins with vision_model"):
+    with pytest.raises(ConvertError, match="is no checkpoint of MedCLIP: no tensor name begins with vision_model"):
         convert_medclip(GOLDEN / "official.ckpt", tmp_path / "out", tokenizer=OPTIONS["tokenizer"])
     torch.save({"linear.weight": torch.zeros(2, 2)}, tmp_path / "linear.pt")
     with pytest.raises(ConvertError, match=r"holds no Swin.*Its tensors are linear\.weight"):
@@ -715,7 +715,7 @@ def test_the_tokenizer_must_belong_to_the_tower(tmp_path):
         convert_official(
             GOLDEN / "official.ckpt", tmp_path / "out", **OPTIONS | {"tokenizer": str(tmp_path / "nowhere")}
         )
-    with pytest.raises(ConvertError, match="name a text tower by --text or a --tokenizer"):
+    with pytest.raises(ConvertError, match="specify a text tower with --text, or a --tokenizer"):
         init_model(tmp_path / "out", "paper")
 
 

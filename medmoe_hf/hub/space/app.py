@@ -218,7 +218,7 @@ class Checkpoint:
             modality=self._modality(picture, wish),
             reference=None if texts is None else self._tokens(texts["normal"]),
         )
-        return self._over(picture, grounding, sigma=HEATMAP_SIGMA).mean(axis=0)
+        return np.asarray(self._over(picture, grounding, sigma=HEATMAP_SIGMA).mean(axis=0))
 
     @torch.inference_mode()
     def scales_and_nearest(
@@ -246,7 +246,7 @@ class Checkpoint:
     def _over(self, picture: Picture, maps: Any, sigma: float = 0.0) -> np.ndarray:
         """Maps of one image (1, W, h, w), or an output with `heatmaps`, as (W, H, W) on the pixels that are shown."""
         size = picture.shown.shape[:2]
-        return self.processor.post_process_grounding(maps, target_sizes=[size], sigma=sigma)[0].numpy()
+        return np.asarray(self.processor.post_process_grounding(maps, target_sizes=[size], sigma=sigma)[0])
 
 
 def check_picture(path: str) -> None:
@@ -459,11 +459,13 @@ def uploads_only(file: gr.File) -> gr.File:
 
     def checked(place: Any) -> str | None:
         refuse(place)
-        return move(place)
+        moved: str | None = move(place)
+        return moved
 
     async def checked_async(place: Any) -> str | None:
         refuse(place)
-        return await move_async(place)
+        moved: str | None = await move_async(place)
+        return moved
 
     file.move_resource_to_block_cache, file.async_move_resource_to_block_cache = checked, checked_async
     return file
