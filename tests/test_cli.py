@@ -248,7 +248,7 @@ def test_convert_and_init_write_folders_and_explain_errors(tmp_path):
     result = run(app, command)
     assert result.exit_code == 0, result.output
     assert "261 tensors taken" in result.output
-    assert "dropped 5, the official code never calls it" in result.output
+    assert "dropped 5, the official code never uses it" in result.output
     again = run(app, command)
     assert again.exit_code == 1
     assert "--force" in str(again.exception)
