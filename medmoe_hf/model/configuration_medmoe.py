@@ -4,6 +4,9 @@ String annotations would switch the type validation of these classes off, so thi
 ``from __future__ import annotations``.
 """
 
+# mypy: allow-subclassing-any
+# transformers is untyped.
+
 import math
 import sys
 from collections.abc import Iterable, Mapping
@@ -324,7 +327,9 @@ class MedMoETextConfig(PreTrainedConfig):
 
     @property
     def hidden_size(self) -> int:
-        return self.text_config.hidden_size
+        """Width of the encoder's tokens."""
+        size: int = self.text_config.hidden_size
+        return size
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -464,7 +469,8 @@ class MedMoEConfig(MedMoETextConfig):
     @property
     def modalities(self) -> dict[int, str]:
         """What expert k is: `{0: "xray", ...}`."""
-        return self.vision_config.modalities
+        modalities: dict[int, str] = self.vision_config.modalities
+        return modalities
 
     def text_model_config(self) -> MedMoETextConfig:
         """The text tower's configuration; shares the encoder's configuration object with this one."""

@@ -219,7 +219,7 @@ def _stored(dataset: Any, name: str, frame: int, photometric: str, max_pixels: i
     try:
         if syntax.is_encapsulated:
             _check_compressed(dataset, name, frame, max_pixels)
-        stored = pydicom.pixels.pixel_array(
+        stored: np.ndarray = pydicom.pixels.pixel_array(
             dataset, index=frame, **{**told, "bits_stored": told["bits_stored"] + above}
         )
     except ImageError:
@@ -466,7 +466,8 @@ def _look_up(values: np.ndarray, table: np.ndarray, first: int) -> np.ndarray:
     """
     if first > values.max():  # a negative start, read as unsigned because the stored pixels are
         first -= 2**16
-    return table[(np.rint(values).astype(np.int64) - first).clip(0, len(table) - 1)].astype(np.float64)
+    entries: np.ndarray = table[(np.rint(values).astype(np.int64) - first).clip(0, len(table) - 1)]
+    return entries.astype(np.float64)
 
 
 def _apply_own_window(
@@ -474,7 +475,8 @@ def _apply_own_window(
 ) -> np.ndarray:
     """The file's window by PS3.3 C.11.2.1.2 and C.11.2.1.3, in 0..1."""
     if function == "SIGMOID":
-        return 1 / (1 + np.exp((-4 * (values - centre) / width).clip(-700, 700)))
+        sigmoid: np.ndarray = 1 / (1 + np.exp((-4 * (values - centre) / width).clip(-700, 700)))
+        return sigmoid
     # The standard's linear function counts whole numbers, and knows no width below 1.
     if function == "LINEAR_EXACT" or width < 1 or (width == 1 and not whole_numbers):
         return apply_windows(values, [(centre, width)])

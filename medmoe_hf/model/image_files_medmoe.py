@@ -227,7 +227,7 @@ def _colours_of_16_bits(opened: Callable[[], Image.Image], frame: int, rawmode: 
     premultiplied = layout == "RGBa"  # is laid on black already
     layout = layout.upper()
     high, low = (decoded(f"{layout};16{end}") for end in (order, _OTHER_BYTE_ORDER[order]))
-    colours = high.astype(np.uint16) << 8 | low
+    colours: np.ndarray = high.astype(np.uint16) << 8 | low
     return colours[..., :3] if premultiplied else colours
 
 
@@ -238,10 +238,11 @@ def _wide_tiff(image: Image.Image, tags: Any) -> Image.Image | np.ndarray:
     inverted = tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
     if not inverted and not (unsigned and bits == 32):
         return image
-    pixels = np.array(image)
+    pixels: np.ndarray = np.array(image)
     if unsigned:
         pixels = pixels.view(np.uint32) if bits == 32 else pixels.astype(np.uint16)
-        return 2**bits - 1 - pixels if inverted else pixels
+        white: Any = 2**bits - 1
+        return white - pixels if inverted else pixels
     return -pixels if pixels.dtype.kind == "f" else -1 - pixels
 
 
@@ -267,7 +268,7 @@ def _fetched(address: str, max_bytes: int) -> bytes:
         # Servers refuse urllib's own name; huggingface_hub's client would refuse to work in its offline mode.
         request = urllib.request.Request(address, headers={"User-Agent": "medmoe_hf"})
         with download.opener.open(request, timeout=_SECONDS_PER_READ) as response:
-            content = response.read(max_bytes + 1)
+            content: bytes = response.read(max_bytes + 1)
     except Exception as error:
         reason = error.reason if type(error) is urllib.error.URLError else error
         if download.stopped:

@@ -1,5 +1,8 @@
 """Image processors of MedMoE: any picture in, `pixel_values` (B, 3, H, W) out; torchvision and PIL backends."""
 
+# mypy: allow-subclassing-any
+# transformers is untyped.
+
 # First, for with older releases of transformers it stops, and says so.
 from .configuration_medmoe import REQUIRED_TRANSFORMERS as REQUIRED_TRANSFORMERS
 from .configuration_medmoe import attach_to_package
@@ -223,7 +226,7 @@ def _channels_last(pixels: torch.Tensor, input_data_format: str | ChannelDimensi
     channels = shape[2] if layout == ChannelDimension.LAST else shape[0]
     if channels not in _CHANNEL_COUNTS:
         raise ValueError(f"shape {shape}, read as {layout.value}, has {channels} channels, not 1, 3 or 4")
-    return layout == ChannelDimension.LAST
+    return bool(layout == ChannelDimension.LAST)
 
 
 def _single_images(images: Any) -> list[Any]:
@@ -462,7 +465,8 @@ class MedMoEImageProcessor(_MedMoEImages, TorchvisionBackend):
         return resized.clamp(0, 255) if resized.is_floating_point() else resized
 
     def _stretched(self, image: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return super().resize(image, *args, **kwargs)
+        stretched: torch.Tensor = super().resize(image, *args, **kwargs)
+        return stretched
 
 
 class MedMoEImageProcessorPil(_MedMoEImages, PilBackend):
@@ -506,7 +510,8 @@ class MedMoEImageProcessorPil(_MedMoEImages, PilBackend):
                 antialias=True,
             )[0].numpy()
         if image.dtype == np.uint8:
-            return super().resize(image, size, resample, reducing_gap, **kwargs)
+            stretched: np.ndarray = super().resize(image, size, resample, reducing_gap, **kwargs)
+            return stretched
         # The backend would round to 8 bits; Pillow's float mode has one channel.
         planes = [Image.fromarray(plane).resize(target[::-1], resample) for plane in image]
         return np.stack([np.asarray(plane) for plane in planes])

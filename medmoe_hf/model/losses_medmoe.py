@@ -5,6 +5,9 @@ shared space, M = H/4 * W/4 regions, K experts.
 Everything is computed in float32, whatever the dtype of the embeddings and any autocast context.
 """
 
+# mypy: allow-untyped-calls
+# Some methods of torch.Tensor are untyped.
+
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -157,9 +160,8 @@ def modality_loss(config: Any, router_logits: Tensor, modality_labels: Tensor) -
 
 def region_temperature(config: Any, positions: int) -> float:
     """Returns `config.temp1` for a map with this number of positions (see `MedMoEConfig.temp1_regions`)."""
-    if config.temp1_regions is None:
-        return config.temp1
-    return config.temp1 + math.log(positions / config.temp1_regions)
+    temp1: float = config.temp1
+    return temp1 if config.temp1_regions is None else temp1 + math.log(positions / config.temp1_regions)
 
 
 def word_attention(config: Any, regions: Tensor, words: Tensor, word_mask: Tensor) -> Tensor:

@@ -4,6 +4,9 @@ Shapes in this file: B images, N texts, L tokens, H x W pixels, S scales of the 
 local map (and of the shared space where there are no projections).
 """
 
+# mypy: allow-subclassing-any, allow-untyped-calls, allow-untyped-decorators, no-warn-return-any
+# transformers is untyped, and calling an nn.Module returns Any.
+
 import inspect
 import math
 import os
@@ -13,11 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from torch import Tensor, distributed, nn
 from transformers import AutoModel, PreTrainedModel, SwinModel
 from transformers import initialization as init
@@ -35,6 +36,7 @@ from .configuration_medmoe import (
 )
 from .losses_medmoe import cosine_logits, local_logits, local_terms, training_losses, word_attention
 from .modalities_medmoe import UNKNOWN_MODALITY
+from .saving_medmoe import PROCESSING_AUTO_MAP, upload_model
 from .word_regions_medmoe import of_any_size, word_contributions, word_log_odds
 
 if TYPE_CHECKING:
@@ -55,21 +57,8 @@ CPU_PIXELS = 4 * 224 * 224
 """How many pixels go through a backbone at a time on a CPU, without gradients: the largest blocks of memory are then
 below 32 MiB, above which the C library asks the system for new ones each time, and that takes a fifth of all time."""
 
-# What `save_pretrained` of any model writes: a single file, or shards and their index.
-_OWN_WEIGHTS = re.compile(r"model(?:-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
-
 FOREIGN_BACKBONES = "MEDMOE_FOREIGN_BACKBONES"
 """The environment variable that allows backbones from elsewhere. No configuration can: it comes with the model."""
-
-_PROCESSING_AUTO_MAP = {
-    "AutoImageProcessor": {
-        "torchvision": "image_processing_medmoe.MedMoEImageProcessor",
-        "pil": "image_processing_medmoe.MedMoEImageProcessorPil",
-    },
-    "AutoTokenizer": ["tokenization_medmoe.MedMoETokenizer", None],
-    "AutoProcessor": "processing_medmoe.MedMoEProcessor",
-}
-
 
 _REQUIRED: Any = None  # `ModelOutput` wants a default for every field
 
@@ -368,36 +357,41 @@ class MedMoEPreTrainedModel(PreTrainedModel):
             init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:
-        """As in transformers; the folder also gets every Python file, and an `auto_map` for every Auto class."""
+        """Saves the model as transformers does, with its Python files and an `auto_map` for every Auto class.
+
+        Args:
+            save_directory: The folder, created if it does not exist.
+            **kwargs: Other arguments of `PreTrainedModel.save_pretrained`.
+        """
         self.config.auto_map = dict(self._auto_map)
         return super().save_pretrained(save_directory, **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Uploads the model to the Hugging Face Hub in one commit, with its Python files.
+
+        The commit also deletes model weights of an earlier upload that it does not replace. The processor is uploaded
+        by its own `push_to_hub`; `medmoe push` uploads both with a model card, after checks.
+
+        Args:
+            repo_id: The repository, `"user/name"`, created if it does not exist.
+            **kwargs: Other arguments of `PreTrainedModel.push_to_hub`, such as `private`, `commit_message`,
+                `revision` (a branch) or `create_pr`.
+
+        Returns:
+            The `CommitInfo` of huggingface_hub.
+
+        Example:
+            >>> from medmoe_hf.model import MedMoEConfig, MedMoEModel
+            >>> model = MedMoEModel(MedMoEConfig.from_preset("tiny"))
+            >>> model.push_to_hub("user/medmoe-tiny", private=True)  # doctest: +SKIP
+        """
+        return super().push_to_hub(repo_id, **kwargs)
 
     def _upload_modified_files(
         self, working_dir: Any, repo_id: str, files_timestamps: Any, commit_message: str | None = None, **commit: Any
     ) -> Any:
-        """As in transformers, one commit; it also removes the model's own weights that are there from before.
-
-        Left alone, a single file would be loaded in the place of newer shards. Adapters, golden outputs and other
-        `.safetensors` files belong to somebody else, and stay.
-        """
-        revision, create_pr = commit.pop("revision", None), commit.pop("create_pr", False)
-        api, folder = HfApi(token=commit.pop("token", None)), Path(working_dir)
-        if revision is not None and not revision.startswith("refs/pr"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        parent = api.model_info(repo_id, revision=revision).sha
-        new = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-        old = {name for name in api.list_repo_files(repo_id, revision=parent) if "/" not in name}
-        stale = {name for name in old - new.keys() if _OWN_WEIGHTS.fullmatch(name)}
-        return api.create_commit(
-            repo_id,
-            [CommitOperationDelete(name) for name in sorted(stale)]
-            + [CommitOperationAdd(name, str(path)) for name, path in new.items()],
-            commit_message=commit_message or "Upload model",
-            revision=revision,
-            parent_commit=parent,
-            create_pr=create_pr,
-            **commit,
-        )
+        # Called by `push_to_hub`.
+        return upload_model(working_dir, repo_id, commit_message, **commit)
 
 
 class MedMoETimmBackbone(MedMoEPreTrainedModel):
@@ -729,7 +723,7 @@ class MedMoEExpert(nn.Module):
         return align_map(feature_map, size)
 
     @staticmethod
-    def shares(weights: Tensor, size: Sequence[int]) -> Tensor:
+    def align_adjoint(weights: Tensor, size: Sequence[int]) -> Tensor:
         """The adjoint of `align`: weights (B, H, W) of an aligned map's positions to those (B, h, w) of its source's.
 
         A weighted sum over the aligned map is a sum with these over the map itself.
@@ -762,7 +756,7 @@ class MedMoEExpert(nn.Module):
         weights = logits.float().softmax(dim=1).to(logits.dtype)
         if mean_only:
             sums = [
-                scale.flatten(2) @ self.shares(weight, scale.shape[-2:]).flatten(1).unsqueeze(2)
+                scale.flatten(2) @ self.align_adjoint(weight, scale.shape[-2:]).flatten(1).unsqueeze(2)
                 for scale, weight in zip(projected, weights.unbind(dim=1), strict=True)
             ]
             return (torch.cat(sums, dim=2).sum(dim=2) / (size[0] * size[1]),)
@@ -791,7 +785,7 @@ class MedMoETokenExpert(MedMoEExpert):
         return tokens.unflatten(2, tuple(size))
 
     @staticmethod
-    def shares(weights: Tensor, size: Sequence[int]) -> Tensor:
+    def align_adjoint(weights: Tensor, size: Sequence[int]) -> Tensor:
         tokens = weights.flatten(1)
         if weights.shape[1:] != size:
             tokens = tokens @ _interpolation(size[0] * size[1], tokens.shape[1]).to(weights).t()
@@ -889,7 +883,7 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
     _auto_map = {
         "AutoConfig": "configuration_medmoe.MedMoEVisionConfig",
         "AutoModel": "modeling_medmoe.MedMoEVisionModel",
-        **_PROCESSING_AUTO_MAP,
+        **PROCESSING_AUTO_MAP,
     }
 
     def __init__(self, config: MedMoEVisionConfig) -> None:
@@ -1184,7 +1178,7 @@ class MedMoETextModel(MedMoEPreTrainedModel):
     _auto_map = {
         "AutoConfig": "configuration_medmoe.MedMoETextConfig",
         "AutoModel": "modeling_medmoe.MedMoETextModel",
-        **_PROCESSING_AUTO_MAP,
+        **PROCESSING_AUTO_MAP,
     }
 
     def __init__(self, config: MedMoETextConfig) -> None:
@@ -1295,7 +1289,7 @@ class MedMoEModel(MedMoEPreTrainedModel):
         "AutoModel": "modeling_medmoe.MedMoEModel",
         "AutoModelForZeroShotImageClassification": "modeling_medmoe.MedMoEModel",
         "AutoModelForImageClassification": "modeling_medmoe.MedMoEForImageClassification",
-        **_PROCESSING_AUTO_MAP,
+        **PROCESSING_AUTO_MAP,
     }
 
     def __init__(self, config: MedMoEConfig) -> None:

@@ -1,5 +1,8 @@
 """Processor of MedMoE: images and texts in, the model's inputs out, and heat-maps back onto the images."""
 
+# mypy: allow-subclassing-any
+# transformers is untyped.
+
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,5 +1,8 @@
 """Tokenizer of MedMoE: any fast tokenizer, plus the word that every piece belongs to."""
 
+# mypy: allow-subclassing-any
+# transformers is untyped.
+
 # First, for with older releases of transformers it stops, and says so.
 from .configuration_medmoe import REQUIRED_TRANSFORMERS as REQUIRED_TRANSFORMERS
 from .configuration_medmoe import attach_to_package
@@ -91,7 +94,8 @@ class MedMoETokenizer(TokenizersBackend):
         hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
         saved = get_tokenizer_config(pretrained_model_name_or_path, **hub)
         if "word_ids" in saved.get("model_input_names", ()) or saved.get("tokenizer_class") == cls.__name__:
-            return super().from_pretrained(pretrained_model_name_or_path, *init_inputs, **kwargs)
+            loaded: MedMoETokenizer = super().from_pretrained(pretrained_model_name_or_path, *init_inputs, **kwargs)
+            return loaded
 
         def has(name: str) -> bool:
             found = cached_file(
@@ -260,7 +264,7 @@ class MedMoETokenizer(TokenizersBackend):
         return outputs, encodings
 
     def _pad(self, encoded_inputs: Any, *, padding_side: str | None = None, **kwargs: Any) -> dict[str, Any]:
-        padded = super()._pad(encoded_inputs, padding_side=padding_side, **kwargs)
+        padded: dict[str, Any] = super()._pad(encoded_inputs, padding_side=padding_side, **kwargs)
         if "word_ids" in padded:
             filler = [-1] * (len(padded[self.model_input_names[0]]) - len(padded["word_ids"]))
             left = (padding_side or self.padding_side) == "left"
@@ -272,7 +276,8 @@ class MedMoETokenizer(TokenizersBackend):
         # take them for settings.
         self.backend_tokenizer.no_truncation()
         self.backend_tokenizer.no_padding()
-        return super()._save_pretrained(*args, **kwargs)
+        files: tuple[str, ...] = super()._save_pretrained(*args, **kwargs)
+        return files
 
 
 MedMoETokenizer.register_for_auto_class("AutoTokenizer")

@@ -5,6 +5,9 @@ M = H/4 * W/4 regions.
 Everything is computed in float32, whatever the dtype of the embeddings and any autocast context.
 """
 
+# mypy: allow-untyped-calls
+# Some methods of torch.Tensor are untyped.
+
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -40,7 +43,8 @@ def _region_chunks(local_embeds: Tensor, words: Tensor) -> tuple[Tensor, ...]:
     if of_any_size(regions):
         return (regions,)
     per_image = words.shape[0] * words.shape[1] * regions.shape[2]
-    return regions.split(max(1, _CHUNK_ELEMENTS // max(per_image, 1)))
+    chunks: tuple[Tensor, ...] = regions.split(max(1, _CHUNK_ELEMENTS // max(per_image, 1)))
+    return chunks
 
 
 def _without_empty_slots(word_embeds: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor]:

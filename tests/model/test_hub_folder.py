@@ -32,6 +32,7 @@ FILES = {f"{name}_medmoe.py" for name in ("configuration", "modeling", "losses",
     "nifti_medmoe.py",
     "modalities_medmoe.py",
     "word_regions_medmoe.py",
+    "saving_medmoe.py",
 }
 PROCESSING = {
     "AutoImageProcessor": {
