@@ -1,4 +1,4 @@
-"""MedMoE (arXiv 2506.08356): Swin pyramid, one expert a modality, report and image routers, text tower.
+"""MedMoE (arXiv 2506.08356): Swin pyramid, one expert per modality, report and image routers, text tower.
 
 Shapes in this file: B images, N texts, L tokens, H x W pixels, S scales of the pyramid, K experts, D the width of the
 local map (and of the shared space where there are no projections).
@@ -51,29 +51,31 @@ except ImportError:  # only backbones named "timm/..." need it
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 
 MINIMUM_IMAGE_SIDE = 64
-"""Below this a stride-32 pyramid ends in a single cell, and BatchNorm has no statistics for a single image."""
+"""Smallest side of an image: below it a stride-32 pyramid ends in a single cell, and BatchNorm has no statistics for a
+single image."""
 
 CPU_PIXELS = 4 * 224 * 224
-"""How many pixels go through a backbone at a time on a CPU, without gradients: the largest blocks of memory are then
-below 32 MiB, above which the C library asks the system for new ones each time, and that takes a fifth of all time."""
+"""Pixels per backbone call on a CPU without gradients. The largest blocks of memory are then below 32 MiB, above which
+the C library requests new ones from the system each time; that would take a fifth of the total time."""
 
 FOREIGN_BACKBONES = "MEDMOE_FOREIGN_BACKBONES"
-"""The environment variable that allows backbones from elsewhere. No configuration can: it comes with the model."""
+"""Environment variable that allows backbones from outside timm. A configuration cannot allow them: it comes with the
+model."""
 
-_REQUIRED: Any = None  # `ModelOutput` wants a default for every field
+_REQUIRED: Any = None  # `ModelOutput` requires a default for every field
 
 
 @dataclass
 class MedMoEBackboneOutput(ModelOutput):
-    """What a backbone gives.
+    """Output of a backbone.
 
     Args:
-        last_hidden_state: (B, h*w, C), the last level's tokens, layer-normed.
-        pooler_output: (B, C), their mean.
-        feature_maps: S maps (B, C_s, H_s, W_s), finest first: the pyramid that the experts read.
-        hidden_states: the tokens that enter the first stage and leave each stage, if asked for (of a timm backbone:
+        last_hidden_state: `(B, h*w, C)`, the tokens of the last level after LayerNorm.
+        pooler_output: `(B, C)`, their mean.
+        feature_maps: S maps `(B, C_s, H_s, W_s)`, finest first: the pyramid that the experts read.
+        hidden_states: If requested, the tokens that enter the first stage and leave each stage (for a timm backbone:
             the maps of its levels).
-        attentions: the attention weights of the last block of each stage, if asked for.
+        attentions: If requested, the attention weights of the last block of each stage.
     """
 
     last_hidden_state: Tensor = _REQUIRED
@@ -85,16 +87,18 @@ class MedMoEBackboneOutput(ModelOutput):
 
 @dataclass
 class MedMoEVisionOutput(ModelOutput):
-    """What the image tower gives.
+    """Output of the image tower.
 
     Args:
-        last_hidden_state: (B, h*w, C), the backbone's last tokens, layer-normed.
-        pooler_output: (B, C) or (B, D), the global embedding v_g (from `get_image_features`: projected).
-        local_embeds: (B, D, H/4, W/4), the map V of the expert that each image was sent to; None with `local=False`.
-        scale_weights: (B, S, H/4, W/4), that expert's softmax over the scales at each position.
-        router_logits: (B, K) of the image router.
-        expert_ids: (B,), the expert each image was sent to.
-        hidden_states, attentions: the backbone's, if asked for.
+        last_hidden_state: `(B, h*w, C)`, the backbone's last tokens after LayerNorm.
+        pooler_output: `(B, C)`, `(B, D)` or `(B, C + D)`, the global embedding v_g; from `get_image_features` `(B, D)`
+            in the shared space.
+        local_embeds: `(B, D, H/4, W/4)`, the local map V of each image's expert; None with `local=False`.
+        scale_weights: `(B, S, H/4, W/4)`, that expert's softmax over the scales at each position.
+        router_logits: `(B, K)`, from the image router.
+        expert_ids: `(B,)`, the expert of each image.
+        hidden_states: The backbone's, if requested.
+        attentions: The backbone's, if requested.
     """
 
     last_hidden_state: Tensor | None = None
@@ -109,14 +113,16 @@ class MedMoEVisionOutput(ModelOutput):
 
 @dataclass
 class MedMoETextOutput(ModelOutput):
-    """What the text tower gives.
+    """Output of the text tower.
 
     Args:
-        last_hidden_state: (N, L, C), the encoder's last tokens.
-        pooler_output: (N, C), the report embedding t_g, the mean of its words (from `get_text_features`: projected).
-        word_embeds: (N, L, C), slot i the i-th word, zero where there is none.
-        word_mask: (N, L) bool, True where there is a word.
-        hidden_states, attentions: the encoder's, if asked for.
+        last_hidden_state: `(N, L, C)`, the encoder's last tokens.
+        pooler_output: `(N, C)`, the report embedding t_g, the mean of its words; from `get_text_features` `(N, D)` in
+            the shared space.
+        word_embeds: `(N, L, C)`, or `(N, L, D)` in the shared space; slot i holds the i-th word, zero beyond the last.
+        word_mask: `(N, L)` bool, True where there is a word.
+        hidden_states: The encoder's, if requested.
+        attentions: The encoder's, if requested.
     """
 
     last_hidden_state: Tensor = _REQUIRED
@@ -129,24 +135,27 @@ class MedMoETextOutput(ModelOutput):
 
 @dataclass
 class MedMoEOutput(ModelOutput):
-    """What the dual encoder gives for images and texts.
+    """Output of the dual encoder for images and texts.
 
     Args:
-        loss: the total loss (`return_loss=True`): global, local and auxiliary, each times its weight.
-        logits_per_image: (B, N), what `config.similarity` names.
-        logits_per_text: (N, B), its transpose.
-        text_embeds: (N, D), of length 1.
-        image_embeds: (B, D), of length 1; with `global_features="expert"` that of the expert in `expert_ids`.
-        loss_global, loss_local, loss_aux: the parts of the loss, without their weights.
-        local_embeds: (B, D, H/4, W/4), the map of the expert in `expert_ids`.
-        word_embeds: (N, L, D), zero where there is no word.
-        word_mask: (N, L) bool.
-        router_logits: (B, K) of the image router.
-        report_router_logits: (N, K) of the report router, where there is one.
-        expert_ids: (B,): the caller's `modality`; else, with `return_loss`, the expert that the image's own report
-            selects (`config.router="report"`); else the image router's.
-        scale_weights: (B, S, H/4, W/4) of the expert in `expert_ids`.
-        text_model_output, vision_model_output: what the towers gave.
+        loss: The total loss with `return_loss=True`: the weighted sum of its three parts.
+        logits_per_image: `(B, N)`, the similarity that `config.similarity` selects.
+        logits_per_text: `(N, B)`, its transpose.
+        text_embeds: `(N, D)`, of unit length.
+        image_embeds: `(B, D)`, of unit length; where v_g includes the expert's map, that of `expert_ids`.
+        loss_global: The unweighted global loss.
+        loss_local: The unweighted local loss.
+        loss_aux: The unweighted auxiliary loss.
+        local_embeds: `(B, D, H/4, W/4)`, the map of the expert in `expert_ids`.
+        word_embeds: `(N, L, D)`, zero where there is no word.
+        word_mask: `(N, L)` bool, True where there is a word.
+        router_logits: `(B, K)`, from the image router.
+        report_router_logits: `(N, K)`, from the report router where there is one.
+        expert_ids: `(B,)`: the caller's `modality`; otherwise, with `return_loss`, the expert that the image's own
+            report selects (`config.router="report"`); otherwise that of the image router.
+        scale_weights: `(B, S, H/4, W/4)`, of the expert in `expert_ids`.
+        text_model_output: The output of the text tower.
+        vision_model_output: The output of the image tower.
     """
 
     loss: Tensor | None = None
@@ -173,12 +182,12 @@ class MedMoEOutput(ModelOutput):
 
 @dataclass
 class MedMoERoutingOutput(ModelOutput):
-    """How images or reports are routed.
+    """Routing of images or reports.
 
     Args:
-        probabilities: (B, K), row sums 1; column k is `config.modalities[k]`.
-        expert_ids: (B,), the most probable.
-        modality: its name, for each.
+        probabilities: `(B, K)`, rows that sum to 1; column k belongs to `config.modalities[k]`.
+        expert_ids: `(B,)`, the most probable expert.
+        modality: Its name, B strings.
     """
 
     probabilities: Tensor | None = None
@@ -188,17 +197,17 @@ class MedMoERoutingOutput(ModelOutput):
 
 @dataclass
 class MedMoEGroundingOutput(ModelOutput):
-    """Where in its image each word of a text is.
+    """Location of each word of a text in its image.
 
     Args:
-        heatmaps: (B, L, H/4, W/4), how much more a region is about a word than about the reference, or than about the
-            text's other words; 0 at slots without a word. The part in the similarity (`word_contributions`), except
-            without a reference and with `global_features="backbone"`: there the log-odds of GLoRIA's attention, whose
-            sigmoid is a word's share of a region.
-        attention: (B, L, H/4, W/4), which regions the local loss averages for a word (GLoRIA's a_ij; the softmax over
-            regions of section 4.4 with `local_loss="token"`): sums to 1 for each word.
-        word_mask: (B, L) bool, True where there is a word.
-        expert_ids: (B,), the expert whose map was read.
+        heatmaps: `(B, L, H/4, W/4)`, how much more a region matches a word than the reference, or than the other words
+            of the text; 0 at slots without a word. It is the word's contribution to the similarity
+            (`word_contributions`), except without a reference and with `global_features="backbone"`: there it is the
+            log-odds of GLoRIA's attention, whose sigmoid is the probability of the word given the region.
+        attention: `(B, L, H/4, W/4)`, the weights with which the local loss averages regions for a word (GLoRIA's
+            a_ij, or the softmax of section 4.4 with `local_loss="token"`); they sum to 1 for each word.
+        word_mask: `(B, L)` bool, True where there is a word.
+        expert_ids: `(B,)`, the expert whose map was read.
     """
 
     heatmaps: Tensor | None = None
@@ -208,7 +217,7 @@ class MedMoEGroundingOutput(ModelOutput):
 
 
 def record_as_configured(config: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """`kwargs` with `config`'s `output_hidden_states` and `output_attentions` where the caller gave none."""
+    """Returns `kwargs` with the `output_hidden_states` and `output_attentions` of `config` as defaults."""
     given = {name: value for name, value in kwargs.items() if value is not None or not name.startswith("output_")}
     for name in ("output_hidden_states", "output_attentions"):
         if name not in given and getattr(config, name, None):
@@ -217,8 +226,15 @@ def record_as_configured(config: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def selected_states(states: Sequence[Tensor], wanted: bool | int | Sequence[int] | None) -> tuple[Any, ...] | None:
-    """What `output_hidden_states` selects, as in transformers: True for all of them, or indices (negative ones count
-    from the end) for some, with None in the place of the others."""
+    """Returns the states that `output_hidden_states` selects, as in transformers.
+
+    Args:
+        states: All states.
+        wanted: True for all, or indices (negative ones count from the end); the others become None.
+
+    Returns:
+        As many entries as `states`, or None if nothing is selected.
+    """
     if not wanted:
         return None
     if wanted is True:
@@ -229,42 +245,43 @@ def selected_states(states: Sequence[Tensor], wanted: bool | int | Sequence[int]
 
 
 def word_starts(word_ids: Tensor) -> Tensor:
-    """(N, L) bool: the first piece of each word; `word_ids` as for `pool_words`."""
+    """Returns an `(N, L)` bool mask of the first token of each word; `word_ids` as in `pool_words`."""
     starts = word_ids >= 0
     starts[:, 1:] &= word_ids[:, 1:] != word_ids[:, :-1]
     return starts
 
 
 def official_word_ids(word_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """(N, L) word numbers in which special tokens are words too, as the official code groups pieces."""
+    """Returns `(N, L)` word ids in which special tokens are words too, as in the official code."""
     positions = torch.arange(word_ids.shape[1], device=word_ids.device)
     return torch.where((word_ids < 0) & (attention_mask > 0), word_ids.shape[1] + positions, word_ids)
 
 
 def official_word_mask(input_ids: Tensor, word_ids: Tensor, bracket_token_ids: Sequence[int]) -> Tensor:
-    """(N, L) bool: the words that the official code's local loss sees.
+    """Returns an `(N, L)` bool mask of the words that the official code's local loss sees.
 
-    They are the first `cap_len`, 1 + the number of words that do not begin with "[". That is meant to be [CLS] and the
-    words, but a literal "[" in a text, or an unknown word ([UNK]), moves the cut.
+    They are the first `cap_len` words, where `cap_len` is 1 + the number of words that do not begin with "[". This is
+    meant to be [CLS] and the words, but a literal "[" in a text, or an unknown word ([UNK]), changes the number.
     """
     brackets = torch.tensor(list(bracket_token_ids), dtype=input_ids.dtype, device=input_ids.device)
-    # Compared one by one: ONNX has no `isin`.
+    # An explicit comparison, because ONNX has no `isin`.
     counted = word_starts(word_ids) & (input_ids.unsqueeze(-1) != brackets).all(dim=-1)
     lengths = 1 + counted.sum(dim=1, keepdim=True)
     return torch.arange(input_ids.shape[1], device=input_ids.device) < lengths
 
 
 def pool_words(hidden_states: Tensor, word_ids: Tensor, pooling: str) -> tuple[Tensor, Tensor]:
-    """Sums (or averages) the pieces of each word, without a Python loop.
+    """Sums or averages the tokens of each word, without a Python loop.
 
     Args:
-        hidden_states: (N, L, C), one embedding a piece.
-        word_ids: (N, L), the word that a piece belongs to, pieces of one word side by side; -1 for no word. Only
-            where the number changes matters: words are numbered anew, so that the i-th word lies in slot i.
+        hidden_states: `(N, L, C)`, one embedding per token.
+        word_ids: `(N, L)`, the word of each token, tokens of one word adjacent; -1 for no word. Only changes of the
+            number matter: words are renumbered, so that the i-th word is in slot i.
         pooling: `"sum"` or `"mean"`.
 
     Returns:
-        word embeddings (N, L, C), zero at slots without a word, and a bool mask (N, L), True where there is a word.
+        Word embeddings `(N, L, C)`, zero at slots without a word, and an `(N, L)` bool mask, True where there is a
+        word.
     """
     in_word = word_ids >= 0
     slots = (word_starts(word_ids).cumsum(dim=1) - 1).clamp_min(0)
@@ -277,10 +294,10 @@ def pool_words(hidden_states: Tensor, word_ids: Tensor, pooling: str) -> tuple[T
 
 
 class MedMoESwinModel(SwinModel):
-    """transformers' Swin whose result depends on nothing but its input, at any image size.
+    """transformers' Swin, made stateless: its output depends on its input alone, at any image size.
 
-    The stock model shrinks its windows for good when it meets a small map. Here a map smaller than a window is padded
-    to one, and windows shift only where the map is larger than a window, as in the published weights at 224.
+    The original model shrinks its windows permanently when it meets a small map. Here a map smaller than a window is
+    padded to one, and windows shift only where the map is larger than a window, as in the published weights at 224.
     """
 
     config: MedMoESwinConfig
@@ -301,7 +318,14 @@ class MedMoESwinModel(SwinModel):
         output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> MedMoEBackboneOutput:
-        """(B, 3, H, W) to a `MedMoEBackboneOutput`; `config.pyramid` says which maps are its pyramid."""
+        """Encodes images; `config.pyramid` selects the feature maps.
+
+        Args:
+            pixel_values: `(B, 3, H, W)`.
+            output_hidden_states: Which states to return, see `selected_states`.
+            output_attentions: Whether to return attention weights.
+            **kwargs: Ignored.
+        """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if output_attentions is None:
@@ -333,7 +357,7 @@ class MedMoESwinModel(SwinModel):
 
 
 class MedMoEPreTrainedModel(PreTrainedModel):
-    """What the MedMoE models share: initialisation, and folders that load where this package is not installed."""
+    """Base class of the models: initialisation, and saved folders that load where this package is not installed."""
 
     config: MedMoEConfig
     base_model_prefix = "medmoe"
@@ -345,14 +369,14 @@ class MedMoEPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["SwinStage", "MedMoEExpert"]
     # Running statistics lose their small updates in 16 bits.
     _keep_in_fp32_modules_strict: Any = ["batch_norm"]
-    # The losses are means over a batch: `Trainer` itself must divide by its accumulation steps.
+    # The losses are means over a batch, so `Trainer` has to divide by its accumulation steps.
     accepts_loss_kwargs = False
     _auto_map: dict[str, Any] = {}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        # The convolutions of `MedMoEConvLayer`; those of the scorer are linear layers, and initialised as such.
+        # The convolutions of `MedMoEConvLayer`; those of the scorer are linear layers, and initialised like them.
         if isinstance(module, nn.Conv2d) and module.bias is None:
             init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
@@ -395,13 +419,13 @@ class MedMoEPreTrainedModel(PreTrainedModel):
 
 
 class MedMoETimmBackbone(MedMoEPreTrainedModel):
-    """Any hierarchical timm model in the Swin's place.
+    """Any hierarchical timm model as a backbone.
 
-    Channels and strides are read from timm's feature info. The last map, layer-normed, gives the tokens.
+    Channels and strides are read from timm's feature info. The last map, after LayerNorm, provides the tokens.
 
     Raises:
-        ImportError: without the timm package.
-        ValueError: for a model that is not a pyramid, or one from elsewhere that nobody has allowed.
+        ImportError: The timm package is not installed.
+        ValueError: The model is not hierarchical, or is not part of timm and has not been allowed.
     """
 
     config: MedMoEVisionConfig
@@ -414,8 +438,8 @@ class MedMoETimmBackbone(MedMoEPreTrainedModel):
         name = config.backbone.removeprefix("timm/")
         if not re.fullmatch(r"[\w.\-]+", name) and os.environ.get(FOREIGN_BACKBONES) != "1":
             raise ValueError(
-                f'The backbone "{config.backbone}" is none that comes with timm: timm would fetch it from another '
-                f"repository or folder. If you trust that too, set {FOREIGN_BACKBONES}=1."
+                f'The backbone "{config.backbone}" is not part of timm: timm would fetch it from another repository '
+                f"or folder. If you trust that too, set {FOREIGN_BACKBONES}=1."
             )
         if timm is None:
             raise ImportError(f'The backbone "{config.backbone}" needs the timm package: pip install timm')
@@ -427,7 +451,7 @@ class MedMoETimmBackbone(MedMoEPreTrainedModel):
         strides = self.features.feature_info.reduction()
         if len(strides) < 2 or any(fine >= coarse for fine, coarse in pairwise(strides)):
             raise ValueError(
-                f"timm's {name} is no pyramid: its levels have strides {strides}. Choose a hierarchical model "
+                f"timm's {name} is not hierarchical: its levels have strides {strides}. Choose a hierarchical model "
                 "(swin, convnext, resnet, ...) or levels of growing stride by `vision_config.out_indices`."
             )
         self.layernorm = nn.LayerNorm(self.channels[-1])
@@ -452,7 +476,7 @@ class MedMoETimmBackbone(MedMoEPreTrainedModel):
         if out_indices is not None:
             options["out_indices"] = tuple(out_indices)
         try:
-            # Models with windows or position tables need to be told that other image sizes may come.
+            # Models with windows or position tables need to know that other image sizes are possible.
             return timm.create_model(name, img_size=image_size, strict_img_size=False, **options)
         except TypeError:
             return timm.create_model(name, **options)
@@ -464,7 +488,7 @@ class MedMoETimmBackbone(MedMoEPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # timm initialises its own weights; after a load on the meta device its derived buffers must be made anew.
+        # timm initialises its own weights; after a load on the meta device derived buffers must be recomputed.
         make_buffers = getattr(module, "init_non_persistent_buffers", None)
         if make_buffers is not None:
             make_buffers()
@@ -475,7 +499,13 @@ class MedMoETimmBackbone(MedMoEPreTrainedModel):
     def forward(
         self, pixel_values: Tensor, output_hidden_states: bool | int | Sequence[int] | None = None, **kwargs: Any
     ) -> MedMoEBackboneOutput:
-        """(B, 3, H, W) to a `MedMoEBackboneOutput`."""
+        """Encodes images.
+
+        Args:
+            pixel_values: `(B, 3, H, W)`.
+            output_hidden_states: Which maps to return as hidden states, see `selected_states`.
+            **kwargs: Ignored.
+        """
         channels_last = getattr(self.features, "output_fmt", "NCHW") == "NHWC"
         maps = []
         for feature_map in self.features(pixel_values):
@@ -491,8 +521,8 @@ class MedMoETimmBackbone(MedMoEPreTrainedModel):
         )
 
 
-def _joined(parts: Sequence[MedMoEBackboneOutput]) -> MedMoEBackboneOutput:
-    """What a backbone gives for pieces of a batch, as for the whole."""
+def _concatenate(parts: Sequence[MedMoEBackboneOutput]) -> MedMoEBackboneOutput:
+    """Concatenates a backbone's outputs for parts of a batch."""
     if len(parts) == 1:
         return parts[0]
     joined: dict[str, Any] = {}
@@ -506,8 +536,8 @@ def _joined(parts: Sequence[MedMoEBackboneOutput]) -> MedMoEBackboneOutput:
     return MedMoEBackboneOutput(**joined)
 
 
-def _without_rows(output: Any) -> Any:
-    """A `ModelOutput` of the same fields and sizes for a batch of nothing."""
+def _empty_batch(output: Any) -> Any:
+    """Returns a `ModelOutput` with the same fields and sizes for an empty batch."""
 
     def emptied(value: Any) -> Any:
         if isinstance(value, tuple):
@@ -518,24 +548,24 @@ def _without_rows(output: Any) -> Any:
 
 
 def in_process_group() -> bool:
-    """Whether this process trains together with others, or could: DDP asks the same of a group of one."""
+    """Returns whether this process belongs to a process group, also to one with a single process, as under DDP."""
     return distributed.is_available() and distributed.is_initialized()
 
 
 class MedMoEBatchNorm(nn.BatchNorm2d):
-    """BatchNorm over the images of all processes: under hard routing one process alone may have one image or none.
+    """BatchNorm over the images of all processes: under hard routing one process may have one image or none.
 
-    Equal to `nn.BatchNorm2d` over all of them side by side, in value, gradient and running statistics; empty parts are
-    fine. In a single process, and outside training, it is `nn.BatchNorm2d`.
+    Equal to `nn.BatchNorm2d` over the concatenated batch, in value, gradient and running statistics; parts of it may
+    be empty. In a single process, and outside training, it is `nn.BatchNorm2d`.
 
     Attributes:
-        normalise: takes this layer's place in training, (b, C, H, W) to the same; None: the batch's own statistics.
+        normalise: Replaces this layer in training, `(b, C, H, W)` to the same; None: the batch's own statistics.
     """
 
     normalise: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, num_features: int) -> None:
-        # float32 also where a model is made in 16 bits, as `from_pretrained` keeps it.
+        # float32 also where a model is created in 16 bits, as `from_pretrained` keeps it.
         default = torch.get_default_dtype()
         super().__init__(num_features, dtype=default if default.itemsize >= 4 else torch.float32)
 
@@ -550,8 +580,13 @@ class MedMoEBatchNorm(nn.BatchNorm2d):
 
     @torch.no_grad()
     def update_statistics(self, mean: Tensor, variance: Tensor, count: int) -> None:
-        """Moves the running statistics towards those of a batch: `mean` and biased `variance` (C,) of `count` values a
-        channel. Without any values they stay."""
+        """Updates the running statistics with those of a batch.
+
+        Args:
+            mean: `(C,)`.
+            variance: `(C,)`, biased.
+            count: Values per channel; with 0 the statistics do not change.
+        """
         if not count or self.running_mean is None or self.running_var is None:
             return
         unbiased = variance * (count / max(1, count - 1))
@@ -563,7 +598,7 @@ class MedMoEBatchNorm(nn.BatchNorm2d):
 
 
 class _SharedBatchNorm(torch.autograd.Function):
-    """Normalises (b, C, H, W) by the mean and variance over all processes' values; sums are made in float64."""
+    """Normalises (b, C, H, W) by the mean and variance over all processes; sums are computed in float64."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
@@ -601,7 +636,7 @@ class _SharedBatchNorm(torch.autograd.Function):
 
 
 class MedMoEConv2d(nn.Conv2d):
-    """A convolution that also runs with kernels of each image's own; its arguments are those of `nn.Conv2d`.
+    """A convolution that also supports one kernel per image; its arguments are those of `nn.Conv2d`.
 
     Where routing happens inside a graph (see `MedMoEVisionModel.fuse`) its `weight` is (B, C_out, C_in, k, k) and its
     `bias` (B, C_out).
@@ -611,9 +646,15 @@ class MedMoEConv2d(nn.Conv2d):
         return self.convolve(hidden_states, self.weight, self.bias)
 
     def convolve(self, hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """(B, C_in, H, W) to (B, C_out, H, W) with another weight and bias than the layer's own.
+        """Convolves with another weight and bias than the layer's own; kernels per image must keep the size.
 
-        Kernels of each image's own take a convolution that keeps the size.
+        Args:
+            hidden_states: `(B, C_in, H, W)`.
+            weight: `(C_out, C_in, k, k)`, or `(B, C_out, C_in, k, k)` for one kernel per image.
+            bias: `(C_out,)` or `(B, C_out)`; None for none.
+
+        Returns:
+            `(B, C_out, H', W')`.
         """
         if weight.dim() == 4:
             return self._conv_forward(hidden_states, weight, bias)
@@ -640,12 +681,12 @@ class MedMoEConvLayer(nn.Module):
         convolution, norm = self.convolution, self.batch_norm
         if norm.training:
             return norm(convolution(hidden_states)).relu_()
-        # A convolution that an adapter wraps is more than its weight.
+        # A convolution wrapped by an adapter cannot be replaced by its weight.
         plain = isinstance(convolution, MedMoEConv2d)
         if norm.weight.dim() == 1 and not (plain and _unobserved(convolution) and _unobserved(norm)):
             return norm(convolution(hidden_states)).relu_()
-        # Outside training the norm is a scale and a shift: on the kernel they cost a thousandth of what they cost on
-        # the map.
+        # Outside training the norm is a scale and a shift: applied to the kernel they cost a thousandth of what they
+        # cost on the map.
         assert norm.running_mean is not None
         assert norm.running_var is not None
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
@@ -660,8 +701,10 @@ class MedMoEConvLayer(nn.Module):
 
 
 def _unobserved(module: nn.Module) -> bool:
-    """Whether a module's parameters may be used without calling it: nobody has hooked it or wrapped its `forward`, as
-    Accelerate does to bring offloaded parameters in. Inside a graph hooks have no say."""
+    """Returns whether a module's parameters may be used without calling it: it has no hooks and no wrapped `forward`.
+
+    Accelerate adds such hooks to bring offloaded parameters in. Inside a graph hooks have no effect.
+    """
     return torch.compiler.is_compiling() or not (
         module._forward_hooks
         or module._forward_pre_hooks
@@ -672,7 +715,7 @@ def _unobserved(module: nn.Module) -> bool:
 
 
 class MedMoEScaleScorer(nn.Module):
-    """The scale-attention MLP, shared by an expert's scales: a map (B, D, h, w) to a logit a position (B, 1, H, W)."""
+    """The scale-attention MLP, shared by an expert's scales: (B, D, h, w) to a logit per position (B, 1, H, W)."""
 
     def __init__(self, in_channels: int, hidden_size: int) -> None:
         super().__init__()
@@ -681,10 +724,17 @@ class MedMoEScaleScorer(nn.Module):
         self.fc2 = MedMoEConv2d(hidden_size, 1, 1)
 
     def forward(self, hidden_states: Tensor, align: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Scores a map, or with `align` what that makes of it.
+        """Scores a map, or the aligned map.
 
-        The first layer runs before `align`: interpolation weights sum to one, so that a linear layer, its bias
-        included, gives the same before and after. There are up to 64 times fewer positions before.
+        The first layer runs before `align`: interpolation weights sum to one, so a linear layer, its bias included,
+        commutes with it. There are up to 64 times fewer positions before alignment.
+
+        Args:
+            hidden_states: `(B, D, h, w)`.
+            align: Maps `(B, C, h, w)` to `(B, C, H, W)`; None for no alignment.
+
+        Returns:
+            `(B, 1, H, W)`, one logit per position.
         """
         hidden_states = self.fc1(hidden_states)
         if align is not None:
@@ -693,12 +743,17 @@ class MedMoEScaleScorer(nn.Module):
 
 
 class MedMoEExpert(nn.Module):
-    """One modality's expert (section 4.3): projects each scale, brings all to one size and mixes them.
+    """One modality's expert (section 4.3): projects each scale, aligns all to one size and mixes them.
 
-    V = Σ_s β(s) F(s) at each position, β a softmax over the scales.
+    V = Σ_s β(s) F(s) at each position, with β a softmax over the scales. Subclasses can replace `projection`, `align`
+    (with its `align_adjoint`) or `forward`; see `register_expert`.
+
+    Args:
+        config: The configuration of the image tower.
+        channels: Widths C_s of the S levels of the pyramid.
     """
 
-    # Interpolation in two dimensions runs channels-last inside: other maps it would turn there and back.
+    # Two-dimensional interpolation is channels-last internally: other maps would be converted back and forth.
     memory_format = torch.channels_last
 
     def __init__(self, config: MedMoEVisionConfig, channels: Sequence[int]) -> None:
@@ -709,7 +764,7 @@ class MedMoEExpert(nn.Module):
 
     @staticmethod
     def projection(config: MedMoEVisionConfig, width: int) -> nn.Module:
-        """The layers of one scale: (B, width, H, W) to (B, D, H, W)."""
+        """Creates the layers of one scale, which map (B, width, H, W) to (B, D, H, W)."""
         hidden = config.expert_hidden_size
         return nn.Sequential(
             MedMoEConvLayer(width, hidden, 1),
@@ -719,14 +774,19 @@ class MedMoEExpert(nn.Module):
 
     @staticmethod
     def align(feature_map: Tensor, size: Sequence[int]) -> Tensor:
-        """(B, D, h, w) to (B, D, *size)."""
+        """Interpolates (B, D, h, w) to (B, D, *size)."""
         return align_map(feature_map, size)
 
     @staticmethod
     def align_adjoint(weights: Tensor, size: Sequence[int]) -> Tensor:
-        """The adjoint of `align`: weights (B, H, W) of an aligned map's positions to those (B, h, w) of its source's.
+        """Applies the adjoint of `align`: a weighted sum over the aligned map is a sum over the map itself.
 
-        A weighted sum over the aligned map is a sum with these over the map itself.
+        Args:
+            weights: `(B, H, W)`, weights of the positions of an aligned map.
+            size: Height h and width w of the map before alignment.
+
+        Returns:
+            `(B, h, w)`, weights of its positions.
         """
         rows, columns = (_interpolation(*sides).to(weights) for sides in zip(size, weights.shape[1:], strict=True))
         return rows @ weights @ columns.t()
@@ -738,10 +798,17 @@ class MedMoEExpert(nn.Module):
         mean_only: bool = False,
         out: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """S maps (B, C_s, H_s, W_s) to the local map (B, D, *size) and the scale weights (B, S, *size).
+        """Computes the local map.
 
-        Without a size, that of the first map. With `mean_only` to the local map's mean (B, D), which needs no map.
-        `out` is where the local map is to lie, without gradients.
+        Args:
+            feature_maps: S maps `(B, C_s, H_s, W_s)`.
+            size: Height and width of the local map; by default those of the first map.
+            mean_only: Whether only the mean of the local map is computed, which does not need the map.
+            out: Tensor into which the local map is written; only without gradients.
+
+        Returns:
+            The local map `(B, D, *size)` and the scale weights `(B, S, *size)`; with `mean_only` a tuple of the mean
+            `(B, D)` alone.
         """
         size = feature_maps[0].shape[-2:] if size is None else size
         projected = [
@@ -767,7 +834,7 @@ class MedMoEExpert(nn.Module):
 
 
 class MedMoETokenExpert(MedMoEExpert):
-    """The official code's expert: a linear layer and ReLU a scale, no norm, and tokens aligned as one row."""
+    """The official code's expert: a linear layer and ReLU per scale, no norm, tokens aligned as one sequence."""
 
     memory_format = torch.contiguous_format
 
@@ -777,7 +844,7 @@ class MedMoETokenExpert(MedMoEExpert):
 
     @staticmethod
     def align(feature_map: Tensor, size: Sequence[int]) -> Tensor:
-        """Linear interpolation along the flattened tokens, as it is there: it scrambles space."""
+        """Interpolates along the flattened tokens, as the official code does; this does not preserve locations."""
         tokens = feature_map.flatten(2)
         positions = size[0] * size[1]
         if tokens.shape[2] != positions:
@@ -793,13 +860,13 @@ class MedMoETokenExpert(MedMoEExpert):
 
 
 def _floating_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and running statistics by name; counters are left out."""
+    """Returns parameters and running statistics by name, without counters."""
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     return {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
 
 
 def _interpolation(source: int, target: int) -> Tensor:
-    """(source, target): how much each of `source` cells in a row counts in each of `target` interpolated ones."""
+    """Returns the matrix (source, target) of linear interpolation from `source` to `target` cells."""
     rows = torch.eye(source).unsqueeze(0)
     return nn.functional.interpolate(rows, size=target, mode="linear", align_corners=False)[0]
 
@@ -855,14 +922,14 @@ def expert_class(name: str) -> type[nn.Module]:
 
 
 def align_map(feature_map: Tensor, size: Sequence[int]) -> Tensor:
-    """Two-dimensional bilinear interpolation of (B, C, h, w) to (B, C, *size); cell centres stay where they are."""
+    """Interpolates (B, C, h, w) bilinearly to (B, C, *size); cell centres keep their locations."""
     if feature_map.shape[-2:] == tuple(size):
         return feature_map
     return nn.functional.interpolate(feature_map, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 class MedMoERouter(nn.Module):
-    """W2 ReLU(W1 x) (section 4.3), with a LayerNorm in front or not: an embedding (B, C) to logits (B, K)."""
+    """W2 ReLU(W1 x) (section 4.3), optionally after a LayerNorm: an embedding (B, C) to logits (B, K)."""
 
     def __init__(self, in_features: int, hidden_size: int, num_experts: int, norm: bool = False) -> None:
         super().__init__()
@@ -875,7 +942,19 @@ class MedMoERouter(nn.Module):
 
 
 class MedMoEVisionModel(MedMoEPreTrainedModel):
-    """The image tower: backbone, image router, and the experts, of which each image is sent to one."""
+    """The image tower: backbone, image router, and one expert per modality; each image is sent to one expert.
+
+    Args:
+        config: The configuration.
+
+    Example:
+        >>> import torch
+        >>> from medmoe_hf.model import MedMoEConfig, MedMoEVisionModel
+        >>> model = MedMoEVisionModel(MedMoEConfig.from_preset("tiny").vision_config).eval()
+        >>> output = model(torch.zeros(2, 3, 64, 64), modality=["xray", "ct"])
+        >>> output.local_embeds.shape, output.expert_ids.tolist()
+        (torch.Size([2, 64, 16, 16]), [0, 1])
+    """
 
     config: MedMoEVisionConfig
     base_model_prefix = "vision_model"
@@ -911,26 +990,33 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
         return self.backbone.get_input_embeddings()
 
     def encode(self, pixel_values: Tensor, **kwargs: Any) -> MedMoEBackboneOutput:
-        """The backbone alone, (B, 3, H, W) to tokens and pyramid: what every expert shares.
+        """Runs the backbone alone, whose output all experts share.
+
+        Args:
+            pixel_values: `(B, 3, H, W)`, sides of at least 64 pixels.
+            **kwargs: `output_hidden_states` and `output_attentions`.
+
+        Returns:
+            Tokens and pyramid.
 
         Raises:
-            ValueError: for anything but four dimensions with sides of 64 and more.
+            ValueError: There are not four dimensions, or a side is smaller than 64.
         """
         if pixel_values.dim() != 4 or min(pixel_values.shape[-2:]) < MINIMUM_IMAGE_SIDE:
             raise ValueError(
                 f"`pixel_values` must be (batch, channels, height, width) with sides of {MINIMUM_IMAGE_SIDE} pixels "
-                f"and more, got {tuple(pixel_values.shape)}."
+                f"or more, got {tuple(pixel_values.shape)}."
             )
         kwargs = record_as_configured(self.config, kwargs)
         if not torch.compiler.is_compiling() and not len(pixel_values):
-            # Reshapes inside the backbones cannot tell the sizes of nothing.
-            return _without_rows(self.encode(pixel_values.new_zeros(1, *pixel_values.shape[1:]), **kwargs))
-        # The dual encoder calls this and not `forward`, where Accelerate's hook would do it.
+            # Reshapes inside the backbones cannot infer sizes from an empty batch.
+            return _empty_batch(self.encode(pixel_values.new_zeros(1, *pixel_values.shape[1:]), **kwargs))
+        # The dual encoder calls this method instead of `forward`, where Accelerate's hook would do it.
         device = getattr(getattr(self, "_hf_hook", None), "execution_device", None)
         pixel_values = pixel_values.to(device=device, dtype=self.backbone.dtype)
         if self._on_cpu_for_inference(pixel_values):
             pieces = pixel_values.split(max(1, CPU_PIXELS // math.prod(pixel_values.shape[-2:])))
-            output = _joined([self.backbone(piece, **kwargs) for piece in pieces])
+            output = _concatenate([self.backbone(piece, **kwargs) for piece in pieces])
         else:
             output = self.backbone(pixel_values, **kwargs)
         if len(self.level_norms):
@@ -941,8 +1027,11 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
         return output
 
     def _on_cpu_for_inference(self, values: Tensor) -> bool:
-        """Whether a batch may be cut into pieces that suit a CPU: nothing depends on the batch, no graph is made, and
-        no other process waits for as many calls of a module as it has made itself."""
+        """Returns whether a batch may be processed in parts that suit a CPU.
+
+        Results then do not depend on the batch, no graph is recorded, and no other process waits for the same number
+        of module calls.
+        """
         return (
             values.device.type == "cpu"
             and not self.training
@@ -952,7 +1041,15 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
         )
 
     def select_experts(self, router_logits: Tensor, modality: Any = None) -> Tensor:
-        """(B, ..., K) logits to expert ids (B, ...): the largest, except where the caller's `modality` names one."""
+        """Selects the expert with the largest logit, except where the caller's `modality` names one.
+
+        Args:
+            router_logits: `(B, ..., K)`.
+            modality: A name, alias or id, for all images or one per image; None or -100 if unknown.
+
+        Returns:
+            Expert ids `(B, ...)`.
+        """
         selected = router_logits.argmax(dim=-1)
         if modality is None:
             return selected
@@ -961,9 +1058,14 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
         return torch.where(ids == UNKNOWN_MODALITY, selected, ids)
 
     def mixture_weights(self, router_logits: Tensor, modality: Any = None) -> Tensor | None:
-        """How a soft mixture weighs the experts, (B, K); None with `mixture="hard"`.
+        """Returns the weights of the experts in a soft mixture: the router's probabilities.
 
-        The router's probabilities; all on one expert where the caller's `modality` names it.
+        Args:
+            router_logits: `(B, K)`.
+            modality: As in `select_experts`; all weight is on the expert that it names.
+
+        Returns:
+            `(B, K)`, rows that sum to 1; None with `mixture="hard"`.
         """
         if self.config.mixture == "hard":
             return None
@@ -975,7 +1077,7 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
         return torch.where(ids == UNKNOWN_MODALITY, weights, named)
 
     def map_size(self, feature_maps: Sequence[Tensor]) -> tuple[int, int]:
-        """Height and width of the local map that is made of a pyramid."""
+        """Returns height and width of the local map of a pyramid."""
         side = self.config.map_size
         height, width = feature_maps[0].shape[-2:]
         return (height, width) if side is None else (side, side)
@@ -983,18 +1085,18 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
     def fuse(
         self, feature_maps: Sequence[Tensor], expert_ids: Tensor, mixture: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Sends each image through its expert; experts that nobody selects are not computed.
+        """Sends each image through its expert; experts without images are not computed.
 
-        Processes that work together call all experts, with no images where nobody selects one: sharded parameters are
-        gathered, and gradients reduced, by everybody or by nobody.
+        In a process group all experts are called, with empty batches where needed: sharded parameters are gathered,
+        and gradients reduced, by all processes or by none.
 
         Args:
-            feature_maps: S maps (B, C_s, H_s, W_s).
-            expert_ids: (B,).
-            mixture: (B, K) from `mixture_weights`; then all experts are computed, and their results averaged so.
+            feature_maps: S maps `(B, C_s, H_s, W_s)`.
+            expert_ids: `(B,)`.
+            mixture: `(B, K)` from `mixture_weights`; all experts are then computed and averaged with these weights.
 
         Returns:
-            local maps (B, D, H_1, W_1) and scale weights (B, S, H_1, W_1), in the order of the batch.
+            Local maps `(B, D, H_1, W_1)` and scale weights `(B, S, H_1, W_1)`, in the order of the batch.
         """
         size = self.map_size(feature_maps)
         if mixture is not None:
@@ -1005,7 +1107,16 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
         return local, weights
 
     def mean_embeds(self, feature_maps: Sequence[Tensor], expert_ids: Tensor, mixture: Tensor | None = None) -> Tensor:
-        """The mean (B, D) of the local map that `fuse` would make, without making it; arguments as there."""
+        """Computes the mean of the local map of `fuse` without computing the map.
+
+        Args:
+            feature_maps: S maps `(B, C_s, H_s, W_s)`.
+            expert_ids: `(B,)`.
+            mixture: As in `fuse`.
+
+        Returns:
+            `(B, D)`.
+        """
         size = self.map_size(feature_maps)
         if mixture is not None:
             everything = torch.stack([expert(feature_maps, size, mean_only=True)[0] for expert in self.experts], dim=1)
@@ -1015,18 +1126,18 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
     def _dispatch(
         self, feature_maps: Sequence[Tensor], expert_ids: Tensor, size: Sequence[int], mean_only: bool = False
     ) -> tuple[Tensor, ...]:
-        """What each image's own expert makes of it, in the order of the batch.
+        """Runs each image's own expert; the results are in the order of the batch.
 
-        Images are grouped by expert, or computed one by one on a CPU without gradients. Inside a graph, which may not
-        depend on where images go, each image brings its expert's parameters instead: the arithmetic is the same, in
-        the same modules. Not where gradients are wanted: experts without images would get zeros for none.
+        Images are grouped by expert, or computed one by one on a CPU without gradients. A compiled graph must not
+        depend on the routing; there each image brings its expert's parameters instead: the same arithmetic in the same
+        modules. This is not done where gradients are needed: experts without images would get zeros instead of None.
         """
         if torch.compiler.is_compiling() and not self.training and not torch.is_grad_enabled():
             every = [_floating_tensors(expert) for expert in self.experts]
             own = {name: torch.stack([tensors[name] for tensors in every])[expert_ids] for name in every[0]}
             return torch.func.functional_call(self.experts[0], own, (feature_maps, size, mean_only))
         if expert_ids.is_meta or not len(expert_ids):
-            # Only sizes are asked for, and those are the same for every expert.
+            # Only sizes matter, and they are the same for every expert.
             return self.experts[0](feature_maps, size, mean_only)
         if self._on_cpu_for_inference(expert_ids):
             return self._dispatch_per_sample(feature_maps, expert_ids, size, mean_only)
@@ -1044,13 +1155,22 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
             expert([feature_map[rows] for feature_map in feature_maps], size, mean_only) for expert, rows in groups
         ]
         back = order.argsort()
-        # Experts may lie on several devices.
+        # Experts may be on several devices.
         return tuple(
             torch.cat([value.to(order.device) for value in values])[back] for values in zip(*parts, strict=True)
         )
 
     def apply_expert(self, expert: int, feature_maps: Sequence[Tensor], size: Sequence[int]) -> tuple[Tensor, ...]:
-        """Runs one expert on all images: S maps `(B, C_s, H_s, W_s)` to local maps and scale weights, as `fuse`."""
+        """Runs one expert on all images.
+
+        Args:
+            expert: Index of the expert.
+            feature_maps: S maps `(B, C_s, H_s, W_s)`.
+            size: Height and width of the local maps.
+
+        Returns:
+            Local maps `(B, D, *size)` and scale weights `(B, S, *size)`.
+        """
         if self._on_cpu_for_inference(feature_maps[0]):
             expert_ids = torch.full((len(feature_maps[0]),), expert)
             return self._dispatch_per_sample(feature_maps, expert_ids, size, mean_only=False)
@@ -1059,8 +1179,10 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
     def _dispatch_per_sample(
         self, feature_maps: Sequence[Tensor], expert_ids: Tensor, size: Sequence[int], mean_only: bool
     ) -> tuple[Tensor, ...]:
-        """As `_dispatch`, image by image, into one result: what lies between then stays in a processor's cache, and in
-        memory that the system has already given."""
+        """As `_dispatch`, image by image into one result.
+
+        Intermediate results then stay in the processor's cache and in memory that is already allocated.
+        """
         results: tuple[Tensor, ...] = ()
         for row, expert in enumerate(expert_ids.tolist()):
             into = results[0][row : row + 1] if results and not mean_only else None
@@ -1125,9 +1247,14 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
         """Encodes images.
 
         Args:
-            pixel_values: (B, 3, H, W), sides of 64 and more.
-            modality: overrules the router: a name, alias or id, for all images or one each; None or -100 if unknown.
-            local: False leaves the experts out where the global embedding does not need them.
+            pixel_values: `(B, 3, H, W)`, sides of at least 64 pixels.
+            modality: Overrides the router: a name, alias or id, for all images or one per image; None or -100 if
+                unknown.
+            local: False skips the experts where the global embedding does not need them.
+            **kwargs: `output_hidden_states`, `output_attentions` and `return_dict`.
+
+        Returns:
+            Embeddings, local map and routing.
         """
         backbone_output = self.encode(pixel_values, **kwargs)
         router_logits = self.router(backbone_output.pooler_output)
@@ -1152,8 +1279,10 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
 
 
 def _without_recorders(module: Any) -> Any:
-    """A module, on the same parameters, without the hooks by which transformers records outputs: those are local
-    functions, which cannot be pickled."""
+    """Returns a copy of a module, with the same parameters, without the hooks with which transformers records outputs.
+
+    These hooks are local functions, which cannot be pickled.
+    """
     if module is None:
         return None
     twin = module.__class__.__new__(module.__class__)
@@ -1169,7 +1298,19 @@ def _without_recorders(module: Any) -> Any:
 
 
 class MedMoETextModel(MedMoEPreTrainedModel):
-    """The text tower: a BERT-like encoder whose last layers are summed and whose pieces become words."""
+    """The text tower: a BERT-like encoder whose last layers are summed and whose tokens are pooled to words.
+
+    Args:
+        config: The configuration.
+
+    Example:
+        >>> from medmoe_hf.model import MedMoETextConfig, MedMoETextModel, MedMoETokenizer
+        >>> tokenizer = MedMoETokenizer.from_words(["pleural effusion"], max_length=16)
+        >>> config = MedMoETextConfig(text_config={"vocab_size": len(tokenizer), "num_hidden_layers": 4})
+        >>> output = MedMoETextModel(config).eval()(**tokenizer(["effusion", "pleural effusion"], return_tensors="pt"))
+        >>> output.pooler_output.shape, output.word_mask.sum(dim=1).tolist()
+        (torch.Size([2, 768]), [1, 2])
+    """
 
     config: MedMoETextConfig
     base_model_prefix = "text_model"
@@ -1184,7 +1325,7 @@ class MedMoETextModel(MedMoEPreTrainedModel):
     def __init__(self, config: MedMoETextConfig) -> None:
         super().__init__(config)
         self.encoder = AutoModel.from_config(config.text_config)
-        # Its pooler would be a layer that no loss ever reaches.
+        # No loss would ever reach the pooler.
         if getattr(self.encoder, "pooler", None) is not None:
             self.encoder.pooler = None
         self._encoder_arguments = frozenset(inspect.signature(self.encoder.forward).parameters)
@@ -1209,34 +1350,39 @@ class MedMoETextModel(MedMoEPreTrainedModel):
         """Encodes reports or prompts.
 
         Args:
-            input_ids: (N, L) tokens; or `inputs_embeds`, (N, L, C).
-            attention_mask: (N, L), 0 at padding.
-            token_type_ids: (N, L), for encoders that take them.
-            word_ids: (N, L), the word each token belongs to, -1 for none (`MedMoETokenizer` gives them). Without them
-                every attended token counts as a word of its own.
+            input_ids: Tokens `(N, L)`.
+            attention_mask: `(N, L)`, 0 at padding.
+            token_type_ids: `(N, L)`, for encoders that use them.
+            word_ids: `(N, L)`, the word of each token, -1 for none, as returned by `MedMoETokenizer`. Without them
+                every attended token counts as a word.
+            inputs_embeds: `(N, L, C)`, instead of `input_ids`.
+            **kwargs: `output_hidden_states`, `output_attentions`, `return_dict` and other arguments of the encoder.
+
+        Returns:
+            Report and word embeddings.
         """
         kwargs = record_as_configured(self.config, kwargs)
         given = inputs_embeds if input_ids is None else input_ids
         if given is not None and not torch.compiler.is_compiling() and not len(given):
-            # Reshapes inside the encoders cannot tell the sizes of nothing.
+            # Reshapes inside the encoders cannot infer sizes from an empty batch.
             one = [
                 None if value is None else value.new_ones(1, *value.shape[1:])
                 for value in (input_ids, attention_mask, token_type_ids, word_ids, inputs_embeds)
             ]
-            return _without_rows(self(*one, return_dict=True, **kwargs))
+            return _empty_batch(self(*one, return_dict=True, **kwargs))
         wants_states = kwargs.pop("output_hidden_states", self.encoder.config.output_hidden_states)
         if token_type_ids is not None and "token_type_ids" in self._encoder_arguments:
             kwargs["token_type_ids"] = token_type_ids
         outputs = self.encoder(
             input_ids=input_ids,
-            # On the meta device transformers cannot look into a mask; the sizes are the same without one.
+            # On the meta device transformers cannot read a mask; the sizes are the same without one.
             attention_mask=None if attention_mask is not None and attention_mask.is_meta else attention_mask,
             inputs_embeds=inputs_embeds,
             output_hidden_states=True,
             return_dict=True,
             **kwargs,
         )
-        # Layers first, then pieces: one sum over words and not one a layer.
+        # Layers first, then tokens: one sum over words instead of one per layer.
         last, *others = outputs.hidden_states[-self.config.num_summed_layers :]
         tokens = sum(others, last)
         if attention_mask is None:
@@ -1248,7 +1394,7 @@ class MedMoETextModel(MedMoEPreTrainedModel):
             count = torch.full_like(count, self.config.report_length)
         if self.config.word_rule == "official":
             if input_ids is None:
-                raise ValueError('`word_rule="official"` needs `input_ids`: it looks at the tokens themselves.')
+                raise ValueError('`word_rule="official"` needs `input_ids`: it depends on the tokens themselves.')
             word_mask = official_word_mask(input_ids, word_ids, self.config.bracket_token_ids)
         return MedMoETextOutput(
             last_hidden_state=outputs.last_hidden_state,
@@ -1266,11 +1412,11 @@ class MedMoETextModel(MedMoEPreTrainedModel):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # At once: installed in the first call, they would break the graph of a compiled one.
+        # Immediately: installed during the first call, they would break the graph of a compiled model.
         maybe_install_capturing_hooks(self.encoder)
 
     def _word_ids(self, attention_mask: Tensor, word_ids: Tensor | None) -> Tensor:
-        """(N, L) word numbers; a text without any word becomes one word of all its tokens, to be embedded at all."""
+        """Returns word ids (N, L); a text without words becomes one word of all its tokens."""
         if word_ids is None:
             positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
             return torch.where(attention_mask > 0, positions, -1)
@@ -1281,7 +1427,24 @@ class MedMoETextModel(MedMoEPreTrainedModel):
 
 
 class MedMoEModel(MedMoEPreTrainedModel):
-    """The dual encoder."""
+    """The dual encoder: image tower with one expert per modality, text tower, and projections to a shared space.
+
+    Args:
+        config: The configuration.
+
+    Example:
+        >>> import torch
+        >>> from medmoe_hf.model import MedMoEConfig, MedMoEImageProcessor, MedMoEModel
+        >>> from medmoe_hf.model import MedMoEProcessor, MedMoETokenizer
+        >>> tokenizer = MedMoETokenizer.from_words(["chest radiograph with effusion"], max_length=16)
+        >>> processor = MedMoEProcessor(MedMoEImageProcessor(size=64), tokenizer)
+        >>> config = MedMoEConfig.from_preset("tiny", text_config={"vocab_size": len(tokenizer)})
+        >>> model = MedMoEModel(config).eval()
+        >>> images = torch.randint(256, (2, 64, 64), dtype=torch.uint8)
+        >>> inputs = processor(images=list(images), text=["effusion", "chest", "radiograph"], return_tensors="pt")
+        >>> model(**inputs).logits_per_image.shape
+        torch.Size([2, 3])
+    """
 
     config: MedMoEConfig
     _auto_map = {
@@ -1312,7 +1475,7 @@ class MedMoEModel(MedMoEPreTrainedModel):
         self.local_projection = None if size is None else nn.Linear(vision_config.local_size, size, bias=False)
         self.text_projection = None if size is None else nn.Linear(text_size, size, bias=False)
         self.word_projection = None if size is None else nn.Linear(text_size, size, bias=False)
-        # One dimension, though one number: FSDP shards no scalars.
+        # One-dimensional, because FSDP does not shard scalars.
         self.logit_scale = nn.Parameter(torch.tensor([INITIAL_LOGIT_SCALE])) if config.learned_scale else None
         self.post_init()
 
@@ -1330,7 +1493,7 @@ class MedMoEModel(MedMoEPreTrainedModel):
 
     @property
     def global_scale(self) -> Any:
-        """Inverse temperature of the global similarity: `config.temp3`, or the learned one."""
+        """Inverse temperature of the global similarity: `config.temp3`, or the learned one (at most 100)."""
         if self.logit_scale is None:
             return self.config.temp3
         return self.logit_scale.float().clamp(max=math.log(100)).exp()
@@ -1346,7 +1509,27 @@ class MedMoEModel(MedMoEPreTrainedModel):
     def get_image_features(
         self, pixel_values: Tensor, modality: Any = None, local: bool = True, **kwargs: Any
     ) -> MedMoEVisionOutput:
-        """The image tower, `pooler_output` and `local_embeds` in the shared space; see `MedMoEVisionModel.forward`."""
+        """Encodes images in the shared space.
+
+        Args:
+            pixel_values: `(B, 3, H, W)`, sides of at least 64 pixels.
+            modality: Overrides the image router: a name, alias or id, for all images or one per image; None or -100 if
+                unknown.
+            local: False skips the experts where the global embedding does not need them; `local_embeds` is then None.
+            **kwargs: `output_hidden_states`, `output_attentions` and `return_dict`.
+
+        Returns:
+            The output of the image tower, with `pooler_output` `(B, D)` and `local_embeds` `(B, D, H/4, W/4)` in the
+            shared space.
+
+        Example:
+            >>> import torch
+            >>> from medmoe_hf.model import MedMoEConfig, MedMoEModel
+            >>> model = MedMoEModel(MedMoEConfig.from_preset("tiny")).eval()
+            >>> output = model.get_image_features(torch.zeros(2, 3, 64, 64), modality="ct")
+            >>> output.pooler_output.shape, output.local_embeds.shape
+            (torch.Size([2, 64]), torch.Size([2, 64, 16, 16]))
+        """
         kwargs = record_as_configured(self.config, kwargs)
         outputs = self.vision_model(pixel_values, modality=modality, local=local, return_dict=True, **kwargs)
         outputs.pooler_output, outputs.local_embeds = self._project_image(outputs.pooler_output, outputs.local_embeds)
@@ -1361,7 +1544,26 @@ class MedMoEModel(MedMoEPreTrainedModel):
         word_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> MedMoETextOutput:
-        """The text tower with `pooler_output` and `word_embeds` in the shared space; see `MedMoETextModel.forward`."""
+        """Encodes texts in the shared space.
+
+        Args:
+            input_ids: Tokens `(N, L)`.
+            attention_mask: `(N, L)`, 0 at padding.
+            token_type_ids: `(N, L)`, for encoders that use them.
+            word_ids: `(N, L)`, the word of each token, -1 for none; see `MedMoETextModel.forward`.
+            **kwargs: `output_hidden_states`, `output_attentions` and `return_dict`.
+
+        Returns:
+            The output of the text tower, with `pooler_output` `(N, D)` and `word_embeds` `(N, L, D)` in the shared
+            space.
+
+        Example:
+            >>> from medmoe_hf.model import MedMoEConfig, MedMoEModel, MedMoETokenizer
+            >>> tokenizer = MedMoETokenizer.from_words(["effusion"], max_length=16)
+            >>> model = MedMoEModel(MedMoEConfig.from_preset("tiny")).eval()
+            >>> model.get_text_features(**tokenizer(["effusion"], return_tensors="pt")).pooler_output.shape
+            torch.Size([1, 64])
+        """
         outputs = self._encode_text(input_ids, attention_mask, token_type_ids, word_ids, **kwargs)
         return self._project_text(outputs)
 
@@ -1397,12 +1599,27 @@ class MedMoEModel(MedMoEPreTrainedModel):
         token_type_ids: Tensor | None = None,
         word_ids: Tensor | None = None,
     ) -> MedMoERoutingOutput:
-        """Where each image would be sent (`pixel_values`), or where each report would send its image (`input_ids`).
+        """Asks the image router (`pixel_values`) or the report router (`input_ids`), one of the two.
 
-        Give one of the two.
+        Args:
+            pixel_values: `(B, 3, H, W)`.
+            input_ids: Tokens `(B, L)`.
+            attention_mask: `(B, L)`, 0 at padding.
+            token_type_ids: `(B, L)`, for encoders that use them.
+            word_ids: `(B, L)`, the word of each token, -1 for none.
+
+        Returns:
+            Probabilities `(B, K)`, expert ids `(B,)` and names of modalities.
 
         Raises:
-            ValueError: for both or none, or for reports where `config.router` is `"image"`.
+            ValueError: Both or none are passed, or reports where `config.router` is `"image"`.
+
+        Example:
+            >>> import torch
+            >>> from medmoe_hf.model import MedMoEConfig, MedMoEModel
+            >>> model = MedMoEModel(MedMoEConfig.from_preset("tiny")).eval()
+            >>> model.route(torch.zeros(2, 3, 64, 64)).probabilities.shape
+            torch.Size([2, 6])
         """
         if (pixel_values is None) == (input_ids is None):
             raise ValueError("`route` takes either `pixel_values` or `input_ids`, to ask one of the two routers.")
@@ -1431,22 +1648,41 @@ class MedMoEModel(MedMoEPreTrainedModel):
         modality: Any = None,
         reference: Mapping[str, Tensor] | None = None,
     ) -> MedMoEGroundingOutput:
-        """A heat-map for each word of each image's text, higher where a region is more about it than the reference is.
+        """Computes a heat map per word of each image's text: high where a region matches it more than a reference.
 
-        Best held against reports of the same modality that lack what is looked for: `text="effusion"`, with normal
-        chest radiographs as the reference. Without a reference a word is held against the other words of its text.
+        The best reference are reports of the same modality without the finding: `text="effusion"`, with normal chest
+        radiographs as the reference. Without a reference a word is compared with the other words of its text.
 
-        Where the local maps make the global embedding (`global_features="expert"`), both are read in the space of the
-        global similarity, which says what tells images apart; else in that of the local loss. There two words that
-        often come together share their regions, and one of them may be found where the other is not.
+        Where the local maps make up the global embedding (`global_features="expert"`), both are compared in the space
+        of the global similarity, which distinguishes images; otherwise in that of the local loss. There two words that
+        often occur together share their regions, and one of them may be found where the other one is not.
 
         Args:
-            pixel_values: (B, 3, H, W).
-            input_ids, attention_mask, token_type_ids, word_ids: (B, L), text i about image i; or (1, L), one text
-                about all images.
-            modality: overrules the routers, as in `forward`.
-            reference: tokenized texts (any number of them, averaged) that all images are held against: what the
-                processor gives for `text=[...]`.
+            pixel_values: `(B, 3, H, W)`.
+            input_ids: Tokens `(B, L)`, text i about image i; or `(1, L)`, one text about all images.
+            attention_mask: Same shape, 0 at padding.
+            token_type_ids: Same shape, for encoders that use them.
+            word_ids: Same shape, the word of each token, -1 for none.
+            modality: Overrides the routers, as in `forward`.
+            reference: Tokenized texts (any number of them, which are averaged) with which all images are compared:
+                what the processor returns for `text=[...]`.
+
+        Returns:
+            Heat maps and attention `(B, L, H/4, W/4)`; `MedMoEProcessor.post_process_grounding` resizes them to the
+            images.
+
+        Raises:
+            ValueError: The number of texts is neither 1 nor B.
+
+        Example:
+            >>> import torch
+            >>> from medmoe_hf.model import MedMoEConfig, MedMoEModel, MedMoETokenizer
+            >>> tokenizer = MedMoETokenizer.from_words(["effusion normal"], max_length=16)
+            >>> model = MedMoEModel(MedMoEConfig.from_preset("tiny")).eval()
+            >>> text, normal = (tokenizer([word], return_tensors="pt") for word in ("effusion", "normal"))
+            >>> grounding = model.ground(torch.zeros(2, 3, 64, 64), **text, modality="xray", reference=normal)
+            >>> grounding.heatmaps.shape
+            torch.Size([2, 3, 16, 16])
         """
         images = len(pixel_values)
         if len(input_ids) not in (1, images):
@@ -1469,7 +1705,7 @@ class MedMoEModel(MedMoEPreTrainedModel):
             if regions_by is None or words_by is None:
                 return local.flatten(2), words, reference_embeds
             regions = regions_by(local.flatten(2).transpose(1, 2)).transpose(1, 2)
-            # Linear without a bias: the mean of the words and the projection may change places.
+            # Without a bias the projection commutes with the mean of the words.
             return regions, words_by(words), None if reference_embeds is None else words_by(reference_embeds)
 
         regions, by_loss, absent = project(self.local_projection, self.word_projection)
@@ -1604,26 +1840,46 @@ class MedMoEModel(MedMoEPreTrainedModel):
         positive_groups: Tensor | None = None,
         **kwargs: Any,
     ) -> MedMoEOutput | MedMoEVisionOutput | MedMoETextOutput:
-        """Compares images with texts; with only one of the two, gives `get_image_features` or `get_text_features`.
+        """Compares images with texts; with only one of the two, returns `get_image_features` or `get_text_features`.
 
         Without `return_loss` every image is compared with every text (B and N may differ). With the report router,
-        entry (i, j) then reads image i with the expert that text j selects, unless `modality` tells that of image i.
+        entry (i, j) then reads image i with the expert that text j selects, unless `modality` names that of image i.
         With `return_loss` text i is the report of image i and selects its expert.
 
         Args:
-            input_ids, attention_mask, token_type_ids, word_ids: (N, L), see `MedMoETextModel.forward`.
-            pixel_values: (B, 3, H, W).
-            modality: overrules the routers: a name, alias or id, for all images or one each; None or -100 if unknown.
-            return_loss: whether to compute the losses.
-            gather: puts a tensor's rows (b, ...) of all processes together, (B, ...), differentiably; the losses then
+            input_ids: Tokens `(N, L)`.
+            pixel_values: `(B, 3, H, W)`, sides of at least 64 pixels.
+            attention_mask: `(N, L)`, 0 at padding.
+            token_type_ids: `(N, L)`, for encoders that use them.
+            word_ids: `(N, L)`, the word of each token, -1 for none; see `MedMoETextModel.forward`.
+            modality: Overrides the routers: a name, alias or id, for all images or one per image; None or -100 if
+                unknown.
+            return_loss: Whether to compute the losses.
+            gather: Concatenates the rows `(b, ...)` of all processes to `(B, ...)`, differentiably; the losses then
                 contrast over all of them. None contrasts within this batch.
-            positive_groups: (B,) integers, the same for pairs that mean the same: they are positives of each other in
-                the losses (see `losses_medmoe.contrastive_loss`). -1 is unknown: a pair of its own. None: all are,
-                unless `config.positives` is `"text_similarity"`.
-            **kwargs: `modality_labels`, (B,), what the routers should have said, for the auxiliary loss; -100 is
-                ignored. The rest goes to the towers.
+            positive_groups: `(B,)` integers, equal for pairs with the same meaning: they are positives of each other
+                in the losses (see `losses_medmoe.contrastive_loss`). -1 is unknown: its own only positive. None: every
+                pair is, unless `config.positives` is `"text_similarity"`.
+            **kwargs: `modality_labels` `(B,)`, the targets of the routers for the auxiliary loss, with -100 ignored;
+                `output_hidden_states`, `output_attentions` and `return_dict`.
+
+        Returns:
+            `MedMoEOutput`; `MedMoEVisionOutput` or `MedMoETextOutput` if only one of the two is passed.
+
+        Raises:
+            ValueError: There are neither images nor texts, or the numbers do not match those that the loss needs.
+
+        Example:
+            >>> import torch
+            >>> from medmoe_hf.model import MedMoEConfig, MedMoEModel, MedMoETokenizer
+            >>> tokenizer = MedMoETokenizer.from_words(["effusion normal"], max_length=16)
+            >>> model = MedMoEModel(MedMoEConfig.from_preset("tiny")).eval()
+            >>> texts = tokenizer(["effusion", "normal"], return_tensors="pt")
+            >>> output = model(pixel_values=torch.rand(2, 3, 64, 64), **texts, modality="xray", return_loss=True)
+            >>> output.logits_per_image.shape, output.loss.shape
+            (torch.Size([2, 2]), torch.Size([]))
         """
-        # No named argument: `Trainer` takes every name with "label" in it for one that a batch must have, and does not
+        # Not a named argument: `Trainer` expects every argument with "label" in its name in a batch, and does not
         # evaluate the loss of batches without it.
         modality_labels = kwargs.pop("modality_labels", None)
         if pixel_values is None and input_ids is None:
@@ -1716,7 +1972,19 @@ class MedMoEModel(MedMoEPreTrainedModel):
 
 
 class MedMoEForImageClassification(MedMoEPreTrainedModel):
-    """A linear head on the image tower; what it sees is `config.classifier_features`."""
+    """The image tower with a linear classification head on the features that `config.classifier_features` selects.
+
+    Args:
+        config: The configuration; `num_labels`, `id2label`, `problem_type` and `freeze_vision_model` apply.
+
+    Example:
+        >>> import torch
+        >>> from medmoe_hf.model import MedMoEConfig, MedMoEForImageClassification
+        >>> model = MedMoEForImageClassification(MedMoEConfig.from_preset("tiny", num_labels=3)).eval()
+        >>> output = model(torch.zeros(2, 3, 64, 64), labels=torch.tensor([0, 2]))
+        >>> output.logits.shape, output.loss.shape
+        (torch.Size([2, 3]), torch.Size([]))
+    """
 
     config: MedMoEConfig
     input_modalities = ("image",)
@@ -1737,9 +2005,9 @@ class MedMoEForImageClassification(MedMoEPreTrainedModel):
     def train(self, mode: bool = True) -> "MedMoEForImageClassification":
         super().train(mode)
         if self.config.freeze_vision_model:
-            # Otherwise BatchNorm would go on adapting its statistics, and the tower would not be frozen.
+            # Otherwise BatchNorm would keep updating its statistics, and the tower would not be frozen.
             self.vision_model.eval()
-            # Here because `from_pretrained` makes the parameters anew after `__init__`, and then calls `eval`.
+            # Here, because `from_pretrained` recreates the parameters after `__init__`, and then calls `eval`.
             self.vision_model.requires_grad_(False)
         return self
 
@@ -1750,10 +2018,17 @@ class MedMoEForImageClassification(MedMoEPreTrainedModel):
         """Classifies images.
 
         Args:
-            pixel_values: (B, 3, H, W).
-            labels: (B,) classes; (B, num_labels) floats for `problem_type="multi_label_classification"`; floats for
-                `"regression"`.
-            modality: overrules the router, as in `MedMoEModel.forward`.
+            pixel_values: `(B, 3, H, W)`, sides of at least 64 pixels.
+            labels: Class ids `(B,)`; floats `(B, num_labels)` for `problem_type="multi_label_classification"`; floats
+                for `"regression"`.
+            modality: Overrides the router, as in `MedMoEModel.forward`.
+            **kwargs: `output_hidden_states`, `output_attentions` and `return_dict`.
+
+        Returns:
+            `logits` `(B, num_labels)` and, with labels, the `loss`.
+
+        Raises:
+            ValueError: There are labels but no images.
         """
         if labels is not None and not len(pixel_values):
             raise ValueError("A loss needs images; `pixel_values` holds none.")

@@ -344,7 +344,7 @@ def test_backbones_from_elsewhere_are_refused(small_config, monkeypatch, name):
 
     monkeypatch.setattr(timm, "create_model", create)
     config = small_config(vision_config={"backbone": f"timm/{name}"}, projection_dim=16)
-    with pytest.raises(ValueError, match=r"is none that comes with timm.* set MEDMOE_FOREIGN_BACKBONES=1"):
+    with pytest.raises(ValueError, match=r"is not part of timm.* set MEDMOE_FOREIGN_BACKBONES=1"):
         MedMoEModel(config)
     assert not asked
     monkeypatch.setenv("MEDMOE_FOREIGN_BACKBONES", "1")

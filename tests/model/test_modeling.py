@@ -442,7 +442,7 @@ def test_any_size_from_64_up(small, height, width):
 
 @pytest.mark.parametrize("shape", [(1, 3, 63, 64), (1, 3, 224, 32), (3, 224, 224)])
 def test_smaller_images_are_refused(small, shape):
-    with pytest.raises(ValueError, match="sides of 64 pixels and more, got .*" + str(shape[-1])):
+    with pytest.raises(ValueError, match="sides of 64 pixels or more, got .*" + str(shape[-1])):
         small()(pixel_values=torch.zeros(shape))
 
 
@@ -498,7 +498,7 @@ def test_levels_of_a_timm_backbone_can_be_chosen():
     ],
 )
 def test_what_is_no_pyramid_is_refused(fields, strides):
-    with pytest.raises(ValueError, match=rf"is no pyramid: its levels have strides \[{strides}\]"):
+    with pytest.raises(ValueError, match=rf"is not hierarchical: its levels have strides \[{strides}\]"):
         timm_tower(**fields)
 
 
