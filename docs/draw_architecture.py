@@ -1,6 +1,8 @@
-"""The figure of the architecture in docs/pages/concepts.md.
+"""Draw the figure of the architecture in docs/pages/concepts.md.
 
-python docs/draw_architecture.py            # writes docs/pages/architecture.svg; another name ends in .png
+    python docs/draw_architecture.py [--output docs/pages/architecture.svg]
+
+The output may be an SVG or a PNG file.
 """
 
 import argparse
@@ -19,13 +21,13 @@ INK, FAINT = "#263238", "#90a4ae"
 IMAGE, TEXT, ROUTER, EXPERT, LOSS = "#d6e6f5", "#e3efd9", "#fbe6c8", "#f5d5d5", "#eceff1"
 SELECTED = "#c0392b"
 SAMPLE = phantom_sample(0, 19, image_size=96, modalities=["xray"])
-SCALES = ("#1f5f99", "#3f8cc9", "#7db4df", "#b5d4ec")  # of the pyramid's levels, the finest first
+SCALES = ("#1f5f99", "#3f8cc9", "#7db4df", "#b5d4ec")  # of the levels of the pyramid, finest first
 
 
 def box(
     axes: Axes, left: float, bottom: float, width: float, height: float, text: str, colour: str, size: float = 9
 ) -> None:
-    """A labelled box; units are those of the figure, 160 x 84."""
+    """Draw a labelled box, in the units of the figure (160 x 84)."""
     shape = FancyBboxPatch(
         (left, bottom), width, height, boxstyle="round,pad=0,rounding_size=1", facecolor=colour, edgecolor=INK, lw=0.9
     )
@@ -34,7 +36,7 @@ def box(
 
 
 def arrow(axes: Axes, *points: tuple[float, float], colour: str = INK, dashed: bool = False) -> None:
-    """A line through points with right angles as they are, and a head at the last."""
+    """Draw a line through points, with an arrowhead at the last one."""
     style = {"color": colour, "lw": 1.2, "linestyle": (0, (4, 2)) if dashed else "-"}
     if len(points) > 2:
         axes.plot(*zip(*points[:-1], strict=True), solid_joinstyle="round", solid_capstyle="butt", **style)
@@ -62,7 +64,7 @@ def draw_image_tower(axes: Axes) -> None:
 
 def draw_experts(axes: Axes) -> None:
     arrow(axes, (59, 62), (64, 62))
-    note(axes, 80, 81.5, "experts, one a modality: only one is computed for an image")
+    note(axes, 80, 81.5, "one expert per modality; only the selected one is computed")
     selected = "xray"
     for index, name in enumerate(MODALITIES):
         on, bottom = name == selected, 73.5 - 4.7 * index
@@ -78,7 +80,7 @@ def draw_experts(axes: Axes) -> None:
             )
         )
         note(axes, 72, bottom + 1.95, name, 8, SELECTED if on else FAINT)
-    # the selected expert, opened
+    # The inside of the selected expert.
     axes.add_patch(
         FancyBboxPatch(
             (86, 50), 31, 28, boxstyle="round,pad=0,rounding_size=1", facecolor="#fdf3f3", edgecolor=SELECTED, lw=1.2
@@ -94,10 +96,10 @@ def draw_experts(axes: Axes) -> None:
         arrow(axes, (101, bottom + 2), (104, bottom + 2))
         axes.plot((108, 111), (bottom + 2, 66), color=INK, lw=0.8)
     note(axes, 112.8, 66, "Σ β", 9.5)
-    note(axes, 101.5, 53.1, "at each position a softmax β\nover the scales mixes them", 6.8)
+    note(axes, 101.5, 53.1, "sum weighted by a softmax β over\nthe scales, at each position", 6.8)
     arrow(axes, (115.3, 66), (122, 66))
 
-    # where the finding is, in the place of a map that only a trained model has
+    # The mask of the finding, as an illustration of a local map.
     cells = np.asarray(SAMPLE["mask"].convert("L").resize((8, 8), Image.Resampling.BOX)) / 255
     axes.pcolormesh(
         np.linspace(122, 136, 9),
@@ -120,7 +122,7 @@ def draw_text_tower(axes: Axes) -> None:
     arrow(axes, (38, 9), (112, 9))
     for index, word in enumerate(("small", "pleural", "effusion")):
         box(axes, 112 + 9.2 * index, 6.8, 8.6, 4.4, word, TEXT, 7.4)
-    note(axes, 125.5, 4.2, "words $t_i$: pieces pooled to words")
+    note(axes, 125.5, 4.2, "words $t_i$: subwords pooled to words")
     arrow(axes, (38, 18.5), (112, 18.5))
     box(axes, 112, 16, 27, 5, "report embedding $t_g$", TEXT, 8.5)
 
@@ -128,7 +130,7 @@ def draw_text_tower(axes: Axes) -> None:
 def draw_routers(axes: Axes) -> None:
     box(axes, 46, 26, 18, 6, "report router", ROUTER)
     box(axes, 46, 37, 18, 6, "image router", ROUTER)
-    # v_g leaves the tower below it
+    # The image router reads the backbone, below the image tower in the figure.
     arrow(axes, (30.5, 52), (30.5, 40), (46, 40))
     note(axes, 31.5, 47, "mean", 7.5, align="left")
     arrow(axes, (55, 18.5), (55, 26))
@@ -137,11 +139,11 @@ def draw_routers(axes: Axes) -> None:
     arrow(axes, (64, 29), (67, 29), (67, 33.4), (69.5, 33.4))
     arrow(axes, (72, 37.5), (72, 49.6), colour=SELECTED)
     note(axes, 73.2, 44, "expert $k^*$", 8, SELECTED, "left")
-    note(axes, 88.5, 34.5, "the caller's modality\noverrules both", 7.5, align="left")
+    note(axes, 88.5, 34.5, "a given modality\noverrides both", 7.5, align="left")
     arrow(axes, (88, 34.5), (82.5, 34.5), dashed=True)
     box(axes, 111, 37, 29, 6, "image embedding $v_g$", IMAGE)
     arrow(axes, (101.5, 50), (101.5, 40), (111, 40))
-    note(axes, 103, 46.6, "mean of $V$, of the Swin's\ntokens, or both: by preset", 7.5, align="left")
+    note(axes, 103, 46.6, "mean of $V$, of the Swin's\ntokens, or both (by preset)", 7.5, align="left")
 
 
 def draw_losses(axes: Axes) -> None:
@@ -151,17 +153,17 @@ def draw_losses(axes: Axes) -> None:
     arrow(axes, (136, 66), (150, 66), (150, 57))
     box(axes, 143, 47.5, 15, 9.5, "local loss:\nwords and\nregions", LOSS, 8)
     arrow(axes, (139.2, 9), (159, 9), (159, 43.5), (150, 43.5), (150, 47.5))
-    box(axes, 84, 23.6, 22, 7, "modality loss,\non both routers", LOSS, 7.8)
+    box(axes, 84, 23.6, 22, 7, "modality loss\nof both routers", LOSS, 7.8)
     arrow(axes, (64, 27.2), (84, 27.2))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = Path(__file__).parent / "pages" / "architecture.svg"
-    parser.add_argument("--output", type=Path, default=default, help="the picture")
+    parser.add_argument("--output", type=Path, default=default, help="SVG or PNG file")
     output = parser.parse_args().output
     matplotlib.use("Agg")
-    # The same bytes each time.
+    # Makes the output reproducible.
     plt.rcParams.update({"svg.hashsalt": "medmoe", "mathtext.fontset": "dejavusans"})
     figure, axes = plt.subplots(figsize=(11, 5.78))
     for draw in (draw_image_tower, draw_experts, draw_text_tower, draw_routers, draw_losses):

@@ -193,7 +193,7 @@ def draw(edges: dict[str, set[str]]) -> str:
     # What imports: a coloured line out of its box and down to the lowest subpackage that it needs.
     for name in importers:
         x, start = lanes[name], top[name] + 14
-        targets = [top[target] + height - 14 for target in used[name] if target in top]
+        targets = [top[target] + height - 14 for target in order if target in used[name]]
         parts.append(
             f'<path d="M{right} {start}H{x - 8}Q{x} {start} {x} {start + 8}V{max(targets)}" fill="none" '
             f'stroke="{colour[name]}" stroke-width="2.2"/>'

@@ -1,11 +1,12 @@
-"""Word-level heat-maps across modalities, like Figure 3 of the paper, of what `examples/quickstart.py` trained.
+"""Draw word-level heat-maps across modalities, as in Figure 3 of the paper, with the model of the quickstart.
 
     python examples/experiments/figure3.py quickstart [--output figure3.png]
 
-One row a modality: an unseen phantom with the box of its finding, then the maps of up to four words of its report:
-the one that names the finding, and others that no normal report has. As in the quickstart, each word is read alone and
-held against normal reports of the modality: the map says what speaks for a report with this word and against a normal
-one. So words that only come with findings ("large", "evidence") point at the finding too. The images are drawings.
+Each row shows one modality: an unseen phantom with the box of its finding, then the heat-maps of up to four words of
+its report: the word that names the finding, and others that do not occur in normal reports. As in the quickstart, each
+word is encoded alone, with normal reports of the modality as reference: the map shows what makes the image more
+similar to the word than to normal reports. Words that occur with findings only ("large", "evidence") therefore point
+at the finding too. The images are drawings.
 """
 
 import argparse
@@ -29,13 +30,13 @@ WORDS = 4
 
 
 def read_samples(folder: Path) -> list[dict[str, Any]]:
-    """The unseen phantoms of a quickstart folder."""
+    """Read the unseen phantoms of a quickstart folder."""
     shards = [str(path) for path in sorted((folder / "unseen").glob("*.tar"))]
     return list(datasets.load_dataset("webdataset", data_files=shards, split="train", streaming=True))
 
 
-def chosen_words(words: list[str], finding: str, normal: set[str]) -> list[str]:
-    """The finding's word and the longest of the others that no normal report has, in the report's order."""
+def select_words(words: list[str], finding: str, normal: set[str]) -> list[str]:
+    """Select the finding's word and the longest words that do not occur in normal reports, in report order."""
     others = [word for word in words if word.lower() not in normal | {finding.lower()} and word.isalpha()]
     kept = {finding, *sorted(others, key=len, reverse=True)[: WORDS - 1]}
     return [word for word in dict.fromkeys(words) if word in kept]
@@ -43,9 +44,9 @@ def chosen_words(words: list[str], finding: str, normal: set[str]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path, help="what examples/quickstart.py wrote")
-    parser.add_argument("--output", type=Path, default=Path("figure3.png"), help="the picture")
-    parser.add_argument("--sample", type=int, default=0, help="which unseen phantom of each modality, from 0")
+    parser.add_argument("folder", type=Path, help="output folder of examples/quickstart.py")
+    parser.add_argument("--output", type=Path, default=Path("figure3.png"), help="PNG file")
+    parser.add_argument("--sample", type=int, default=0, help="index of the unseen phantom per modality")
     arguments = parser.parse_args()
     torch.set_flush_denormal(True)
     model = MedMoEModel.from_pretrained(arguments.folder / "model").eval()
@@ -60,7 +61,7 @@ def main() -> None:
         sample = [one for one in own if one["json"]["finding_word"]][arguments.sample]
         reports = prompts[modality]["normal"]
         normal = {word.lower() for report in processor.tokenizer.words(reports) for word in report}
-        words = chosen_words(processor.tokenizer.words(sample["txt"]), sample["json"]["finding_word"], normal)
+        words = select_words(processor.tokenizer.words(sample["txt"]), sample["json"]["finding_word"], normal)
         grounding = model.ground(
             **processor(images=[sample["png"]] * len(words), text=words, return_tensors="pt"),
             reference=processor(text=reports, return_tensors="pt"),
@@ -70,7 +71,7 @@ def main() -> None:
         maps = processor.post_process_grounding(grounding, target_sizes=sizes, sigma=1.5)
         draw_row(row, sample, modality, {word: one[0].numpy() for word, one in zip(words, maps, strict=True)})
     figure.suptitle(
-        "Synthetic phantoms: what speaks for each word and against normal reports (each map has its own scale)\n"
+        "Synthetic phantoms: heat-maps of words relative to normal reports (each map has its own scale)\n"
         "box: the finding, bold: its word, +: the hottest pixel"
     )
     figure.savefig(arguments.output, dpi=110)
@@ -78,7 +79,7 @@ def main() -> None:
 
 
 def draw_row(row: Any, sample: dict[str, Any], modality: str, maps: dict[str, np.ndarray]) -> None:
-    """The image, and beside it the map of each word."""
+    """Draw the image and the heat-map of each word."""
     left, top, right, bottom = sample["json"]["box"]
     for axis in row:
         axis.set_axis_off()

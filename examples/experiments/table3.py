@@ -1,9 +1,10 @@
-"""Parameters and operations of image towers, like Table 3 of the paper: computed, not copied.
+"""Compute parameters and operations of image towers, as in Table 3 of the paper.
 
     python examples/experiments/table3.py [--output table3.json]
 
-GMACs are multiply-adds for one image of 224x224 pixels: half of what PyTorch's `FlopCounterMode` counts, which are the
-convolutions and matrix products. Norms, activations, softmax and interpolation are not in it. All weights are random.
+GMACs are multiply-adds of convolutions and matrix products for one image of 224x224 pixels, that is half of the count
+of PyTorch's `FlopCounterMode`. Normalization, activations, softmax and interpolation are not counted. All weights are
+random.
 """
 
 import argparse
@@ -26,16 +27,16 @@ SIDE = 224
 
 
 def multiply_adds(model: nn.Module, forward: Callable[[torch.Tensor], Any]) -> int:
-    """Of one image, in all operations that PyTorch's counter knows."""
+    """Count the multiply-adds for one image, in all operations that PyTorch's counter supports."""
     model.eval()
-    # The counter knows no fused attention of a CPU; the plain one is matrix products, which it knows.
+    # The counter does not support fused attention on CPUs; SDPBackend.MATH uses matrix products, which it counts.
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         forward(torch.zeros(1, 3, SIDE, SIDE))
     return counter.get_total_flops() // 2
 
 
 def medmoe_rows(preset: str) -> list[dict[str, Any]]:
-    """The tower of a preset: with the selected expert, as it runs, and with all of them."""
+    """Return rows for the image tower of a preset: with the selected expert, as it runs, and with all experts."""
     tower = MedMoEVisionModel(MedMoEConfig.from_preset(preset).vision_config)
     every = range(len(tower.experts))
 
@@ -64,7 +65,7 @@ def count(module: nn.Module) -> int:
 
 
 def rows() -> list[dict[str, Any]]:
-    """All towers of the table."""
+    """Return all rows of the table."""
     result = [row for preset in ("paper", "plus", "official") for row in medmoe_rows(preset)]
     resnet = timm.create_model("resnet50_clip", pretrained=False)
     vit = CLIPVisionModelWithProjection(
@@ -79,7 +80,7 @@ def rows() -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, default=Path("table3.json"), help="the same numbers as JSON")
+    parser.add_argument("--output", type=Path, default=Path("table3.json"), help="JSON file for the numbers")
     arguments = parser.parse_args()
     table = rows()
     with atomic_write(arguments.output) as partial:

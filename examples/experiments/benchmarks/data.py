@@ -1,10 +1,10 @@
-"""Images a second and core of the data path, from tar shards to normalised batches.
+"""Benchmark of the data path from tar shards to normalized batches, in images per second and core.
 
     python examples/experiments/benchmarks/data.py [--images 600] [--rounds 5]
 
-Writes shards of 512x512 JPEGs, then runs in turn, on one thread and interleaved, so that a busy machine hurts all:
-decoding alone (the ceiling), the plain path (Pillow and transformers' stock image processor, in both of its backends),
-and ours with whole and with reduced decoding. Prints the median of the rounds with their spread, and ratios within
+Writes a shard of 512x512 JPEGs and times, on one thread and with rounds in turn so that other load affects all alike:
+decoding alone (the upper bound), a baseline (`datasets` and the image processors of transformers, with both backends),
+and this package with full and with reduced decoding. Prints medians over rounds with their range, and ratios within
 the run.
 """
 
@@ -50,8 +50,8 @@ def jpegs(path: Path) -> list[bytes]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--images", type=int, default=600)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--images", type=int, default=600, help="number of images")
+    parser.add_argument("--rounds", type=int, default=5, help="number of rounds")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
@@ -67,7 +67,7 @@ def main() -> None:
             for content in files:
                 Image.open(io.BytesIO(content)).load()
 
-        def plain(kind: type) -> Callable[[], None]:
+        def baseline(kind: type) -> Callable[[], None]:
             stock = kind(size={"height": 224, "width": 224}, resample=3)
 
             def run() -> None:
@@ -96,27 +96,27 @@ def main() -> None:
 
         paths = {
             "decode only": decode_only,
-            "plain, Pillow backend": plain(ViTImageProcessorPil),
-            "plain, torchvision": plain(ViTImageProcessor),
-            "ours, whole decoding": ours(None),
+            "baseline, Pillow": baseline(ViTImageProcessorPil),
+            "baseline, torchvision": baseline(ViTImageProcessor),
+            "ours, full decoding": ours(None),
             "ours, reduced decoding": ours(224),
         }
         rates: dict[str, list[float]] = {name: [] for name in paths}
         for path in paths.values():
-            path()  # warm
+            path()  # warm-up
         for _ in range(arguments.rounds):
             for name, path in paths.items():
                 started = time.perf_counter()
                 path()
                 rates[name].append(arguments.images / (time.perf_counter() - started))
 
-    middle = {name: statistics.median(values) for name, values in rates.items()}
+    medians = {name: statistics.median(values) for name, values in rates.items()}
     print(f"{arguments.images} JPEGs of 512x512, one thread, {arguments.rounds} rounds\n")
-    heads = ("images/s", "spread", "x Pillow", "x torchvision", "of ceiling")
+    heads = ("images/s", "range", "x Pillow", "x torchvision", "of decoding")
     print(f"{'path':<26}{heads[0]:>10}{heads[1]:>16}{heads[2]:>11}{heads[3]:>15}{heads[4]:>12}")
-    for name, rate in middle.items():
+    for name, rate in medians.items():
         spread = f"{min(rates[name]):.0f} to {max(rates[name]):.0f}"
-        ratios = [rate / middle[other] for other in ("plain, Pillow backend", "plain, torchvision", "decode only")]
+        ratios = [rate / medians[other] for other in ("baseline, Pillow", "baseline, torchvision", "decode only")]
         print(f"{name:<26}{rate:>10.0f}{spread:>16}{ratios[0]:>11.2f}{ratios[1]:>15.2f}{ratios[2]:>12.0%}")
 
 

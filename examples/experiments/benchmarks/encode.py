@@ -1,11 +1,11 @@
-"""Bulk encoding that is killed twice: no gap, no duplicate, flat memory, and the planted neighbours are found.
+"""Benchmark of bulk encoding that is killed twice: checks for gaps and duplicates, memory, and planted neighbours.
 
     python examples/experiments/benchmarks/encode.py [--samples 20000] [--image-size 64] [--output bulk]
         [--processes 1]
 
-Draws phantoms into tars, plants a copy of one image and of one report among them, and runs `medmoe encode` with a new
-`tiny` model. The process is killed (SIGKILL) at two random moments and started again. Prints the resident memory of
-the encoding process over time, pairs a second, and what `medmoe search` finds.
+Writes phantoms to tars, adds a copy of one image and of one report, and runs `medmoe encode` with a new `tiny` model.
+The process is killed (SIGKILL) at two random times and started again. Prints the resident memory of the encoding
+process over time, pairs per second, and the results of `medmoe search`.
 """
 
 import argparse
@@ -29,13 +29,13 @@ from medmoe_hf.search import EmbeddingIndex, search
 from medmoe_hf.training import build_model
 from medmoe_hf.training.config import ModelSection
 
-TAR = 1000  # samples in each
-SHARDS = 20  # of embeddings, at least
+TAR = 1000  # samples per tar
+SHARDS = 20  # minimum number of embedding shards
 PLANTED_IMAGE, PLANTED_REPORT = 123, 456
 
 
 def write_data(folder: Path, samples: int, image_size: int) -> Path:
-    """The tars, and the YAML that lists them."""
+    """Write the tars and a YAML of their sources; returns the path of the YAML."""
     write_webdataset(folder, shards=samples // TAR, samples_per_shard=TAR, image_size=image_size)
     image, report = (phantom_sample(0, index, image_size=image_size) for index in (PLANTED_IMAGE, PLANTED_REPORT))
     image["image"].save(folder / "query.png")
@@ -56,11 +56,14 @@ def write_data(folder: Path, samples: int, image_size: int) -> Path:
     return folder / "sources.yaml"
 
 
-def watched(command: list[str], kill_after: int | None, log: list[tuple[float, float]]) -> bool:
-    """Runs a command, killed at a random moment of the second after so many shards; whether it came to its end.
+def run_and_watch(command: list[str], kill_after: int | None, log: list[tuple[float, float]]) -> bool:
+    """Run a command and log its memory; returns whether it finished.
 
     Args:
-        log: gets (seconds since the start, MB resident in the largest process) twice a second.
+        command: A `medmoe encode` command.
+        kill_after: Number of new shards after which the command is killed, with a random delay of up to a second; None
+            to let it finish.
+        log: Receives twice a second (seconds since the start, resident MB of the largest process).
     """
     process = subprocess.Popen(command, start_new_session=True)
     started, noted = time.monotonic(), 0.0
@@ -89,10 +92,10 @@ def watched(command: list[str], kill_after: int | None, log: list[tuple[float, f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--samples", type=int, default=20_000, help=f"a multiple of {TAR}")
-    parser.add_argument("--image-size", type=int, default=64)
-    parser.add_argument("--output", type=Path, default=Path("bulk"), help="a new folder")
-    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--samples", type=int, default=20_000, help=f"number of samples, a multiple of {TAR}")
+    parser.add_argument("--image-size", type=int, default=64, help="size in pixels")
+    parser.add_argument("--output", type=Path, default=Path("bulk"), help="new folder for all results")
+    parser.add_argument("--processes", type=int, default=1, help="number of processes")
     arguments = parser.parse_args()
     output = arguments.output
     output.mkdir(parents=True)
@@ -113,10 +116,11 @@ def main() -> None:
     command += ["--samples-per-shard", str(max(1, arguments.samples // SHARDS))]
     for kill_after in (random.randint(1, SHARDS // 3), random.randint(1, SHARDS // 3), None):
         log: list[tuple[float, float]] = []
-        ended = watched(command, kill_after, log)
+        ended = run_and_watch(command, kill_after, log)
         shards = len(list((output / "embeds").glob("embeds-*")))
         print(
-            f"{'ended' if ended else 'killed'} after {log[-1][0]:.0f} s, with {shards} shards. Resident, MB by second:"
+            f"{'ended' if ended else 'killed'} after {log[-1][0]:.0f} s, with {shards} shards. "
+            "Resident memory in MB by second:"
         )
         steps = log[:: max(1, len(log) // 12)]
         print("   " + "  ".join(f"{second:.0f}s:{resident:.0f}" for second, resident in steps))
@@ -126,21 +130,23 @@ def main() -> None:
     keys: list[str] = []
     for path in (output / "embeds").glob("embeds-*"):
         keys += pyarrow.parquet.read_table(path, columns=["key"]).column("key").to_pylist()
-    print(f"{len(keys)} pairs, {len(keys) - len(set(keys))} twice, {len(expected - set(keys))} missing")
+    print(f"{len(keys)} pairs, {len(keys) - len(set(keys))} duplicates, {len(expected - set(keys))} missing")
     if len(keys) != len(set(keys)) or set(keys) != expected:
-        raise SystemExit("There is a gap or a duplicate.")
+        raise SystemExit("Pairs are missing or duplicated.")
 
     started = time.monotonic()
     EmbeddingIndex(output / "embeds")
     print(f"index built in {time.monotonic() - started:.1f} s")
     started = time.monotonic()
     found = search(output / "embeds", image=output / "data" / "query.png", k=2)
-    print(f"search by image, with loading the model: {time.monotonic() - started:.1f} s\n  {found[0]}\n  {found[1]}")
+    print(
+        f"search by image, including loading the model: {time.monotonic() - started:.1f} s\n  {found[0]}\n  {found[1]}"
+    )
     if not any(hit.key.endswith("planted-image") for hit in found):
         raise SystemExit("The planted image was not found.")
     caption = phantom_sample(0, PLANTED_REPORT, image_size=arguments.image_size)["caption"]
     found = search(output / "embeds", caption, among="reports", k=50)
-    # Phantoms say the same of many images: equal reports have equal scores.
+    # Many phantoms have equal reports, and therefore equal scores.
     best = [hit for hit in found if hit.score > found[0].score - 1e-4]
     print(f"search by a report: {len(best)} with the same score\n  {best[-1]}")
     if not any(hit.key.endswith("planted-report") for hit in best):

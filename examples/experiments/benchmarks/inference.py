@@ -1,18 +1,18 @@
-"""Time and memory of the image towers, each beside what it could cost at least.
+"""Benchmark of the image towers: time and memory compared with their backbones and with matrix products.
 
     python examples/experiments/benchmarks/inference.py [--only presets precision scaling] [--batches 1 8]
         [--rounds 5] [--compile]
 
-`presets`: `paper`, `plus` and `official` with the selected expert, with all six, and without local maps; a plain
-formulation of what the authors' code computes, to which `official` is equal; bare Swin-T of transformers and timm, and
-CLIP's ViT-B/16 and RN50. `precision`: `paper` in other memory formats, in bfloat16, in int8, compiled, and exported.
-`scaling`: more experts, and larger images. Weights are random; images take turns among the
-modalities, except in `precision`, where the router sends them.
+`presets`: `paper`, `plus` and `official` with the selected expert, with all six, and without local maps; a direct
+implementation of what the authors' code computes, with the same output as `official`; the Swin-T of transformers and
+timm alone, and CLIP's ViT-B/16 and RN50. `precision`: `paper` in other memory formats, in bfloat16, in int8, compiled,
+and exported. `scaling`: more experts, and larger images. Weights are random. The modalities of the images alternate,
+except in `precision`, where the router selects the experts.
 
-Variants take turns, so that a busy machine hurts all. Times are CPU milliseconds of all threads for an image, median
-and range of the rounds; ratios, and shares of the rate at which the machine multiplies large matrices of the same
-type, are medians of each round's own; memory is what the process grew by at its peak. `precision` needs the packages
-of `pip install "medmoe_hf[export]"`, and torchao for int8 outside ONNX Runtime.
+Variants take turns, so that other load affects all alike. Times are CPU milliseconds per image over all threads,
+median and range over rounds; ratios, and shares of the rate of large matrix products of the same type, are medians
+over rounds; memory is the peak increase of the process. `precision` needs `pip install "medmoe_hf[export]"`, and
+torchao for int8 without ONNX Runtime.
 """
 
 import argparse
@@ -42,7 +42,7 @@ PARTS = ("presets", "precision", "scaling")
 
 @dataclass
 class Variant:
-    """A row of a table: what is timed, its operations (None: not counted) and the type that it multiplies in."""
+    """A row of a table: the timed call, its operations (None if not counted) and the type of its products."""
 
     work: Callable[[], object]
     operations: float | None = None
@@ -50,8 +50,8 @@ class Variant:
 
 
 def operations(work: Callable[[], object]) -> float:
-    """Multiplications and additions of matrix products and convolutions."""
-    # The counter does not know the fused attention of a CPU.
+    """Count the multiplications and additions of matrix products and convolutions."""
+    # The counter does not support fused attention on CPUs.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         work()
     return counter.get_total_flops()
@@ -64,12 +64,12 @@ def counted(work: Callable[[], object]) -> Variant:
 def products(dtype: torch.dtype) -> Callable[[], object]:
     left, right = torch.randn(2, GEMM_SIDE, GEMM_SIDE).to(dtype)
     out = torch.empty_like(left)
-    # Several, so that a clock's tick does not matter.
+    # Several products, so that the resolution of the clock does not matter.
     return lambda: [torch.mm(left, right, out=out) for _ in range(4)]
 
 
 def compare(title: str, variants: dict[str, Variant], images: int, rounds: int, reference: str) -> dict[str, float]:
-    """Prints a line for each variant; gives the median ratio of its time to that of `reference`."""
+    """Print a line per variant; returns the median ratios of their times to that of `reference`."""
     gemm = {variant.dtype: products(variant.dtype) for variant in variants.values()}
     for work in [*(variant.work for variant in variants.values()), *gemm.values()]:
         work()
@@ -82,7 +82,7 @@ def compare(title: str, variants: dict[str, Variant], images: int, rounds: int, 
             seconds[name].append(time.process_time() - start)
 
     print(f"\n{title}; ratios to {reference}")
-    print(f"{'':38}{'CPU ms an image':>26}{'ratio':>8}{'of GEMM':>9}{'peak MiB':>10}")
+    print(f"{'':38}{'CPU ms per image':>26}{'ratio':>8}{'of GEMM':>9}{'peak MiB':>10}")
     ratios = {}
     for name, variant in variants.items():
         times = [1000 * value / images for value in seconds[name]]
@@ -98,7 +98,7 @@ def compare(title: str, variants: dict[str, Variant], images: int, rounds: int, 
         print(f"{name:38}{spread:>26}{ratios[name]:>8.2f}{share:>9}{grown[name]:>10.0f}", flush=True)
     for dtype in gemm:
         rate = 4 * 2 * GEMM_SIDE**3 / statistics.median(seconds[dtype]) / 1e9
-        print(f"    GEMM of {GEMM_SIDE}, {str(dtype).removeprefix('torch.')}: {rate:.0f} GFLOP a CPU second")
+        print(f"    GEMM of {GEMM_SIDE}, {str(dtype).removeprefix('torch.')}: {rate:.0f} GFLOP per CPU second")
     return ratios
 
 
@@ -112,7 +112,7 @@ def in_turn(model: MedMoEVisionModel, batch: int) -> list[int]:
 
 
 class Bare(nn.Module):
-    """transformers' Swin-T and its pooled tokens, without any layer that nobody uses."""
+    """The Swin-T of transformers with mean pooling, without unused layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,10 +122,13 @@ class Bare(nn.Module):
         return self.swin(pixel_values).last_hidden_state.mean(dim=1)
 
 
-def plain_official(tower: MedMoEVisionModel, pixel_values: Tensor, expert_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """What the authors' code computes: all experts, scores from tokens that were up-sampled first, then a choice.
+def reference_official(
+    tower: MedMoEVisionModel, pixel_values: Tensor, expert_ids: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Compute what the authors' code does: all experts, with scores from up-sampled tokens, and then a selection.
 
-    Gives local maps (B, D, H/4, W/4) and their means (B, D).
+    Returns:
+        Local maps (B, D, H/4, W/4) and their means (B, D).
     """
     maps = tower.backbone(pixel_values).feature_maps
     height, width = maps[0].shape[2:]
@@ -149,7 +152,7 @@ def plain_official(tower: MedMoEVisionModel, pixel_values: Tensor, expert_ids: S
 def presets(batch: int, rounds: int) -> None:
     pixels = torch.randn(batch, 3, 224, 224)
     torch.manual_seed(0)
-    set_fused_attn(True, experimental=True)  # timm's Swin runs unfused unless told otherwise
+    set_fused_attn(True, experimental=True)  # timm's Swin does not use fused attention by default
     bare: dict[str, nn.Module] = {
         "Swin-T, transformers": Bare(),
         "Swin-T, timm": timm.create_model("swin_tiny_patch4_window7_224", num_classes=0),
@@ -170,20 +173,19 @@ def presets(batch: int, rounds: int) -> None:
                 lambda tower=tower, ids=ids: tower(pixels, modality=ids, local=False)
             )
         variants[f"{preset}, all experts"] = counted(lambda tower=every, ids=ids: tower(pixels, modality=ids))
-    variants["official, plain formulation"] = counted(lambda: plain_official(tower, pixels, ids))
+    variants["official, direct implementation"] = counted(lambda: reference_official(tower, pixels, ids))
     ratios = compare(f"Presets, batch {batch}, float32", variants, batch, rounds, "Swin-T, transformers")
 
     output = tower(pixels, modality=ids)
-    for found, right in zip(
-        (output.local_embeds, output.pooler_output), plain_official(tower, pixels, ids), strict=True
-    ):
-        torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
-    speed = ratios["official, plain formulation"] / ratios["official"]
-    print(f"    `official` is {speed:.1f} times as fast as its plain formulation, with equal output (1e-5)")
+    expected = reference_official(tower, pixels, ids)
+    for found, reference in zip((output.local_embeds, output.pooler_output), expected, strict=True):
+        torch.testing.assert_close(found, reference, rtol=1e-5, atol=1e-5)
+    speed = ratios["official, direct implementation"] / ratios["official"]
+    print(f"    `official` is {speed:.1f} times as fast as its direct implementation, with equal output (1e-5)")
 
 
 def exported_towers(preset: str, folder: Path) -> tuple[Path, Path]:
-    """The image tower as ONNX, and with int8, by way of a dual encoder with as little text as there can be."""
+    """Export the image tower as ONNX in float32 and int8, as part of a dual encoder with a minimal text tower."""
     torch.manual_seed(0)
     tokenizer = MedMoETokenizer.from_words(["image"], max_length=16)
     text = {"num_hidden_layers": 1, "vocab_size": len(tokenizer)}
@@ -201,11 +203,11 @@ def onnx_runner(file: Path, pixels: Tensor) -> Callable[[], tuple[Tensor, Tensor
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    # Threads that wait by spinning would be counted as work.
+    # The CPU time of spinning threads would be counted.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    given, wanted = {"pixel_values": pixels.numpy()}, ["image_embeds", "local_embeds"]
-    return lambda: tuple(map(torch.from_numpy, session.run(wanted, given)))
+    inputs, outputs = {"pixel_values": pixels.numpy()}, ["image_embeds", "local_embeds"]
+    return lambda: tuple(map(torch.from_numpy, session.run(outputs, inputs)))
 
 
 def both(tower: nn.Module, pixels: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
@@ -240,7 +242,7 @@ def precision(batch: int, rounds: int, compiled: bool) -> None:
     try:
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
     except ImportError:
-        print("\nwithout torchao there is no row of it: pip install torchao")
+        print("\ntorchao is not installed, so its row is skipped: pip install torchao")
     else:
         small = image_tower("paper")
         quantize_(small, Int8DynamicActivationInt8WeightConfig())
@@ -253,21 +255,21 @@ def precision(batch: int, rounds: int, compiled: bool) -> None:
             torch.bfloat16,
         )
     with tempfile.TemporaryDirectory() as temporary:
-        whole, eight = exported_towers("paper", Path(temporary))
-        row("paper, ONNX Runtime", onnx_runner(whole, pixels))
-        row("paper, ONNX Runtime, int8", onnx_runner(eight, pixels))
+        float32, int8 = exported_towers("paper", Path(temporary))
+        row("paper, ONNX Runtime", onnx_runner(float32, pixels))
+        row("paper, ONNX Runtime, int8", onnx_runner(int8, pixels))
         variants = {
             "Swin-T, transformers": counted(lambda: bare(pixels)),
             "Swin-T, bfloat16 weights": Variant(lambda: bare16(pixels16), None, torch.bfloat16),
         }
         variants |= {name: Variant(work, needed, dtype) for name, (work, dtype) in rows.items()}
         compare(f"Formats and precision, batch {batch}", variants, batch, rounds, "Swin-T, transformers")
-    right = both(tower, pixels)()
+    reference = both(tower, pixels)()
     print(f"    {'smallest cosine to float32':34}{'global':>10}{'local':>10}")
     for name, (work, _) in list(rows.items())[1:]:
         cosines = [
             torch.cosine_similarity(found.float(), one, dim=1).min().item()
-            for found, one in zip(work(), right, strict=True)
+            for found, one in zip(work(), reference, strict=True)
         ]
         print(f"    {name:34}{cosines[0]:>10.5f}{cosines[1]:>10.5f}")
 
@@ -280,7 +282,7 @@ def scaling(rounds: int, batch: int = 4) -> None:
             variants[name] = counted(lambda tower=tower, pixels=pixels: tower(pixels, modality=in_turn(tower, batch)))
         return variants
 
-    # As many images as experts that they are sent to, at every K but one.
+    # Every image goes to another expert, except with K = 1.
     counts = [
         (count, image_tower("paper", modalities=[f"kind {index}" for index in range(count)]))
         for count in (1, 4, 6, 12, 24)
@@ -310,10 +312,10 @@ def scaling(rounds: int, batch: int = 4) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--compile", action="store_true", help="rows of torch.compile too: a minute each")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="batch sizes")
+    parser.add_argument("--rounds", type=int, default=5, help="number of rounds")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="number of threads")
+    parser.add_argument("--compile", action="store_true", help="include torch.compile (a minute per row)")
     arguments = parser.parse_args()
     torch.set_flush_denormal(True)
     torch.set_num_threads(arguments.threads)

@@ -1,10 +1,10 @@
-"""What smaller numbers cost a trained model: zero-shot accuracy and retrieval in bfloat16, int8 and as ONNX.
+"""Benchmark of precision: zero-shot accuracy and retrieval of a trained model in bfloat16, int8 and as ONNX.
 
     python examples/experiments/benchmarks/precision.py [--model quickstart/model] [--data quickstart]
 
-By default the quickstart's model, on the phantoms that it has not seen. Each format encodes the same images and texts;
-the cosines are those of its embeddings to float32's. int8 by torchao needs `pip install torchao`, ONNX the packages of
-`pip install "medmoe_hf[export]"`. `inference.py` tells what each format gains in time.
+By default the model of the quickstart on its unseen phantoms. Each format encodes the same images and texts; the
+cosines compare its embeddings with those in float32. int8 by torchao needs `pip install torchao`, ONNX needs `pip
+install "medmoe_hf[export]"`. `inference.py` measures the speed of each format.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from medmoe_hf.inference.encoders import Encoder, MedMoEEncoder, load_encoder
 
 
 class InBfloat16(MedMoEEncoder):
-    """Weights, images and all between them in bfloat16; the experts' BatchNorm stays float32."""
+    """A model with weights and activations in bfloat16; the experts' BatchNorm stays float32."""
 
     def __init__(self, folder: str) -> None:
         super().__init__(folder)
@@ -35,13 +35,13 @@ class InBfloat16(MedMoEEncoder):
 
 
 def formats(model: str, folder: Path) -> Iterator[tuple[str, Encoder]]:
-    """float32 first."""
+    """Yield the name and the encoder of each format, float32 first."""
     yield "float32", load_encoder(model)
     yield "bfloat16", InBfloat16(model)
     try:
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
     except ImportError:
-        print("without torchao there are no rows of it: pip install torchao")
+        print("torchao is not installed, so its rows are skipped: pip install torchao")
     else:
         for name, kind in (
             ("int8 weights, torchao", Int8WeightOnlyConfig),
@@ -58,16 +58,16 @@ def formats(model: str, folder: Path) -> Iterator[tuple[str, Encoder]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="quickstart/model", help="folder or Hub id")
-    parser.add_argument("--data", type=Path, default=Path("quickstart"), help="folder of the recipe's data")
-    parser.add_argument("--recipe", default="phantoms", help="name, or the path of a YAML")
+    parser.add_argument("--data", type=Path, default=Path("quickstart"), help="folder of the data")
+    parser.add_argument("--recipe", default="phantoms", help="name or path of a recipe")
     arguments = parser.parse_args()
     read = load_recipe(arguments.recipe)
     if not {"zero-shot", "retrieval"} <= set(read.tasks):
-        parser.error(f"the recipe {read.name} is not made for zero-shot and retrieval")
+        parser.error(f"the recipe {read.name} does not support both zero-shot and retrieval")
     sets = open_recipe(read, arguments.data)
     captions = [caption for data in sets for caption in data.captions or ()]
 
-    right: list[Tensor] = []
+    reference: list[Tensor] = []
     print(f"{'':24}{'zero-shot':>10}{'R@1':>8}{'R@5':>8}{'cosine of images':>18}{'of texts':>10}")
     with tempfile.TemporaryDirectory() as temporary:
         for name, encoder in formats(arguments.model, Path(temporary)):
@@ -77,9 +77,9 @@ def main() -> None:
                 best = (parts[-1] @ ZeroShotClassifier(encoder, data.prompts).class_embeds).argmax(dim=1)
                 accuracies.append(float((best == torch.as_tensor(data.labels)).float().mean()))
             images, texts = torch.cat(parts), encoder.encode_texts(captions)
-            right = right or [images, texts]
+            reference = reference or [images, texts]
             recalls = recall_at_k(images @ texts.T, captions, (1, 5))
-            pairs = zip((images, texts), right, strict=True)
+            pairs = zip((images, texts), reference, strict=True)
             cosines = [float((found * one).sum(dim=1).min()) for found, one in pairs]
             print(
                 f"{name:24}{sum(accuracies) / len(accuracies):>10.3f}{recalls['text_to_image_r1']:>8.3f}"

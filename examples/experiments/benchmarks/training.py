@@ -1,13 +1,12 @@
-"""Time and memory of the parts of a training step, each against a plain formulation.
+"""Benchmark of the parts of a training step: time and memory compared with direct implementations.
 
     python examples/experiments/benchmarks/training.py [--rounds 5] [--batches 16 32 48]
 
-The local loss (GLoRIA's, forward and backward; 56x56 maps of 768, 25 words a caption) against the loop over captions
-of its formulation, in float32 and with bfloat16 products, and against the five matrix products it cannot do without;
-the aggregation of word pieces against a loop over tokens; a step of the `paper` preset with one expert an image
-against all six on every image. Variants take turns, so that a busy machine hurts all. Times are CPU seconds of all
-threads, median and range of the rounds; memory is what the process grew by at its peak; ratios are medians of each
-round's own ratio.
+Compares the local loss (GLoRIA's, forward and backward; maps of 56x56x768, 25 words per caption) with a loop over
+captions, in float32 and with bfloat16 matrix products, and with the five matrix products that it needs at least; the
+pooling of subwords with a loop over tokens; and a step of the `paper` preset that computes one expert per image with
+all six. Variants take turns, so that other load affects all alike. Times are CPU seconds of all threads, median and
+range over rounds; memory is the peak increase of the process; ratios are medians of the ratios per round.
 """
 
 import argparse
@@ -30,8 +29,8 @@ WORDS, WIDTH, SIDE = 25, 768, 56
 TEMP1, TEMP2, TEMP3 = 4.0, 5.0, 10.0
 
 
-def plain_gloria(maps: Tensor, words: Tensor) -> Tensor:
-    """The loss as its paper writes it, a caption at a time; every caption has all its words."""
+def reference_gloria(maps: Tensor, words: Tensor) -> Tensor:
+    """Compute the loss as in its paper, one caption at a time; no caption is padded."""
     images = len(maps)
     regions = maps.flatten(2)
     columns = []
@@ -63,22 +62,23 @@ def our_gloria(products: str) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def products_alone(maps: Tensor, words: Tensor) -> None:
-    """The matrix products of both passes, image by image: scores, contexts, and three of the backward pass."""
+    """Compute the matrix products of both passes per image: scores, contexts, and three of the backward pass."""
     packed = words.detach().flatten(0, 1)
     scores = torch.empty(len(packed), SIDE * SIDE)
     contexts = torch.empty(len(packed), WIDTH)
     both = torch.randn(2 * len(packed), WIDTH), torch.randn(2 * len(packed), SIDE * SIDE)
     gradient = torch.empty(WIDTH, SIDE * SIDE)
     for image in maps.detach().flatten(2):
-        torch.mm(packed, image, out=scores)  # words by regions
+        torch.mm(packed, image, out=scores)  # (words, regions)
         torch.mm(scores, image.T, out=contexts)
         torch.mm(contexts, image, out=scores)
-        torch.mm(both[0].T, both[1], out=gradient)  # twice as deep: the gradient of the regions through both ways
+        # Twice as many rows: the gradient of the regions through scores and contexts.
+        torch.mm(both[0].T, both[1], out=gradient)
         torch.mm(scores, image.T, out=contexts)
 
 
 def peak(work: Callable[[], object]) -> float:
-    """MiB that the process grew by at most while it worked; Linux tells, elsewhere NaN."""
+    """Return the peak increase of resident memory in MiB during a call; NaN except on Linux."""
     clear = Path("/proc/self/clear_refs")
     if not clear.exists():
         work()
@@ -89,7 +89,7 @@ def peak(work: Callable[[], object]) -> float:
         return next(int(line.split()[1]) for line in lines if line.startswith(key))
 
     gc.collect()
-    # glibc keeps what was freed, and would hand it out again unseen.
+    # glibc would reuse memory that was freed before, which would not count as an increase.
     ctypes.CDLL(None).malloc_trim(0)
     before = status("VmRSS:")
     clear.write_text("5")
@@ -98,7 +98,7 @@ def peak(work: Callable[[], object]) -> float:
 
 
 def compare(title: str, variants: dict[str, Callable[[], object]], rounds: int, memory: bool = True) -> None:
-    """Prints a line for each variant; the first is what the others are held against."""
+    """Print a line per variant, with ratios to the first one."""
     first = next(iter(variants))
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for work in variants.values():
@@ -121,7 +121,7 @@ def compare(title: str, variants: dict[str, Callable[[], object]], rounds: int, 
 def local_loss(batch: int, rounds: int) -> None:
     torch.manual_seed(0)
     maps = torch.randn(batch, WIDTH, SIDE, SIDE)
-    # As long as a trained model's words against its regions: scores of a few units.
+    # Scaled so that the scores are a few units, as in a trained model.
     words = torch.randn(batch, WORDS, WIDTH) * 3 / WIDTH**0.5
     gradients: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -134,21 +134,21 @@ def local_loss(batch: int, rounds: int) -> None:
         return work
 
     variants = {
-        "loop over captions": plain_gloria,
+        "loop over captions": reference_gloria,
         "ours": our_gloria("float32"),
         "ours, bfloat16 products": our_gloria("bfloat16"),
     }
     calls: dict[str, Callable[[], object]] = {name: both_passes(name, loss) for name, loss in variants.items()}
     calls["five matrix products alone"] = lambda: products_alone(maps, words)
     compare(f"Local loss, forward and backward, batch {batch}", calls, rounds)
-    right = gradients["loop over captions"]
+    reference = gradients["loop over captions"]
     for name in list(variants)[1:]:
-        off = max(((a - b).norm() / b.norm()).item() for a, b in zip(gradients[name], right, strict=True))
-        print(f"    gradients of {name}: {off:.1e} of their length away from the loop's")
+        off = max(((a - b).norm() / b.norm()).item() for a, b in zip(gradients[name], reference, strict=True))
+        print(f"    gradients of {name}: relative difference to the loop {off:.1e}")
 
 
 def loop_over_tokens(layers: Tensor, word_ids: list[list[int]]) -> Tensor:
-    """GLoRIA's way: report by report and layer by layer the pieces of each word are stacked and summed."""
+    """Pool subwords as GLoRIA's code does: per report, layer and word."""
     result = torch.zeros(layers.shape[1:])
     for row, ids in enumerate(word_ids):
         by_layer = []
@@ -167,7 +167,7 @@ def loop_over_tokens(layers: Tensor, word_ids: list[list[int]]) -> Tensor:
     return result
 
 
-def word_aggregation(rounds: int) -> None:
+def word_pooling(rounds: int) -> None:
     torch.manual_seed(0)
     batch, length = 32, 97
     layers = torch.randn(4, batch, length, WIDTH)
@@ -180,11 +180,11 @@ def word_aggregation(rounds: int) -> None:
 
     assert torch.allclose(ours(), loop_over_tokens(layers, as_lists), atol=1e-4)
     work = {"loop over tokens": lambda: loop_over_tokens(layers, as_lists), "ours": ours}
-    compare(f"Word aggregation: 4 layers, {batch} reports of {length} pieces", work, rounds, memory=False)
+    compare(f"Word pooling: 4 layers, {batch} reports of {length} tokens", work, rounds, memory=False)
 
 
 class AllExperts:
-    """Every expert on every image, of which each image keeps one: what hard routing saves."""
+    """Computes every expert on every image and keeps one per image, to measure what hard routing saves."""
 
     def __init__(self, vision_model: torch.nn.Module) -> None:
         self.vision_model = vision_model
@@ -216,22 +216,25 @@ def training_step(batch: int, rounds: int) -> None:
 
         return work
 
-    work = {"all six experts on every image": step(AllExperts(model.vision_model)), "the selected expert": step(fuse)}
+    work = {
+        "all six experts on every image": step(AllExperts(model.vision_model)),
+        "the selected expert": step(fuse),
+    }
     compare(f"A step of `paper` (forward and backward), batch {batch}, 224 pixels", work, rounds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batches", type=int, nargs="*", default=[16, 32, 48], help="of the local loss")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--step-batch", type=int, default=8, help="of the training step")
+    parser.add_argument("--rounds", type=int, default=5, help="number of rounds")
+    parser.add_argument("--batches", type=int, nargs="*", default=[16, 32, 48], help="batch sizes of the local loss")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="number of threads")
+    parser.add_argument("--step-batch", type=int, default=8, help="batch size of the training step")
     arguments = parser.parse_args()
     torch.set_flush_denormal(True)
     torch.set_num_threads(arguments.threads)
     for batch in arguments.batches:
         local_loss(batch, arguments.rounds)
-    word_aggregation(max(10, arguments.rounds))
+    word_pooling(max(10, arguments.rounds))
     training_step(arguments.step_batch, arguments.rounds)
 
 
