@@ -253,7 +253,7 @@ def phantoms(seed: int, count: int) -> list[dict[str, Any]]:
 
 
 def batch_of(collator: ContrastiveCollator, samples: list[dict[str, Any]]) -> dict[str, Any]:
-    return collator.normalise(collator.assemble(samples))
+    return collator.normalize(collator.assemble(samples))
 
 
 def run(name: str, seed: int, settings: Settings) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def inspect_data(
         )
     for report in reports:
         typer.echo(f"{report}\n")
-    seen = any(report.looked_at for report in reports)
+    seen = any(report.read for report in reports)
     typer.echo(f"Contact sheet: {sheet}" if seen else "No contact sheet: no image could be read.")
     if problems is not None:
         typer.echo(f"Problems: {problems}")

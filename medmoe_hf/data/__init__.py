@@ -1,4 +1,4 @@
-"""Data: any source to a stream of image, caption and modality; and synthetic samples for demos and tests."""
+"""Data: sources, streams of image-text pairs, and synthetic samples for demos and tests."""
 
 from typing import TYPE_CHECKING
 
@@ -8,9 +8,7 @@ if TYPE_CHECKING:
     from medmoe_hf.data.phantom import FINDINGS as FINDINGS
     from medmoe_hf.data.phantom import PHRASES as PHRASES
     from medmoe_hf.data.phantom import FindingPhrases as FindingPhrases
-    from medmoe_hf.data.phantom import phantom_features as phantom_features
     from medmoe_hf.data.phantom import phantom_sample as phantom_sample
-    from medmoe_hf.data.phantom import phantom_stream as phantom_stream
     from medmoe_hf.data.phantom import phantom_vocabulary as phantom_vocabulary
     from medmoe_hf.data.phantom import write_webdataset as write_webdataset
     from medmoe_hf.data.phantom import zero_shot_prompts as zero_shot_prompts
@@ -23,9 +21,7 @@ __getattr__, __all__ = lazy_attributes(
             "FINDINGS",
             "PHRASES",
             "FindingPhrases",
-            "phantom_features",
             "phantom_sample",
-            "phantom_stream",
             "phantom_vocabulary",
             "write_webdataset",
             "zero_shot_prompts",

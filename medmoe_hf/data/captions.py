@@ -1,4 +1,4 @@
-"""Captions of UniMed's layout, several sentences joined by a tag: which of them to train on."""
+"""Caption rules: which sentence to train on where, as in UniMed, several are joined by a tag."""
 
 import math
 import random
@@ -8,15 +8,15 @@ from medmoe_hf.errors import ArgumentError, CaptionError
 
 
 class CaptionRule(NamedTuple):
-    """How the sentences of one kind of source are joined, and which of them is the caption.
+    """How the sentences (items) of a text are joined, and which of them is the caption.
 
     Attributes:
-        tag: what stands between the items (and mostly after the last); empty where the text is one item.
-        least: the fewest items that a text has, blank ones counted.
-        most: the most items that a text has.
-        drawn: how many of the first items one is drawn from; blank items and placeholders are never drawn.
-        report: position of the item that is taken instead wherever it says something.
-        placeholder: what an item says in place of nothing.
+        tag: Separator between the items (and usually after the last one); empty if the text is a single item.
+        least: Minimum number of items, including empty ones.
+        most: Maximum number of items.
+        drawn: Number of leading items from which one is chosen at random, ignoring empty items and placeholders.
+        report: Index of the item that is preferred if it is not empty.
+        placeholder: Text that stands for an empty item.
     """
 
     tag: str
@@ -27,7 +27,7 @@ class CaptionRule(NamedTuple):
     placeholder: str = ""
 
 
-# Fewer items do no harm where each is as good as another; where a position means something, all have to be there.
+# Items may be missing where any of them will do; where the position matters, all are required.
 CAPTION_RULES: dict[str, CaptionRule] = {
     "plain": CaptionRule("", report=0),
     "radimagenet": CaptionRule("_radimagenet_", most=10, drawn=10),
@@ -35,12 +35,12 @@ CAPTION_RULES: dict[str, CaptionRule] = {
     "chestxray8": CaptionRule("_chestxray8_", most=10, drawn=10),
     "openi": CaptionRule("_openi_", most=4, report=0),
     "mimiccxr": CaptionRule("_mimiccxr_", least=12, most=12, drawn=10, report=11, placeholder="noreportpresent"),
-    # A blank eleventh item looks like the end of the text.
+    # An empty eleventh item is indistinguishable from the end of the text.
     "all_retina_merged": CaptionRule("_all_retina_merged_", least=10, most=11, drawn=10),
     "dr": CaptionRule("_dr_", most=15, drawn=15),
     "medicat": CaptionRule("_medicat_", least=2, most=2, drawn=2, placeholder="nothingpresent"),
 }
-"""Name -> rule, `plain` first, then the tags of UniMed's shards."""
+"""Rules by name: `plain`, then the tags of UniMed's shards."""
 
 RULE_MODALITY: dict[str, str | None] = {
     "plain": None,
@@ -53,7 +53,7 @@ RULE_MODALITY: dict[str, str | None] = {
     "dr": "fundus",
     "medicat": None,
 }
-"""Name -> the modality that all images of the rule's source have, None where it is known from elsewhere or unknown."""
+"""Modality of all images of a rule's source, by name of the rule; None if the rule does not determine it."""
 
 
 _EMPTY_WORDS = frozenset(
@@ -62,8 +62,11 @@ _EMPTY_WORDS = frozenset(
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a cell says nothing: None, NaN, no letter or digit ("", "-", "..."), or what tables write for that
-    ("NaN", "n/a", "none", "null" and the like)."""
+    """Returns whether a cell is empty.
+
+    Empty are None, NaN, text without letters and digits ("", "-", "..."), and "NaN", "n/a", "none", "null" and the
+    like.
+    """
     if value is None:
         return True
     if isinstance(value, (bytes, bytearray)):
@@ -74,54 +77,62 @@ def is_empty(value: Any) -> bool:
         text = value.strip().casefold()
         return text in _EMPTY_WORDS or not any(letter.isalnum() for letter in text)
     try:
-        return math.isnan(value)  # numpy's numbers too
+        return math.isnan(value)  # including numpy's numbers
     except (TypeError, ValueError, OverflowError):
         return False
 
 
 def apply_rule(rule: str, text: str, rng: random.Random) -> str:
-    """The caption to train on.
+    """Returns the caption to train on.
 
     Args:
-        rule: a name in `CAPTION_RULES`.
-        text: what the shard holds.
-        rng: draws where the rule leaves a choice; nothing else is random.
+        rule: Name of the rule, a key of `CAPTION_RULES`.
+        text: Text of the caption field.
+        rng: Generator for rules that choose an item at random.
 
     Returns:
-        One item of `text`, without the white space around it.
+        One item of `text`, without surrounding white space.
 
     Raises:
-        CaptionError: if `text` is not laid out as the rule says or nothing remains of it. It gives counts and lengths.
-        ValueError: if there is no such rule.
+        CaptionError: If `text` does not match the rule, or all items are empty. The message has counts and lengths.
+        ValueError: If there is no such rule.
+
+    Example:
+        >>> import random
+        >>> from medmoe_hf.data.captions import apply_rule
+        >>> text = "No effusion._openi_Clear lungs._openi_"
+        >>> apply_rule("openi", text, random.Random(0))
+        'No effusion.'
     """
     if rule not in CAPTION_RULES:
-        raise ArgumentError(f"Unknown caption rule {rule!r}; there are {', '.join(CAPTION_RULES)}.")
+        raise ArgumentError(f"Unknown caption rule {rule!r}; known rules are {', '.join(CAPTION_RULES)}.")
     tag, least, most, drawn, report, placeholder = CAPTION_RULES[rule]
     if tag not in text:
-        raise CaptionError(f"Caption rule {rule!r} needs the tag {tag!r}; a text of {len(text)} characters has none.")
+        raise CaptionError(
+            f"Caption rule {rule!r} requires the tag {tag!r}; a text of {len(text)} characters has none."
+        )
     items = [item.strip() for item in text.split(tag)] if tag else [text.strip()]
     if len(items) > 1 and not items[-1]:
         items.pop()  # the trailing tag
     if not least <= len(items) <= most:
         expected = str(most) if least == most else f"{least} to {most}"
         raise CaptionError(
-            f"Caption rule {rule!r} needs {expected} items; a text of {len(text)} characters has {len(items)}."
+            f"Caption rule {rule!r} requires {expected} items; a text of {len(text)} characters has {len(items)}."
         )
     if report is not None and items[report] != placeholder and not is_empty(items[report]):
         return items[report]
     choices = [item for item in items[:drawn] if item != placeholder and not is_empty(item)]
     if not choices:
         raise CaptionError(
-            f"Caption rule {rule!r} finds nothing to train on among {len(items)} items of a text of "
-            f"{len(text)} characters."
+            f"Caption rule {rule!r} finds no caption among {len(items)} items of a text of {len(text)} characters."
         )
     return rng.choice(choices)
 
 
 def detect_rule(text: str) -> str:
-    """The rule whose tag the text contains, `plain` if none; of several tags the most frequent one.
+    """Returns the rule whose tag the text contains, or `plain`. Of several tags, the most frequent one counts.
 
-    A file name such as `left_dr_01` in a sentence can look like a tag, but the real one stands after every item.
+    A file name such as `left_dr_01` in a sentence can look like a tag, but the actual tag follows every item.
     """
     counts = {name: text.count(rule.tag) for name, rule in CAPTION_RULES.items() if rule.tag}
     best = max(counts, key=lambda name: counts[name])

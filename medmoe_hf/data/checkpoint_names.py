@@ -1,4 +1,4 @@
-"""What a checkpoint is named by: a folder on this machine, or an id on the Hub."""
+"""Names of checkpoints: a local folder, or an id on the Hub."""
 
 from difflib import get_close_matches
 from pathlib import Path
@@ -11,18 +11,18 @@ from medmoe_hf.errors import PathNotFoundError
 
 
 def refuse_missing_folder(name: str | Path, bare_ids: bool = False) -> None:
-    """Refuses the name of a folder that does not exist, before anything asks the Hub for it.
+    """Raises an error for the path of a folder that does not exist, before it is looked up on the Hub.
 
-    transformers takes whatever is no folder for a Hub id. Without a network that is a minute of retries, and an error
-    that does not say the name.
+    transformers treats every name that is not a folder as a Hub id. Without a network, that results in a minute of
+    retries and an error that does not mention the name.
 
     Args:
-        name: a folder, a file, or an id on the Hub.
-        bare_ids: whether an id may lack the user, as `bert-base-uncased` does. Models of this package have one.
+        name: A folder, a file, or an id on the Hub.
+        bare_ids: Whether ids without a user, such as `bert-base-uncased`, are allowed.
 
     Raises:
-        FileNotFoundError: there is no such folder or file, and `name` is not an id either: it has not the form
-            user/name, or what stands before the slash is a folder here (and the Hub's cache has no such model).
+        FileNotFoundError: If there is no such folder or file and `name` is not an id: it is not of the form user/name,
+            or the part before the slash is a local folder (and the Hub's cache has no such model).
     """
     text, path = str(name), Path(name)
     if path.exists() or _may_be_an_id(text, bare_ids):

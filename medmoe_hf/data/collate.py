@@ -1,4 +1,4 @@
-"""From samples of a stream to a batch that the model takes."""
+"""Collation: from samples of a stream to a batch for the model."""
 
 import hashlib
 import re
@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from medmoe_hf.data.captions import is_empty
@@ -15,27 +16,43 @@ from medmoe_hf.errors import ArgumentError
 from medmoe_hf.model import MedMoEImageProcessor
 
 UNKNOWN_GROUP = -1
-"""The group of a pair that is its own only positive."""
+"""Group of a pair that has no positive other than itself."""
 
 
 class ContrastiveCollator:
-    """Makes the dual encoder's training batch: `pixel_values`, the tokens, `modality_labels` and `return_loss=True`.
+    """Collates samples into batches for contrastive training of `MedMoEModel`.
 
-    The work is cut in three, so that each part can run where it costs least: `prepare` (an image to 8-bit pixels of
-    the model's size) in the processes that read, `assemble` (a batch, a quarter of the bytes that floats take) in the
-    training process, `normalise` on the device. A call does all three.
+    A batch has `pixel_values` (B, 3, H, W), `input_ids` and `attention_mask` (B, L), `modality_labels` (B,) and
+    `return_loss=True`. Collation has three steps, so that each can run where it is cheapest: `prepare` (resizes an
+    image, in 8 bits) in the workers, `assemble` (stacks a batch, at a quarter of the size of floats) in the training
+    process, and `normalize` on the device. A call performs all three.
 
-    With `positives` `"caption"` or `"label"` the batch has `positive_groups` (B,) too: equal for pairs that mean the
-    same, on every process and in every run, and -1 where that is unknown. They are
+    With `positives="caption"` or `"label"`, the batch also has `positive_groups` (B,): equal integers for pairs that
+    are positives of each other, the same on every process and in every run, and -1 for unknown.
 
-    - `"caption"`: of an equal caption, whatever its case, white space and final full stop;
-    - `"label"`: of an equal `group` of the sample; of a sample without one, of an equal `label` within the modality
-      (`no finding` is one thing on a radiograph and another in an eye) and, where the label is a number, within the
-      source. A sample whose label is empty is a group of its own.
+    - `"caption"`: pairs with equal captions, ignoring case, white space and a final period.
+    - `"label"`: pairs with an equal `group`; without one, with an equal `label` of the same modality (`no finding`
+      means one thing on a radiograph and another on a fundus photograph) and, if the label is a number, of the same
+      source. Pairs with an empty label have no positives other than themselves.
 
     Args:
-        processor: a `MedMoEProcessor`.
-        positives: as `MedMoEConfig.positives`. `"none"` and `"text_similarity"` need nothing of the batch.
+        processor: A `MedMoEProcessor`.
+        positives: Which pairs are positives, as in `MedMoEConfig.positives`. `"none"` and `"text_similarity"` require
+            nothing of the batch.
+
+    Attributes:
+        in_parts: Whether `prepare` returns 8-bit pixels and `normalize` runs on the device. False for image processors
+            with other steps than stretching, rescaling and normalization, which then do everything in `prepare`.
+
+    Example:
+        >>> from medmoe_hf.data import phantom_sample, phantom_vocabulary
+        >>> from medmoe_hf.data.collate import ContrastiveCollator
+        >>> from medmoe_hf.model import MedMoEImageProcessor, MedMoEProcessor, MedMoETokenizer
+        >>> tokenizer = MedMoETokenizer.from_words(phantom_vocabulary(), max_length=30)
+        >>> collator = ContrastiveCollator(MedMoEProcessor(MedMoEImageProcessor(), tokenizer))
+        >>> batch = collator([phantom_sample(0, index, image_size=64) for index in range(4)])
+        >>> batch["pixel_values"].shape, batch["modality_labels"].shape
+        (torch.Size([4, 3, 224, 224]), torch.Size([4]))
     """
 
     def __init__(
@@ -43,7 +60,7 @@ class ContrastiveCollator:
     ) -> None:
         self.processor, self.positives = processor, positives
         images = processor.image_processor
-        # Anything but a stretch to one size is left to the image processor whole.
+        # Other steps than stretching, rescaling and normalization are left to the image processor.
         self.in_parts = (
             isinstance(images, MedMoEImageProcessor)
             and images.do_resize
@@ -56,31 +73,44 @@ class ContrastiveCollator:
 
     @property
     def side(self) -> int | None:
-        """Longer side in pixels that images are brought to."""
+        """Longer side in pixels to which images are resized; None if the image processor does everything."""
         size = self.processor.image_processor.size
-        return max(size["height"], size["width"]) if self.in_parts else None
+        return max(int(size["height"]), int(size["width"])) if self.in_parts else None
 
-    def prepare(self, image: Image.Image) -> np.ndarray:
-        """One image to (3, H, W): in 0..255, 8 bits where it had 8, or what the image processor makes of it.
+    def prepare(self, image: Image.Image) -> NDArray[Any]:
+        """Resizes one image.
 
-        An array and no tensor: between processes a small tensor costs four times as much.
+        Args:
+            image: A PIL image of any mode.
+
+        Returns:
+            Pixels (3, H, W) in 0..255, in 8 bits if the image has 8; if `in_parts` is False, the `pixel_values` of the
+            image processor. An array, since sending a small tensor to another process costs four times as much.
         """
         images = self.processor.image_processor
         if not self.in_parts:
-            return images(image, return_tensors="np")["pixel_values"][0]
-        # The same calls as the image processor's, without a millisecond of bookkeeping around them.
+            processed: NDArray[Any] = images(image, return_tensors="np")["pixel_values"][0]
+            return processed
+        # The same operations as the image processor's, without its overhead of a millisecond.
         if image.mode == "RGB":
-            # Colours side by side, as Pillow has them: half the time of the same kernel on planes, the same bytes.
+            # Channels last, as in Pillow: the same kernel takes half the time, with the same result.
             rgb = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         else:
             rgb = images.process_image(image)
-        return images.resize(rgb, images.size, images.resample).contiguous().numpy()
+        resized: NDArray[Any] = images.resize(rgb, images.size, images.resample).contiguous().numpy()
+        return resized
 
     def assemble(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Samples whose `image` is prepared, with `caption` and `modality` (int, -100 unknown), to a batch.
+        """Stacks prepared samples into a batch.
+
+        Args:
+            samples: Samples with `image` (from `prepare`), `caption` and `modality` (id 0..5, or -100 for unknown).
+
+        Returns:
+            The batch; `pixel_values` are to be normalized by `normalize`.
 
         Raises:
-            ValueError: if `positives` is `"label"`, and not one sample has a `label` or `group`.
+            ValueError: If `positives` is `"label"` and no sample has a `label` or `group`.
         """
         images = [sample["image"] for sample in samples]
         if len({image.dtype for image in images}) > 1:
@@ -99,16 +129,20 @@ class ContrastiveCollator:
 
     def _groups(self, samples: Sequence[Mapping[str, Any]]) -> list[int]:
         if self.positives == "caption":
-            return [_group("caption", _normalised(sample["caption"])) for sample in samples]
+            return [_group("caption", _normalized(sample["caption"])) for sample in samples]
         if not any("label" in sample or "group" in sample for sample in samples):
             raise ArgumentError(
-                "`positives: label` needs to know which samples share a label, and no sample of the batch has a "
-                "`label` or `group`. Name the field that holds it by `label`, or use `positives: caption`."
+                "`positives: label` requires labels, but no sample of the batch has a `label` or `group`. Specify the "
+                "field with the label by `label`, or use `positives: caption`."
             )
         return [_label_group(sample) for sample in samples]
 
-    def normalise(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Brings `pixel_values` (B, 3, H, W) of an assembled batch to the model's range, on the device they are on."""
+    def normalize(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Normalizes `pixel_values` (B, 3, H, W) of a batch from `assemble`, on their current device.
+
+        Returns:
+            The batch with normalized `pixel_values`. The pixels of the given batch may be overwritten.
+        """
         if not self.in_parts:
             return batch
         images, pixels = self.processor.image_processor, batch["pixel_values"]
@@ -116,28 +150,28 @@ class ContrastiveCollator:
             (torch.tensor(values, device=pixels.device) / images.rescale_factor).view(-1, 1, 1)
             for values in (images.image_mean, images.image_std)
         )
-        # In place: on a CPU a new tensor of a batch's size costs more than the arithmetic on it.
+        # In place: on CPUs, allocating a new batch costs more than the arithmetic.
         return {**batch, "pixel_values": pixels.float().mul_(1 / std).add_(-mean / std)}
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Samples with `image` (not prepared), `caption` and `modality` to a batch of them."""
-        return self.normalise(
+        """Collates samples with `image` (a PIL image), `caption` and `modality` into a normalized batch."""
+        return self.normalize(
             self.assemble([{**sample, "image": self.prepare(sample["image"])} for sample in samples])
         )
 
 
 def _label_group(sample: Mapping[str, Any]) -> int:
-    group = _normalised(sample.get("group"))
+    group = _normalized(sample.get("group"))
     if group:
         return _group("group", group)
-    label = _normalised(sample.get("label"))
-    # The numbers of one source's classes say nothing about another's.
+    label = _normalized(sample.get("label"))
+    # Numeric labels of different sources are unrelated.
     scope = str(sample.get("source")) if re.fullmatch(r"[+-]?[\d.]+", label) else ""
     return _group("label", label, str(int(sample["modality"])), scope)
 
 
-def _normalised(value: Any) -> str:
-    """A caption or label so that equal meanings are equal strings: case, white space, final full stop; 1.0 is 1."""
+def _normalized(value: Any) -> str:
+    """Normalizes a caption or label: case, white space, final period, and 1.0 to 1."""
     if is_empty(value):
         return ""
     if isinstance(value, (bytes, bytearray)):
@@ -145,14 +179,14 @@ def _normalised(value: Any) -> str:
     if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float) and value.is_integer():
-        value = int(value)  # a column of integers with gaps: pandas makes floats of it
+        value = int(value)  # pandas converts a column of integers with missing values to floats
     return " ".join(unicodedata.normalize("NFKC", str(value)).casefold().split()).rstrip(" .")
 
 
 def _group(kind: str, value: str, *scope: str) -> int:
-    """63 bits that depend on nothing but the words, so that all processes agree; -1 for no words.
+    """Returns a 63-bit hash of the words, equal on all processes; -1 for no words.
 
-    Two of a million different texts share a number with a probability of 5e-8.
+    The probability of a collision among a million different texts is 5e-8.
     """
     if not value:
         return UNKNOWN_GROUP

@@ -1,4 +1,4 @@
-"""What a list of sources holds, and what is wrong with it, seen before anything is trained on it."""
+"""Inspection of sources before training: what they contain, and what is wrong with them."""
 
 import csv
 from collections import Counter, defaultdict
@@ -15,39 +15,43 @@ from tqdm.auto import tqdm
 
 from medmoe_hf.common.files import atomic_write
 from medmoe_hf.data.captions import detect_rule
-from medmoe_hf.data.reading import Fault, Split
-from medmoe_hf.data.stream import SampleStream, source_names
+from medmoe_hf.data.faults import Fault
+from medmoe_hf.data.sources import source_names
+from medmoe_hf.data.split import Split
+from medmoe_hf.data.stream import SampleStream
 from medmoe_hf.errors import PathNotFoundError, ShardError, StreamError
 from medmoe_hf.model.image_processing_medmoe import to_rgb
 from medmoe_hf.model.modalities_medmoe import MODALITIES
 
-_COUNTED_SHARDS = 20  # opening thousands only to count them would take minutes
+_MAX_COUNTED_SHARDS = 20  # opening thousands of shards to count their samples would take minutes
 _THUMBNAIL, _COLUMNS = 112, 12
-_TITLE = 200  # characters of a source's name on a contact sheet
-_FIRST = 3  # duplicates that a report names
+_MAX_TITLE = 200  # characters of a source's name on a contact sheet
+_MAX_EXAMPLES = 3  # duplicates listed in a report
 
 COLUMNS = ("source", "file", "row", "path", "field", "problem", "reason")
-"""Of the table of problems. A row is one of `file`, counted from 1 without its header; a whole file has none."""
+"""Columns of the table of problems. `row` counts the rows of `file` from 1, without its header; empty for a file."""
 
 
 @dataclass
 class PartReport:
-    """What of a source lands in one part of the split.
+    """What one part of the split contains of a source.
 
     Attributes:
-        pairs: how many of each modality (`unknown` among them).
-        subjects: the different ones of each modality; empty without a `subject`.
-        images: hashes of the different ones of each modality.
-        without_subject: pairs whose subject is empty, so that their image decides.
+        pairs: Number of pairs by modality (including `unknown`).
+        subjects: Distinct subjects by modality; empty if the source has no `subject`.
+        images: Hashes of the distinct images by modality.
+        without_subject: Number of pairs whose subject is empty, which are split by image.
     """
 
-    pairs: Counter = field(default_factory=Counter)
+    pairs: Counter[str] = field(default_factory=Counter)
     subjects: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     images: dict[str, set[bytes]] = field(default_factory=lambda: defaultdict(set))
     without_subject: int = 0
 
     def lines(self, title: str) -> list[str]:
-        def line(name: str, pairs: int, subjects: Iterable[set], images: Iterable[set]) -> str:
+        """Returns the lines of a table: one for the part, one per modality."""
+
+        def line(name: str, pairs: int, subjects: Iterable[set[str]], images: Iterable[set[bytes]]) -> str:
             of_subjects = f"{len(set().union(*subjects)):>10}" if self.subjects else f"{'-':>10}"
             return f"    {name:<20}{pairs:>8}{of_subjects}{len(set().union(*images)):>10}"
 
@@ -62,20 +66,21 @@ class PartReport:
 
 @dataclass
 class SourceReport:
-    """What one source holds.
+    """What one source contains. `str(report)` is the text that `medmoe data inspect` prints.
 
     Attributes:
-        name: the source's.
-        shards, counted: how many shards there are, and how many of them were opened to count.
-        samples: samples in the shards that were counted; None for an endless source.
-        fields: names of the fields of the first sample.
-        looked_at: samples that were read.
-        modalities: how many of these have which modality (`unknown` among them).
-        captions: some of their captions, after the rule.
-        sizes: smallest and largest width and height in pixels.
-        parts: what lands in the training part and what in the held-out part, if that was asked for.
-        warnings: what may be as intended, and mostly is not.
-        problems: everything that was wrong, in words.
+        name: Name of the source.
+        shards: Number of shards.
+        counted: Number of shards whose samples were counted.
+        samples: Number of samples in these shards; None for an endless source.
+        fields: Names of the fields of the first sample.
+        read: Number of samples that were read.
+        modalities: Number of these samples by modality (including `unknown`).
+        captions: Some of their captions, after the caption rule.
+        sizes: ((width, height) of the smallest, (width, height) of the largest), in pixels, each side on its own.
+        parts: A `PartReport` each for `training` and `validation`, if a validation share was given.
+        warnings: What may be intended but usually is not.
+        problems: What is wrong.
     """
 
     name: str
@@ -83,8 +88,8 @@ class SourceReport:
     counted: int = 0
     samples: int | None = 0
     fields: list[str] = field(default_factory=list)
-    looked_at: int = 0
-    modalities: Counter = field(default_factory=Counter)
+    read: int = 0
+    modalities: Counter[str] = field(default_factory=Counter)
     captions: list[str] = field(default_factory=list)
     sizes: tuple[tuple[int, int], tuple[int, int]] | None = None
     parts: dict[str, PartReport] = field(default_factory=dict)
@@ -100,9 +105,9 @@ class SourceReport:
         lines = [f"{self.name}: {_counted(self.shards, 'shard')}, {amount}"]
         if self.fields:
             lines.append(f"  fields      {', '.join(self.fields)}")
-        if self.looked_at:
+        if self.read:
             known = ", ".join(f"{name} {count}" for name, count in self.modalities.most_common())
-            lines.append(f"  modalities  {known} (of {self.looked_at} looked at)")
+            lines.append(f"  modalities  {known} (of {self.read} read)")
         if self.sizes is not None:
             (narrow, low), (wide, high) = self.sizes
             lines.append(f"  sizes       {narrow}x{low} to {wide}x{high} pixels")
@@ -117,28 +122,28 @@ class SourceReport:
 
 
 class _Hash:
-    """What a stream's readers make of an image: a hash of its pixels and its size, in place of the pixels."""
+    """Returns a hash of an image's pixels, and its size. A class, so that workers can unpickle it."""
 
     def __call__(self, image: Image.Image) -> tuple[bytes, tuple[int, int]]:
         head = f"{image.mode} {image.width}x{image.height}".encode()
         return blake2b(head + image.tobytes(), digest_size=16).digest(), image.size
 
 
-class _Listing(SampleStream):
-    """A stream that keeps its faults one by one."""
+class _FaultListingStream(SampleStream):
+    """A stream that keeps every fault, not only counts."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.found: list[Fault] = []
         super().__init__(*args, **kwargs)
 
-    def faulty(self, fault: Fault) -> None:
-        super().faulty(fault)
+    def record_fault(self, fault: Fault) -> None:
+        super().record_fault(fault)
         self.found.append(fault)
 
 
 @dataclass
 class _Seen:
-    """The first pair with an image, and what else comes with it."""
+    """The first pair with an image, and the captions of all pairs with it."""
 
     row: int
     path: str
@@ -158,38 +163,46 @@ def inspect_sources(
     validation_share: float | None = None,
     num_workers: int = 0,
 ) -> list[SourceReport]:
-    """Looks into each source without training.
+    """Inspects sources without training.
 
-    With `problems` or `validation_share` every pair is read and decoded, as training would; else a few of each source.
+    If `problems` or `validation_share` is given, every pair is read and decoded as in training; otherwise a few per
+    source.
 
     Args:
-        sources: models of `medmoe_hf.data.sources`.
-        sheet: where to write a contact sheet (PNG): rows of a source's first images with their modality. It is not
-            written where no image can be read.
-        samples: how many samples of each source to read.
-        seed: which ones.
-        problems: where to write a table (CSV) of every pair that cannot be used, with its file and the reason, and of
-            every pair that comes twice. It names files, and quotes no captions.
-        validation_share: share of the subjects (without a `subject`, of the images) that training would hold out.
-        num_workers: processes that read when every pair is read.
+        sources: Models of `medmoe_hf.data.sources`.
+        sheet: Path of a contact sheet (PNG) to write, with the first images of each source and their modality. It is
+            not written if no image can be read.
+        samples: Number of samples to read per source.
+        seed: Seed that selects these samples.
+        problems: Path of a table (CSV) to write, with the file and the reason for every pair that cannot be used and
+            for every duplicate. It names files, and never quotes captions.
+        validation_share: Share of the subjects (of the images, where there is no subject) in the validation set, 0..1.
+        num_workers: Number of processes that read, when every pair is read.
 
     Returns:
-        A report for each source.
+        One report per source.
 
     Raises:
-        FileNotFoundError: if the folder of `problems` or `sheet` does not exist.
+        FileNotFoundError: If the folder of `problems` or `sheet` does not exist.
+
+    Example:
+        >>> from medmoe_hf.data.inspection import inspect_sources
+        >>> from medmoe_hf.data.sources import PhantomSource
+        >>> [report] = inspect_sources([PhantomSource(kind="phantom", image_size=64, length=8)])
+        >>> report.samples, report.problems
+        (8, [])
     """
-    for place in (sheet, problems):
-        # Reading may take hours.
-        if place is not None and not Path(place).absolute().parent.is_dir():
-            raise PathNotFoundError(f"There is no folder for {place}.")
+    for path in (sheet, problems):
+        # Checked first, since reading may take hours.
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise PathNotFoundError(f"The folder of {path} does not exist.")
     reports, rows = [], []
     listed: list[tuple[Any, ...]] = []
-    whole = problems is not None or validation_share is not None
+    complete = problems is not None or validation_share is not None
     for source, name in zip(sources, source_names(sources), strict=True):
-        report, images = _look(source, name, samples, seed)
+        report, images = _read_some(source, name, samples, seed)
         endless = source.kind == "phantom" and source.length is None
-        if whole and report.shards and not endless:
+        if complete and report.shards and not endless:
             listed += _read_all(source, report, validation_share or 0.0, num_workers)
         elif not report.shards:
             listed += [(name, "", "", "", "", "unreadable source", problem) for problem in report.problems]
@@ -205,7 +218,7 @@ def inspect_sources(
     return reports
 
 
-def _look(source: Any, name: str, count: int, seed: int) -> tuple[SourceReport, list[tuple[Image.Image, str]]]:
+def _read_some(source: Any, name: str, count: int, seed: int) -> tuple[SourceReport, list[tuple[Image.Image, str]]]:
     report = SourceReport(name)
     images: list[tuple[Image.Image, str]] = []
     try:
@@ -214,7 +227,7 @@ def _look(source: Any, name: str, count: int, seed: int) -> tuple[SourceReport, 
         report.problems.append(str(error))
         return report, images
     shards = stream.shards[0]
-    report.shards, report.counted = len(shards), min(len(shards), _COUNTED_SHARDS)
+    report.shards, report.counted = len(shards), min(len(shards), _MAX_COUNTED_SHARDS)
     endless = source.kind == "phantom" and source.length is None
     report.samples = None if endless else 0
     for shard in shards[: report.counted]:
@@ -223,14 +236,14 @@ def _look(source: Any, name: str, count: int, seed: int) -> tuple[SourceReport, 
             if length and not report.fields:
                 report.fields = [key for key in shard.read(shard.locate(0)) if key != "__key__"]
         except (ShardError, OSError, ValueError):
-            continue  # the stream counts it
+            continue  # counted as a fault by the stream
         if report.samples is not None:
             report.samples += length
     widths, heights, rules = [], [], set()
     try:
         for sample in islice(stream, count):
             label = _label(sample)
-            report.looked_at += 1
+            report.read += 1
             report.modalities[label] += 1
             widths.append(sample["image"].width)
             heights.append(sample["image"].height)
@@ -240,32 +253,35 @@ def _look(source: Any, name: str, count: int, seed: int) -> tuple[SourceReport, 
             if len(images) < _COLUMNS:
                 images.append((sample["image"], label))
     except StreamError:
-        # The faults themselves are listed below.
-        report.problems.append("more than half of the samples cannot be used" if images else "nothing can be read")
+        # The individual faults are listed below.
+        report.problems.append("more than half of the samples cannot be used" if images else "no sample can be read")
     if widths:
         report.sizes = (min(widths), min(heights)), (max(widths), max(heights))
     report.warnings += stream.order_warnings()
     report.problems += [
-        f"captions hold the tag of another rule; say `caption_rule: {rule}`" for rule in sorted(rules - {"plain"})
+        f"captions contain the tag of another rule; specify `caption_rule: {rule}`"
+        for rule in sorted(rules - {"plain"})
     ]
     report.problems += stream.faults.lines(named=False)
     return report, images
 
 
 def _read_all(source: Any, report: SourceReport, share: float, num_workers: int) -> list[tuple[Any, ...]]:
-    """Reads every pair, adds to the report, and gives the rows of the table of problems."""
-    splits = {"training": Split("train", share), "held-out": Split("validation", share)} if share else {"all": None}
+    """Reads every pair, completes the report, and returns the rows of the table of problems."""
+    splits: dict[str, Split | None] = (
+        {"training": Split("train", share), "validation": Split("validation", share)} if share else {"all": None}
+    )
     faults: list[tuple[int, int, tuple[Any, ...]]] = []
     seen: dict[bytes, _Seen] = {}
-    report.problems = [problem for problem in report.problems if problem.startswith("captions hold")]
-    report.looked_at, report.modalities = 0, Counter()
+    report.problems = [problem for problem in report.problems if problem.startswith("captions contain")]
+    report.read, report.modalities = 0, Counter()
     sizes: tuple[tuple[int, int], tuple[int, int]] | None = None
-    twice = two_subjects = 0
+    repeated = two_subjects = 0
     in_both: set[bytes] = set()
-    counted: dict[str, Counter] = {}
+    counted: dict[str, Counter[str]] = {}
     for title, split in splits.items():
         part = PartReport()
-        stream = _Listing(
+        stream = _FaultListingStream(
             [source], shuffle=False, split=split, max_bad_fraction=1.0, num_workers=num_workers, prepare=_Hash()
         )
         shards = stream.shards[0]
@@ -275,7 +291,7 @@ def _read_all(source: Any, report: SourceReport, share: float, num_workers: int)
                 sizes = _extremes([*(sizes or ()), size])
                 label, subject, caption = _label(sample), sample["subject"], hash(sample["caption"])
                 row = sample["row"] + 1
-                report.looked_at += 1
+                report.read += 1
                 report.modalities[label] += 1
                 part.pairs[label] += 1
                 part.images[label].add(digest)
@@ -287,9 +303,9 @@ def _read_all(source: Any, report: SourceReport, share: float, num_workers: int)
                 before.pairs += 1
                 problem = ""
                 if caption in before.captions:
-                    problem, twice = "pair that comes twice", twice + 1
+                    problem, repeated = "duplicate pair", repeated + 1
                 elif before.subject is not None and subject is not None and subject != before.subject:
-                    problem, two_subjects = "image of two subjects", two_subjects + 1
+                    problem, two_subjects = "image with two subjects", two_subjects + 1
                 if title != before.part:
                     in_both.add(digest)
                 before.captions.add(caption)
@@ -306,7 +322,7 @@ def _read_all(source: Any, report: SourceReport, share: float, num_workers: int)
                     )
                     faults.append((sample["shard"], sample["row"], entry))
         except StreamError:
-            pass  # nothing of this part can be read: its faults are listed
+            pass  # no sample of this part can be read; its faults are listed
         for fault in stream.found:
             where = fault.row + 1 if fault.row >= 0 else ""
             entry = (
@@ -325,23 +341,28 @@ def _read_all(source: Any, report: SourceReport, share: float, num_workers: int)
         if share:
             report.parts[title] = part
         if part.without_subject:
-            report.warnings.append(f"without a subject: {_counted(part.without_subject, 'pair')}, split by image")
+            report.warnings.append(f"without a subject, split by image: {_counted(part.without_subject, 'pair')}")
     report.sizes = sizes
     several = [one for one in seen.values() if one.pairs > 1]
     if several:
-        first = ", ".join(one.path for one in several[:_FIRST]) + (", ..." if len(several) > _FIRST else "")
+        first = ", ".join(one.path for one in several[:_MAX_EXAMPLES]) + (
+            ", ..." if len(several) > _MAX_EXAMPLES else ""
+        )
         report.warnings.append(
-            f"images that come more than once: {len(several)}, in {sum(one.pairs for one in several)} pairs "
-            f"({first}); pairs that repeat an earlier one, caption and all: {twice}"
+            f"images in several pairs: {len(several)}, in {sum(one.pairs for one in several)} pairs ({first}); "
+            f"duplicate pairs, with equal captions: {repeated}"
         )
     if two_subjects:
-        report.problems.append(f"pairs with an image that another subject has too: {two_subjects}")
+        report.problems.append(f"pairs whose image also belongs to another subject: {two_subjects}")
     if in_both:
-        report.problems.append(f"images in both parts: {len(in_both)}; give the pairs of an image one subject")
+        report.problems.append(
+            f"images in both the training and the validation set: {len(in_both)}; "
+            "assign all pairs of an image to one subject"
+        )
     if share:
-        missing = [name for name in counted["training"] if not counted["held-out"][name]]
+        missing = [name for name in counted["training"] if not counted["validation"][name]]
         if missing:
-            report.warnings.append(f"nothing is held out of: {', '.join(missing)}")
+            report.warnings.append(f"modalities missing from the validation set: {', '.join(missing)}")
     return [entry for *_, entry in sorted(faults, key=lambda fault: fault[:2])]
 
 
@@ -364,16 +385,16 @@ def _contact_sheet(rows: Sequence[tuple[str, Sequence[tuple[Image.Image, str]]]]
     sheet = Image.new("RGB", (_COLUMNS * (_THUMBNAIL + 4), max(1, len(rows)) * height), "white")
     pen = ImageDraw.Draw(sheet)
     for row, (name, images) in enumerate(rows):
-        pen.text((2, row * height), name[-_TITLE:], fill="black")
+        pen.text((2, row * height), name[-_MAX_TITLE:], fill="black")
         for column, (image, label) in enumerate(images):
             x, y = column * (_THUMBNAIL + 4), row * height + line
-            sheet.paste(ImageOps.contain(_shown(image), (_THUMBNAIL, _THUMBNAIL)), (x, y))
+            sheet.paste(ImageOps.contain(_to_8_bit(image), (_THUMBNAIL, _THUMBNAIL)), (x, y))
             pen.text((x + 2, y + _THUMBNAIL), label, fill="black")
     return sheet
 
 
-def _shown(image: Image.Image) -> Image.Image:
-    """8-bit RGB as the model sees it: Pillow's own conversion makes images of 16 bits white."""
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """Converts to 8-bit RGB as the model does; Pillow would convert 16-bit images to white."""
     try:
         return Image.fromarray(to_rgb(image).permute(1, 2, 0).numpy().round().astype(np.uint8))
     except ValueError:

@@ -1,18 +1,17 @@
-"""The modality of an image from the words of its caption, by rules; unknown where the words leave a doubt.
+"""The modality of an image from the words of its caption, by rules; unknown if the words are ambiguous.
 
-What counts is a mention of the technique that made the picture. Reports also speak of other studies ("compared with
-the previous CT", "recommend MRI"); such a mention does not count. Only where no technique is named do words count that
-describe what one technique alone shows ("hypoechoic", "costophrenic angle"): a CT of a patient with retinal detachment
-is a CT.
+A mention of the imaging technique decides. Mentions of other studies ("compared with the previous CT", "recommend
+MRI") are ignored. Only if no technique is named, words decide that are specific to one technique ("hypoechoic",
+"costophrenic angle"): a CT of a patient with retinal detachment is a CT.
 """
 
 import re
 from collections.abc import Iterator
 
-# "other" stands for techniques that none of the six modalities is: naming one leaves the answer open, as a tie does.
+# Techniques other than the six modalities: if one is named, the modality is unknown, as for a tie.
 _OTHER = "other"
 
-# Case is ignored but for (?-i:...): abbreviations that are also words (US, STIR, FLAIR), months (OCT) or titles (MR).
+# Case is ignored except in (?-i:...): abbreviations that are also words (US, STIR, FLAIR), months (OCT), titles (MR).
 _NAMED: dict[str, tuple[str, ...]] = {
     "xray": (
         r"x[- ]?rays?",
@@ -98,7 +97,7 @@ _SHOWN: dict[str, tuple[str, ...]] = {
         r"hounsfield",
         r"\d+ ?(?-i:HU)",
         r"(?:lung|bone|soft[- ]tissue) windows?",
-        r"hypo-?dens(?:e|ity|ities)",  # the opposite is a word of radiographs too
+        r"hypo-?dens(?:e|ity|ities)",  # the opposite is also used for radiographs
         r"(?:hypo|hyper)-?attenuat\w+",
     ),
     "mri": (
@@ -131,17 +130,17 @@ _SHOWN: dict[str, tuple[str, ...]] = {
 
 
 def _words(least: int, most: int, never: str = "", commas: bool = False) -> str:
-    """Between `least` and `most` words with what follows each, commas only if allowed, none of them out of `never`."""
+    """Returns a pattern of `least` to `most` words and what follows each, none of them matching `never`."""
     unwanted = rf"(?!(?:{never})\b)" if never else ""
     return rf"(?:{unwanted}[\w']+[{',' if commas else ''} :/()-]+){{{least},{most}}}"
 
 
-# Words that say that the study is the one at hand, before a mention and after it.
+# Words before and after a mention that indicate the present study.
 _OWN = "this|these|current|present|today|axial|coronal|sagittal"
 _TELLS = "shows?|showed|showing|demonstrat\\w+|reveal\\w+|depict\\w+|findings?|features?|appearances?|evidence"
 _ASKED = "recommended|suggested|advised|warranted|requested|ordered|scheduled|helpful|useful|beneficial|informative"
 
-# Where a mention, § in the sentence, is of an earlier or another study: it does not count.
+# Mentions (§ in the sentence) of an earlier or another study, which are ignored.
 _ANOTHER: tuple[str, ...] = (
     rf"\b(?:compar(?:ed|ing|ison|e|able)|correlat\w+|relative to|since|similar to|unlike) {_words(0, 6, _OWN)}§",
     r"\bcompar(?:ed|ison)\s*:.*§",
@@ -150,13 +149,13 @@ _ANOTHER: tuple[str, ...] = (
     rf"\b(?:prior|previous|preceding|earlier|old|outside|recent|last|separate|concurrent|same[- ]day)"
     rf"[ :]+{_words(0, 3, _OWN)}§",
     rf"\bpreviously {_words(0, 8, _OWN)}§",
-    # The plane or the word image tells that the picture itself is meant.
+    # A plane, or the word image, indicates that the image itself is meant.
     rf"\b(?:seen|noted|identified|demonstrated|visuali[sz]ed|described|reported|shown|detected|documented|known|found"
     rf"|appreciated|not present) (?:on|by|at|in|from|with) {_words(0, 4, _OWN)}§(?! (?:image|slice|section)s?\b)",
     rf"\b(?:history of|review of|see|refer to|prior to|clearance for|safe for|contraindication (?:to|for)) "
     rf"{_words(0, 4, _OWN)}§",
 )
-# Where a technique's name is of a study that is only wished for, was not made or served something else.
+# Mentions of a study that is only recommended, was not performed, or served another purpose.
 _NOT_MADE: tuple[str, ...] = (
     rf"\b(?:recommend\w*|suggest|suggested|advised?|consider|consideration|request\w*|propose\w*|obtain|schedul\w*"
     rf"|pending|await\w*|warrants?|requires?|repeat|additional|dedicated) {_words(0, 10, commas=True)}§",
@@ -181,7 +180,7 @@ def _any_of(patterns: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile(rf"(?<!\w)(?:{'|'.join(patterns)})(?!\w)", re.IGNORECASE)
 
 
-# Names first: what is shown counts only where they are silent. "No hypoechoic nodule" still speaks of ultrasound.
+# Names first; specific words only if no technique is named. "No hypoechoic nodule" still indicates ultrasound.
 _EVIDENCE = tuple(
     ({modality: _any_of(words) for modality, words in table.items()}, re.compile("|".join(elsewhere), re.IGNORECASE))
     for table, elsewhere in ((_NAMED, _ANOTHER + _NOT_MADE), (_SHOWN, _ANOTHER))
@@ -190,14 +189,19 @@ _SENTENCE_END = re.compile(r"(?<=[.;!?])\s+|\n+")
 
 
 def modality_from_text(text: str) -> str | None:
-    """The modality that a caption or report names, so far as its words tell.
+    """Returns the modality that a caption or report indicates.
 
     Args:
-        text: a caption or report in English.
+        text: A caption or report in English.
 
     Returns:
-        "xray", "ct", "mri", "ultrasound", "histopathology" or "fundus"; None where there is no evidence, evidence for
-        more than one of them, or a technique that is none of them (such as OCT or PET).
+        `"xray"`, `"ct"`, `"mri"`, `"ultrasound"`, `"histopathology"` or `"fundus"`; None if the text indicates no
+        modality, several, or another technique (such as OCT or PET).
+
+    Example:
+        >>> from medmoe_hf.data.modality_words import modality_from_text
+        >>> modality_from_text("Axial CT of the chest, compared with the previous radiograph.")
+        'ct'
     """
     sentences = _SENTENCE_END.split(text)
     for patterns, elsewhere in _EVIDENCE:
@@ -213,7 +217,7 @@ def modality_from_text(text: str) -> str | None:
 
 
 def _marked(sentences: list[str], pattern: re.Pattern[str]) -> Iterator[str]:
-    """Each sentence with one match of `pattern` replaced by §, for every match."""
+    """Yields each sentence once per match of `pattern`, with the match replaced by §."""
     for sentence in sentences:
         for match in pattern.finditer(sentence):
             yield f"{sentence[: match.start()]}§{sentence[match.end() :]}"

@@ -1,4 +1,4 @@
-"""Images that stand in two lists of sources: the leakage between training and test data."""
+"""Images that two lists of sources share: leakage between training and test data."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -14,7 +14,7 @@ from medmoe_hf.errors import ArgumentError, MissingPackageError
 
 try:
     import imagehash
-except ImportError:  # only the comparison itself needs it
+except ImportError:  # required for the comparison only
     imagehash = None
 
 _BITS = 64
@@ -22,22 +22,24 @@ _BITS = 64
 
 @dataclass(frozen=True)
 class _Seen:
-    """One image: where it stands, its pixels' hash, and its perceptual hash."""
+    """An image: its source and key, the hash of its pixels, and its perceptual hash."""
 
-    where: str
+    name: str
     exact: bytes
     perceptual: int
 
 
 @dataclass
 class Overlap:
-    """What two lists of sources share.
+    """The images that two lists of sources share. `str(overlap)` lists them.
 
     Attributes:
-        first, second: how many images each holds (those that could be read).
-        exact: pairs of places whose pixels are equal.
-        near: pairs whose perceptual hashes differ in few bits, with the number; exact pairs are not among them.
-        skipped: samples that could not be read.
+        first: Number of readable images in the first list.
+        second: Number of readable images in the second list.
+        exact: Pairs of images with equal pixels, each image as `source:key`.
+        near: Pairs of images whose perceptual hashes differ in few bits, with the number of bits. Exact pairs are
+            excluded.
+        skipped: Number of samples that could not be read.
     """
 
     first: int
@@ -50,15 +52,15 @@ class Overlap:
         share = len({pair[1] for pair in self.exact} | {pair[1] for pair in self.near})
         lines = [
             f"{self.first} and {self.second} images ({self.skipped} could not be read): {len(self.exact)} pairs are "
-            f"equal, {len(self.near)} look the same; {share} images of the second list are touched."
+            f"equal, {len(self.near)} look alike; {share} images of the second list are affected."
         ]
         lines += [f"  equal      {one}  =  {two}" for one, two in self.exact]
         lines += [f"  {distance:>2} bits    {one}  ~  {two}" for one, two, distance in self.near]
         return "\n".join(lines)
 
 
-class _Fingerprint:
-    """What a stream's readers make of an image: hashes in place of pixels."""
+class _Hashes:
+    """Returns the hashes of an image. A class, so that workers can unpickle it."""
 
     def __call__(self, image: Image.Image) -> tuple[bytes, int]:
         pixels = image.convert("RGB")
@@ -70,28 +72,40 @@ class _Fingerprint:
 
 
 def find_overlap(first: Sequence[Any], second: Sequence[Any], distance: int = 4, num_workers: int = 0) -> Overlap:
-    """Compares every image of one list of sources with every one of another.
+    """Finds the images that two lists of sources share. Requires `pip install "medmoe_hf[data]"`.
 
     Args:
-        first, second: models of `medmoe_hf.data.sources`; none endless.
-        distance: bits of 64 in which perceptual hashes (imagehash's `phash`) may differ, 0 to 12. 0 to 4 finds
-            re-encoded and resized copies; more finds look-alikes too, of which medical images have many.
-        num_workers: processes that read.
+        first: Models of `medmoe_hf.data.sources`, none endless.
+        second: The sources to compare with.
+        distance: Number of bits, 0..12 of 64, in which perceptual hashes (`phash` of imagehash) may differ. 0 to 4
+            finds re-encoded and resized copies; more also finds similar images, which are common in medicine.
+        num_workers: Number of processes that read.
+
+    Returns:
+        The pairs of equal and of similar images.
 
     Raises:
-        ImportError: without the imagehash package.
-        ValueError: for an endless source, or a distance out of range.
+        ImportError: If imagehash is not installed.
+        ValueError: For an endless source, or if `distance` is out of range.
+
+    Example:
+        >>> from medmoe_hf.data.overlap import find_overlap
+        >>> from medmoe_hf.data.sources import PhantomSource
+        >>> train = [PhantomSource(kind="phantom", seed=0, image_size=64, length=6)]
+        >>> test = [PhantomSource(kind="phantom", seed=0, image_size=64, length=2)]
+        >>> len(find_overlap(train, test).exact)
+        2
     """
     if imagehash is None:
-        raise MissingPackageError('Comparing images needs the imagehash package: pip install "medmoe_hf[data]".')
+        raise MissingPackageError('Comparing images requires the imagehash package: pip install "medmoe_hf[data]".')
     if not 0 <= distance <= 12:
-        raise ArgumentError(f"distance must lie in 0..12 bits, got {distance}.")
+        raise ArgumentError(f"distance must be in 0..12 bits, got {distance}.")
     for source in (*first, *second):
         if source.kind == "phantom" and source.length is None:
-            raise ArgumentError("An endless phantom source cannot be compared; give it a `length`.")
+            raise ArgumentError("An endless phantom source cannot be compared; specify its `length`.")
     (left, skipped_left), (right, skipped_right) = (_read(part, num_workers) for part in (first, second))
-    exact = [(one.where, two.where) for one, two in _pairs(left, right, lambda image: [image.exact])]
-    # Hashes that differ in at most d bits are equal in one of d + 1 pieces.
+    exact = [(one.name, two.name) for one, two in _pairs(left, right, lambda image: [image.exact])]
+    # Hashes that differ in at most d bits are equal in at least one of d + 1 pieces.
     edges = [_BITS * piece // (distance + 1) for piece in range(distance + 2)]
 
     def pieces(image: _Seen) -> list[tuple[int, int]]:
@@ -101,20 +115,18 @@ def find_overlap(first: Sequence[Any], second: Sequence[Any], distance: int = 4,
     for one, two in _pairs(left, right, pieces):
         bits = (one.perceptual ^ two.perceptual).bit_count()
         if bits <= distance and one.exact != two.exact:
-            near.append((one.where, two.where, bits))
+            near.append((one.name, two.name, bits))
     return Overlap(len(left), len(right), exact, near, skipped_left + skipped_right)
 
 
 def _read(sources: Sequence[Any], num_workers: int) -> tuple[list[_Seen], int]:
-    stream = SampleStream(
-        sources, shuffle=False, max_bad_fraction=1.0, num_workers=num_workers, prepare=_Fingerprint()
-    )
+    stream = SampleStream(sources, shuffle=False, max_bad_fraction=1.0, num_workers=num_workers, prepare=_Hashes())
     seen = [_Seen(f"{stream.names[sample['source']]}:{sample['key']}", *sample["image"]) for sample in stream]
     return seen, stream.faults.bad
 
 
 def _pairs(left: Iterable[_Seen], right: Iterable[_Seen], keys: Any) -> list[tuple[_Seen, _Seen]]:
-    """Pairs that share a key, each once, in the order of the second list."""
+    """Returns the pairs that share a key, each once, in the order of the second list."""
     buckets: dict[Any, list[_Seen]] = defaultdict(list)
     for image in left:
         for key in keys(image):

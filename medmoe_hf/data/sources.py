@@ -1,63 +1,59 @@
-"""Sources of training data: what a YAML says about one, and the shards that it becomes."""
+"""Sources of image-text pairs: the entries of a YAML file, and the shards that they refer to."""
 
 import codecs
 import hashlib
 import logging
 import os
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from glob import escape, glob, has_magic
-from itertools import product
-from math import prod
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from string import Formatter
 from typing import Annotated, Any, Literal, get_args
 
 import datasets
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from medmoe_hf.common.loading import explain_loading
 from medmoe_hf.common.yaml_files import explain, nearest, read_yaml
 from medmoe_hf.data.captions import CAPTION_RULES
-from medmoe_hf.data.shards import (
-    CAPTION_FIELDS,
-    IMAGE_FIELDS,
-    DatasetShard,
-    ParquetShard,
-    PhantomShard,
-    Shard,
-    TableShard,
-    TarShard,
-    files_facts,
-    read_table,
-)
+from medmoe_hf.data.checksums import file_checksums
+from medmoe_hf.data.fields import CAPTION_FIELDS, IMAGE_FIELDS, find_field, template_fields
+from medmoe_hf.data.file_patterns import expand, expand_environment
+from medmoe_hf.data.image_folders import find_images
+from medmoe_hf.data.shards import DatasetShard, ParquetShard, PhantomShard, Shard, TarShard
+from medmoe_hf.data.tables import TableShard, read_table
 from medmoe_hf.errors import ArgumentError, PathNotFoundError, ShardError, SourceError
-from medmoe_hf.model.medical_images_medmoe import WINDOWS, is_medical_image
+from medmoe_hf.model.medical_images_medmoe import WINDOWS
 from medmoe_hf.model.modalities_medmoe import MODALITIES
 
 logger = logging.getLogger(__name__)
 
+_MAX_CHECKED_SHARDS = 20  # shards opened to look for a field: tars may differ in their fields
+_MAX_NAMED_FIELDS = 20  # fields listed in a message
 
-class _Fields(BaseModel):
-    """What every source says.
+
+class BaseSource(BaseModel):
+    """The keys that all kinds of sources share.
 
     Attributes:
-        name: what reports call it; by default its place.
-        weight: how often it is drawn from, against the others.
-        image, caption: fields that hold them; None looks for the usual names.
-        caption_rule: how a field becomes one caption: `plain`, a tag's rule (see `medmoe_hf.data.captions`), or `auto`
-            (the rule whose tag the text contains).
-        caption_template: a caption made of fields, `"a chest radiograph with {label}"`, in place of the field.
-        modality: a name or alias; `field:NAME` (a name, alias or id); `caption` (from its words); `dicom` (from the
-            header); or `unknown`. A list of these is tried in order, until one gives a modality. None: the caption
-            rule's, if it has one, else a field `cls` or `modality`, else unknown.
-        subject: field that says whose image it is, for the split.
-        label: field that says what an image shows, for training with `positives: label`; None takes a field `label`,
-            where there is one.
-        window: how DICOM and NIfTI are shown: a CT window's name, (centre, width), or three of these for three
-            channels; None: as the file says (see `read_medical_image`).
+        kind: Kind of source.
+        name: Name in reports and model cards; by default the path, pattern or Hub id.
+        weight: Relative frequency of samples of this source when sources are mixed, above 0.
+        image: Field with the image; by default the first of `image`, `jpg`, `jpeg`, `png`, `webp`, `tif`, `tiff`,
+            `dcm`, `file_name` and `path`.
+        caption: Field with the caption; by default the first of `caption`, `txt`, `text` and `report`.
+        caption_rule: How the caption is taken from the field: `plain` (as it is), the rule of a tag (see
+            `medmoe_hf.data.captions`), or `auto` (the rule whose tag the text contains).
+        caption_template: Caption with fields in braces, such as `"a chest radiograph with {label}"`, used instead of
+            the field.
+        modality: Where the modality comes from: its name, alias or DICOM code; `field:NAME` (a field with a name,
+            alias or id); `caption` (the words of the caption); `dicom` (the header); or `unknown`. The entries of a
+            list are tried in order until one yields a modality. By default it is that of the caption rule, if the rule
+            has one, otherwise the field `modality` or `cls`, otherwise unknown.
+        subject: Field with the patient or other subject of the image, by which data are split.
+        label: Field with the class of the image, for training with `positives: label`; by default `label`, if it
+            exists.
+        window: Window for DICOM and NIfTI: name of a CT window, (center, width), or three names for three channels; by
+            default as specified by the file (see `read_medical_image`).
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -75,15 +71,15 @@ class _Fields(BaseModel):
     window: str | tuple[float, float] | tuple[str, str, str] | None = None
 
     @model_validator(mode="after")
-    def _known_rule(self) -> "_Fields":
+    def _known_rule(self) -> "BaseSource":
         if self.caption_rule not in (*CAPTION_RULES, "auto"):
             raise ValueError(f"`caption_rule` must be one of {', '.join(CAPTION_RULES)} or auto")
         for name in (self.window,) if isinstance(self.window, str) else self.window or ():
             if isinstance(name, str) and name not in WINDOWS:
-                raise ValueError(f"there is no `window` {name}, but {', '.join(WINDOWS)}")
+                raise ValueError(f"unknown `window` {name}; use {', '.join(WINDOWS)}")
         if self.caption_template is not None:
             try:
-                _template_fields(self.caption_template)
+                template_fields(self.caption_template)
             except ValueError as error:
                 raise ValueError(
                     f"`caption_template`: {error}; write fields as `{{label}}`, braces as `{{{{`"
@@ -91,38 +87,39 @@ class _Fields(BaseModel):
         return self
 
     def check(self, shards: Sequence[Shard]) -> None:
-        """Looks for the fields that this source names, before a sample is read.
+        """Checks that the fields of this source exist, before a sample is read.
 
         Args:
-            shards: what `shards` gave.
+            shards: The source's shards, from `shards`.
 
         Raises:
-            SourceError: if no sample has a field that `image`, `caption`, `caption_template`, `modality`, `subject` or
-                `label` needs, or if there are no samples; says which fields there are, and the nearest one.
+            SourceError: If there are no samples, or no sample has the field that `image`, `caption`,
+                `caption_template`, `modality`, `subject` or `label` requires. The message lists the fields and
+                suggests the nearest one.
         """
         if all(isinstance(shard, (TableShard, DatasetShard)) and not len(shard) for shard in shards):
-            raise SourceError(f"{self.name or (shards[0].name if shards else self.kind)} holds no samples.")
-        there: dict[str, None] = {}
+            raise SourceError(f"{self.name or (shards[0].name if shards else self.kind)} has no samples.")
+        fields: dict[str, None] = {}
         first = None
-        for shard in shards[:_CHECKED_SHARDS]:
+        for shard in shards[:_MAX_CHECKED_SHARDS]:
             try:
-                there.update(dict.fromkeys(name for name in shard.fields() if name is not None))
+                fields.update(dict.fromkeys(name for name in shard.fields() if name is not None))
             except (ShardError, OSError):
-                continue  # counted when it is read
+                continue  # counted as a fault when it is read
             first = first or shard.name
-            problems = [problem for key, names in self._needed() if (problem := _absent(key, names, there))]
+            problems = [problem for key, names in self._needed() if (problem := _missing_field(key, names, fields))]
             if not problems:
                 return
-        if there:
-            known = list(there)
-            some = ", ".join(known[:_NAMED_FIELDS]) + (", ..." if len(known) > _NAMED_FIELDS else "")
+        if fields:
+            known = list(fields)
+            some = ", ".join(known[:_MAX_NAMED_FIELDS]) + (", ..." if len(known) > _MAX_NAMED_FIELDS else "")
             raise SourceError(f"{first}: {'; '.join(problems)}. The columns are: {some}.")
 
     def _needed(self) -> list[tuple[str, Sequence[str]]]:
-        """Keys, and the fields one of which each needs."""
+        """Returns the keys that require a field, each with the fields that it accepts."""
         needed: list[tuple[str, Sequence[str]]] = [("image", IMAGE_FIELDS if self.image is None else (self.image,))]
         if self.caption_template is not None:
-            needed += [("caption_template", (name,)) for name in _template_fields(self.caption_template)]
+            needed += [("caption_template", (name,)) for name in template_fields(self.caption_template)]
         else:
             needed.append(("caption", CAPTION_FIELDS if self.caption is None else (self.caption,)))
         said = [self.modality] if isinstance(self.modality, str) else self.modality or []
@@ -130,25 +127,31 @@ class _Fields(BaseModel):
         named = {"subject": self.subject, "label": self.label}
         return needed + [(key, (name,)) for key, name in named.items() if name is not None]
 
-    def content_facts(self) -> list[Any]:
-        """What tells the content of this source from another one, plain for JSON: an entry `[name, size, checksum]`
-        for each file, in the order of its shards.
+    def content_checksums(self) -> list[Any]:
+        """Returns what identifies the content of this source, as plain values for JSON.
 
-        A name is a file's without its folder, so that data may be moved. Tars and parquet files are told apart by
-        their size, beginning and end, tables by all their bytes, and folders of images by names and sizes. A missing
-        file has None for both.
+        Returns:
+            `[name, size, checksum]` of each file, in the order of the shards. Names are without folders, so that data
+            can be moved. Checksums cover the beginning and end of tars and parquet files, all bytes of tables, and the
+            names and sizes of the images of a folder. Size and checksum of a missing file are None.
         """
         return []
 
 
-class PhantomSource(_Fields):
-    """Synthetic image-report pairs, drawn while training (see `medmoe_hf.data.phantom`).
+class PhantomSource(BaseSource):
+    """Synthetic image-report pairs, drawn while they are read (see `medmoe_hf.data.phantom`).
 
     Attributes:
-        seed: which endless sequence of samples.
-        image_size: side in pixels.
-        modalities: which of the six to draw; their ids stay the same.
-        length: samples before the stream ends; None for an endless one.
+        kind: `phantom`.
+        seed: Seed of the sequence of samples.
+        image_size: Width and height in pixels, 48 or more.
+        modalities: Modalities to draw; their ids do not change.
+        length: Number of samples; None for an endless source.
+
+    Example:
+        ```yaml
+        - {kind: phantom, seed: 1, image_size: 64, length: 200, modalities: [xray, ct]}
+        ```
     """
 
     kind: Literal["phantom"]
@@ -158,53 +161,79 @@ class PhantomSource(_Fields):
     length: int | None = Field(default=None, ge=1)
 
     def shards(self) -> list[Shard]:
+        """Returns the shards of the source."""
         return [PhantomShard(self.seed, self.image_size, self.modalities, self.length)]
 
 
-class _FileSource(_Fields):
+class _FileSource(BaseSource):
     files: list[str] = Field(min_length=1)
 
     def paths(self) -> list[str]:
-        """The files, patterns expanded.
+        """Returns the paths of the files, with patterns expanded.
 
         Raises:
-            FileNotFoundError: for a pattern that no file fits.
+            FileNotFoundError: If no file matches a pattern.
         """
         return [path for pattern in self.files for path in expand(pattern)]
 
-    def content_facts(self) -> list[Any]:
-        return files_facts(self.paths())
+    def content_checksums(self) -> list[Any]:
+        return file_checksums(self.paths())
 
 
 class WebDatasetSource(_FileSource):
-    """Uncompressed tar shards of samples: an image, `txt` (the caption) and, if there is one, `cls` (the modality id).
+    """Uncompressed WebDataset tars: per sample an image, `txt` (the caption) and optionally `cls` (the modality id).
 
     Attributes:
-        files: paths, or patterns with `*`, `?`, `{000..012}`, `{a,b}` and `::` between several.
+        kind: `webdataset`.
+        files: Paths, or patterns with `*`, `?`, `{000..012}`, `{a,b}` and `::` between several.
+
+    Example:
+        ```yaml
+        - {kind: webdataset, files: ["shards/train-{000000..000120}.tar"], caption_rule: auto, modality: caption}
+        ```
     """
 
     kind: Literal["webdataset"]
 
     def shards(self) -> list[Shard]:
+        """Returns the shards of the source."""
         return [TarShard(path) for path in self.paths()]
 
 
 class ParquetSource(_FileSource):
-    """Parquet files whose image column holds bytes, `{"bytes", "path"}`, or a path."""
+    """Parquet files whose image column contains bytes, `{"bytes", "path"}`, or a path.
+
+    Attributes:
+        kind: `parquet`.
+        files: Paths or patterns, as for `WebDatasetSource`.
+
+    Example:
+        ```yaml
+        - {kind: parquet, files: ["export/*.parquet"], image: image, caption: report, modality: "field:modality"}
+        ```
+    """
 
     kind: Literal["parquet"]
 
     def shards(self) -> list[Shard]:
+        """Returns the shards of the source."""
         return [ParquetShard(path) for path in self.paths()]
 
 
 class TableSource(_FileSource):
-    """CSV or JSONL files with a column of image paths, relative to the file's folder or to `root`.
+    """CSV or JSONL files with a column of image paths, relative to the folder of the file or to `root`.
 
     Attributes:
-        root: folder that image paths start from.
-        delimiter: between the cells of a CSV; None finds out whether it is a comma, semicolon, tab or `|`.
-        encoding: of the text, as Python names it: `cp1252`, say; None finds out.
+        kind: `csv` or `jsonl`.
+        files: Paths or patterns, as for `WebDatasetSource`.
+        root: Folder to which image paths are relative; by default the folder of the file.
+        delimiter: Delimiter of a CSV; by default detected among comma, semicolon, tab and `|`.
+        encoding: Python's name of the text encoding, such as `cp1252`; by default detected.
+
+    Example:
+        ```yaml
+        - {kind: csv, files: [export/reports.csv], image: path, caption: report, modality: dicom, subject: patient}
+        ```
     """
 
     kind: Literal["csv", "jsonl"]
@@ -215,92 +244,107 @@ class TableSource(_FileSource):
     @model_validator(mode="after")
     def _readable(self) -> "TableSource":
         if self.kind == "jsonl" and self.delimiter is not None:
-            raise ValueError("`delimiter` is a CSV's; JSONL has none")
+            raise ValueError("`delimiter` applies to CSV only")
         try:
             codecs.lookup(self.encoding or "utf-8")
         except LookupError:
-            raise ValueError(f"there is no `encoding` {self.encoding}; utf-8, utf-16 and cp1252 are some") from None
+            raise ValueError(f"unknown `encoding` {self.encoding}; examples are utf-8, utf-16 and cp1252") from None
         return self
 
     def shards(self) -> list[Shard]:
+        """Returns the shards of the source."""
         shards: list[Shard] = []
         for path in self.paths():
-            rows = read_table(path, self.kind, self.delimiter, self.encoding, keep_faults=True)
-            folder = Path(path).parent if self.root is None else Path(_with_environment(self.root))
+            rows = read_table(path, self.kind, self.delimiter, self.encoding, keep_faulty=True)
+            folder = Path(path).parent if self.root is None else Path(expand_environment(self.root))
             self._join(rows, folder)
             shards.append(TableShard(path, rows))
         return shards
 
     def _join(self, rows: list[dict[str, Any]], folder: Path) -> None:
-        """Makes image paths start from the folder; those of Windows are understood elsewhere."""
+        """Prepends the folder to image paths, and converts Windows paths on other systems."""
         keys: dict[tuple[str, ...], str | None] = {}
         slashes: bool | None = None
         start = str(folder / "x")[:-1]
         for row in rows:
             names = tuple(row)
-            key = keys[names] if names in keys else keys.setdefault(names, field_of(row, self.image, IMAGE_FIELDS))
+            key = keys[names] if names in keys else keys.setdefault(names, find_field(row, self.image, IMAGE_FIELDS))
             if key is None:
                 continue
-            holder, name = (row[key], "path") if isinstance(row[key], dict) else (row, key)
-            path = holder.get(name)
+            container, name = (row[key], "path") if isinstance(row[key], dict) else (row, key)
+            path = container.get(name)
             if not isinstance(path, str) or not path or "://" in path:
                 continue
             if "\\" in path and os.sep == "/":
                 if slashes is None:
                     slashes = not (folder / path).exists()
                 path = path.replace("\\", "/") if slashes else path
-            # What `Path` would change, it may; it takes longer than the rest of the reading.
+            # `Path` normalizes what is not plain; for all paths it would take longer than the rest of reading.
             plain = os.sep == "/" and path[0] not in "./" and path[-1] != "/" and "//" not in path and "/." not in path
-            holder[name] = start + path if plain else str(folder / path)
+            container[name] = start + path if plain else str(folder / path)
 
-    def content_facts(self) -> list[Any]:
-        return files_facts(self.paths(), whole=True)
+    def content_checksums(self) -> list[Any]:
+        return file_checksums(self.paths(), complete=True)
 
 
-class FolderSource(_Fields):
-    """A folder of images, each in the folder of its label (`label` in templates).
+class FolderSource(BaseSource):
+    """A folder of images, in one subfolder per label (the field `label` of templates).
 
     Attributes:
-        path: the folder.
+        kind: `imagefolder`.
+        path: Path of the folder.
+
+    Example:
+        ```yaml
+        - {kind: imagefolder, path: lesions, caption_template: "ultrasound of a {label} lesion", modality: us}
+        ```
     """
 
     kind: Literal["imagefolder"]
     path: str
 
     def shards(self) -> list[Shard]:
-        root = Path(_with_environment(self.path))
+        """Returns the shards of the source."""
+        root = Path(expand_environment(self.path))
         rows = [
             {"image": str(path), "label": path.parent.name if path.parent != root else ""} for path in self._images()
         ]
         return [TableShard(str(root), rows)]
 
-    def content_facts(self) -> list[Any]:
-        root = Path(_with_environment(self.path))
+    def content_checksums(self) -> list[Any]:
+        root = Path(expand_environment(self.path))
         digest, size = hashlib.blake2b(digest_size=8), 0
         for path in self._images():
-            bytes_of_one = path.stat().st_size if path.exists() else None
-            digest.update(f"{path.relative_to(root).as_posix()}\0{bytes_of_one}\0".encode(errors="surrogateescape"))
-            size += bytes_of_one or 0
+            file_size = path.stat().st_size if path.exists() else None
+            digest.update(f"{path.relative_to(root).as_posix()}\0{file_size}\0".encode(errors="surrogateescape"))
+            size += file_size or 0
         return [[root.resolve().name, size, digest.hexdigest()]]
 
     def _images(self) -> list[Path]:
-        root = Path(_with_environment(self.path))
+        root = Path(expand_environment(self.path))
         if not root.is_dir():
             raise PathNotFoundError(f'There is no folder "{root}" (`path` of an imagefolder source).')
         others: Counter[str] = Counter()
-        images = sorted(Path(path) for path in _images_below(str(root), (), others))
+        images = sorted(Path(path) for path in find_images(str(root), others))
         if others:
             kinds = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in others.most_common())
-            logger.warning("%s: files that are no images are left out (%s)", root, kinds)
+            logger.warning("%s: skipping files that are not images (%s)", root, kinds)
         return images
 
 
-class DatasetSource(_Fields):
-    """A Hub dataset (downloaded once) or one that `save_to_disk` wrote.
+class DatasetSource(BaseSource):
+    """A dataset on the Hub (downloaded once), or one that was saved with `save_to_disk`.
 
     Attributes:
-        path: Hub id, or the folder.
-        subset, split: of a Hub dataset.
+        kind: `hub` or `saved`.
+        path: Hub id, or path of the folder.
+        subset: Configuration of a Hub dataset.
+        split: Split of the dataset.
+
+    Example:
+        ```yaml
+        - {kind: hub, path: you/reports, split: train, modality: "field:modality"}
+        ```
     """
 
     kind: Literal["hub", "saved"]
@@ -309,22 +353,23 @@ class DatasetSource(_Fields):
     split: str = "train"
 
     def shards(self) -> list[Shard]:
+        """Returns the shards of the source."""
         return [DatasetShard(self.path, self._load())]
 
-    def content_facts(self) -> list[Any]:
-        return files_facts([file["filename"] for file in self._load().cache_files])
+    def content_checksums(self) -> list[Any]:
+        return file_checksums([file["filename"] for file in self._load().cache_files])
 
     def _load(self) -> datasets.Dataset:
         if self.kind == "hub":
             with explain_loading(self.path):
                 return datasets.load_dataset(self.path, self.subset, split=self.split)
-        path = _with_environment(self.path)
+        path = expand_environment(self.path)
         if not Path(path).is_dir():
             raise PathNotFoundError(f'There is no folder "{path}" (`path` of a saved source).')
         found = datasets.load_from_disk(path)
         if isinstance(found, datasets.DatasetDict):
             if self.split not in found:
-                raise ArgumentError(f'"{self.path}" has no split "{self.split}", but {", ".join(found)}.')
+                raise ArgumentError(f'"{self.path}" has no split "{self.split}"; it has {", ".join(found)}.')
             found = found[self.split]
         return found
 
@@ -340,192 +385,74 @@ SOURCE_SECTIONS = {
     for model in SOURCE_MODELS
     for kind in get_args(model.model_fields["kind"].annotation)
 }
-"""The keys of each kind of source."""
+"""Keys of each kind of source."""
 
 
-_PLAIN_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-_RARE_SUFFIXES = (".avif", ".j2k", ".jp2", ".jpx", ".pbm", ".pgm", ".pnm", ".ppm", ".tga")
-_IMAGE_SUFFIXES = (*_PLAIN_SUFFIXES, *_RARE_SUFFIXES, ".dcm", ".dicom", ".ima", ".nii", ".nii.gz")
-_PLAIN_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP")
-"""Those that begin in a way that nothing else does."""
-
-
-_COMPANIONS = (".csv", ".db", ".ini", ".json", ".jsonl", ".md", ".tsv", ".txt", ".xml", ".yaml", ".yml")
-"""What lies beside images everywhere, and is not worth a word."""
-
-
-def _images_below(folder: str, above: tuple[tuple[int, int], ...], others: Counter[str]) -> Iterator[str]:
-    """Paths of the images in a folder and its subfolders, linked ones too.
-
-    Args:
-        folder: where to look.
-        above: the folders on the way to it.
-        others: counts the suffixes of files that are no images.
-    """
-    status = os.stat(folder)
-    identity = status.st_dev, status.st_ino
-    if identity in above:
-        return  # a link that leads back
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            # hidden, and what NAS systems put beside images
-            if entry.name.startswith(".") or entry.name == "@eaDir":
-                continue
-            if entry.is_dir():
-                yield from _images_below(entry.path, (*above, identity), others)
-            # A link to nothing is an image that is missing.
-            elif _is_image(entry.path) and (entry.is_file() or entry.is_symlink()):
-                yield entry.path
-            elif (suffix := os.path.splitext(entry.name)[1].lower()) not in _COMPANIONS:
-                others[suffix] += 1
-
-
-def _is_image(path: str) -> bool:
-    """By the name; files with another name, such as DICOM without one, by how they begin."""
-    if path.lower().endswith(_IMAGE_SUFFIXES):
-        return True
-    if not os.path.isfile(path):
-        return False
-    if is_medical_image(path):
-        return True
-    try:
-        with Image.open(path, formats=_PLAIN_FORMATS):
-            return True
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return False
-
-
-_CHECKED_SHARDS = 20
-"""Opened at most, when a field is looked for: tars may differ in what they hold."""
-_NAMED_FIELDS = 20
-
-
-def _template_fields(template: str) -> list[str]:
-    """Raises ValueError for braces that do not fit together, and for `{}` and `{0}`, which name no field."""
-    names = [re.split(r"[.\[]", name)[0] for _, name, _, _ in Formatter().parse(template) if name is not None]
-    for name in names:
-        if not name or name.isdigit():
-            raise ArgumentError("`{" + name + "}` names no field")
-    return names
-
-
-def _absent(key: str, names: Sequence[str], there: Iterable[str]) -> str | None:
-    """What is wrong with a key whose value is one of these fields; None if one of them is there."""
-    if any(name in there for name in names):
+def _missing_field(key: str, names: Sequence[str], fields: Collection[str]) -> str | None:
+    """Returns a message if none of the fields that a key accepts exists, otherwise None."""
+    if any(name in fields for name in names):
         return None
     if len(names) > 1:
-        return f"no column for the {key}: name it with `{key}`"
-    near = nearest(names[0], there)
+        return f"no column for the {key}: specify it with `{key}`"
+    near = nearest(names[0], fields)
     return f"no column `{names[0]}`" + (f"; did you mean `{near}`?" if near else "") + f" (`{key}`)"
 
 
 def has_labels(source: Any, shards: Sequence[Shard]) -> bool:
-    """Whether samples of a source have the field that its `label` stands for; the first shards are looked at."""
-    for shard in shards[:_CHECKED_SHARDS]:
+    """Returns whether samples of a source have its `label` field, by its first shards."""
+    for shard in shards[:_MAX_CHECKED_SHARDS]:
         try:
             if (source.label or "label") in shard.fields():
                 return True
         except (ShardError, OSError):
-            continue  # counted when it is read
+            continue  # counted as a fault when it is read
     return False
 
 
-def field_of(row: Any, named: str | None, usual: Sequence[str]) -> str | None:
-    """The field of a row that a source names, or the first of the usual names that it has; None without one."""
-    if named is not None:
-        return named if named in row else None
-    return next((name for name in usual if name in row), None)
-
-
-def expand(pattern: str) -> list[str]:
-    """Paths behind a pattern.
-
-    `::` separates several, `{000..012}` counts, `{a,b}` chooses, `*` and `?` glob, `$NAME` and `~` stand for the
-    environment's value and the home folder. Brackets and braces in the name of a file or folder that exists are its
-    own.
-
-    Raises:
-        FileNotFoundError: if no file fits a pattern with `*` or `?`; other paths are taken as they are, to be missed
-            when they are read.
-        ValueError: for braces in braces, or more than a million paths.
-    """
-    paths: list[str] = []
-    for part in _with_environment(pattern).split("::"):
-        if os.path.lexists(part):
-            paths.append(part)
-            continue
-        choices = [_choices(piece) for piece in re.split(r"(\{[^{}]*\})", part)]
-        count = prod(len(some) for some in choices) + len(paths)
-        if count > _MOST_PATHS:
-            raise ArgumentError(
-                f'"{_shortened(pattern)}" stands for {count} files; at most {_MOST_PATHS} are allowed.'
-            )
-        for chosen in product(*choices):
-            path = "".join(chosen)
-            if not has_magic(path) or os.path.lexists(path):
-                paths.append(path)
-                continue
-            found = sorted(glob(_own_brackets(path)) or glob(path.replace("[", "[[]")))
-            if not found:
-                raise PathNotFoundError(f'No file fits "{path}" (`files` of a source).')
-            paths += found
-    return paths
-
-
-_MOST_PATHS = 1_000_000
-
-
-def _with_environment(path: str) -> str:
-    return os.path.expanduser(os.path.expandvars(path))
-
-
-def _own_brackets(pattern: str) -> str:
-    """The pattern, in which folders that exist by the very name that is written stand for themselves alone."""
-    parts = pattern.split("/")
-    escaped = list(parts)
-    for index, part in enumerate(parts):
-        if has_magic(part):
-            if not os.path.isdir("/".join(parts[: index + 1])):
-                break
-            escaped[index] = escape(part)
-    return "/".join(escaped)
-
-
-def _choices(piece: str) -> list[str]:
-    """What a piece of a pattern stands for."""
-    if not (piece.startswith("{") and piece.endswith("}")):
-        if "{" in piece or "}" in piece:
-            raise ArgumentError(
-                f'"{_shortened(piece)}": braces within braces, or that do not close; write the names out.'
-            )
-        return [piece]
-    inside = piece[1:-1]
-    counted = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", inside)
-    if counted is None:
-        return inside.split(",")
-    first, last = counted.groups()
-    if int(first) > int(last):
-        raise ArgumentError(f'"{piece}" counts down; write {{{last}..{first}}}.')
-    numbers = range(int(first), int(last) + 1)
-    if len(numbers) > _MOST_PATHS:
-        raise ArgumentError(f'"{piece}" stands for {len(numbers)} files; at most {_MOST_PATHS} are allowed.')
-    return [str(number).zfill(len(first)) for number in numbers]
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
 def load_sources(path: str | Path) -> list[Any]:
-    """The sources that a YAML file lists.
+    """Reads the sources of a YAML file.
+
+    Args:
+        path: Path of the file, a list of sources; the keys are the attributes of the source models.
+
+    Returns:
+        One model per entry: `PhantomSource`, `WebDatasetSource`, `ParquetSource`, `TableSource`, `FolderSource` or
+        `DatasetSource`, by its `kind`.
 
     Raises:
-        SourceError: for a missing file, broken YAML, unknown keys (the nearest known one is suggested), wrong values.
+        SourceError: For a missing file, invalid YAML, unknown keys (the nearest one is suggested) or invalid values.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from medmoe_hf.data.sources import load_sources
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "sources.yaml"
+        >>> _ = path.write_text("- {kind: phantom, image_size: 64, length: 8}")
+        >>> load_sources(path)[0].length
+        8
     """
     content = read_yaml(path, SourceError)
     if not isinstance(content, list) or not content:
-        raise SourceError(f"{path} must hold a list of sources, each beginning with `- kind:`.")
+        raise SourceError(f"{path} must contain a list of sources, each starting with `- kind:`.")
     try:
         return _SOURCES.validate_python(content)
     except ValidationError as error:
         raise SourceError(f"{path} cannot be used:\n{explain(error, SOURCE_SECTIONS)}") from error
+
+
+def source_names(sources: Sequence[Any]) -> list[str]:
+    """Returns a unique name for each source: its `name`, or the path, pattern or Hub id of its data."""
+    names: list[str] = []
+    for source in sources:
+        name = source.name or _location(source)
+        same = sum(other == name or other.startswith(f"{name} (") for other in names)
+        names.append(name if not same else f"{name} ({same + 1})")
+    return names
+
+
+def _location(source: Any) -> str:
+    if isinstance(source, PhantomSource):
+        return f"phantoms {source.seed}"
+    files = getattr(source, "files", None)
+    if files is None:
+        return str(source.path)
+    return files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"

@@ -23,8 +23,7 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from PIL import Image, ImageOps
 
 from medmoe_hf.common.files import atomic_dir
-from medmoe_hf.data.shards import IMAGE_FIELDS
-from medmoe_hf.data.sources import field_of
+from medmoe_hf.data.fields import IMAGE_FIELDS, find_field
 from medmoe_hf.data.stream import SampleStream
 from medmoe_hf.errors import ArgumentError, IdentifierError, MissingPackageError, PublishError, ShardError
 from medmoe_hf.hub.access import writable
@@ -265,7 +264,7 @@ def _in_files(source: Any) -> Iterator[Finding]:
         for number in range(count):
             try:
                 row = shard.read(shard.locate(number))
-                key = field_of(row, source.image, IMAGE_FIELDS)
+                key = find_field(row, source.image, IMAGE_FIELDS)
                 content = None if key is None else row[key]
                 path = content.get("path") if isinstance(content, dict) else content
                 if isinstance(content, dict) and content.get("bytes") is not None:

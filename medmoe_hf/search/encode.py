@@ -37,7 +37,7 @@ from medmoe_hf.common.files import atomic_write
 from medmoe_hf.common.loading import explain_loading
 from medmoe_hf.data.checkpoint_names import refuse_missing_folder
 from medmoe_hf.data.collate import ContrastiveCollator
-from medmoe_hf.data.reading import Place, Sample
+from medmoe_hf.data.reading import Sample, SampleIndex
 from medmoe_hf.data.stream import SampleStream
 from medmoe_hf.errors import EncodeError
 from medmoe_hf.inference.texts import encode_texts
@@ -91,27 +91,27 @@ class _LocatedStream(SampleStream):
 
     def __init__(self, sources: Sequence[Any], **arguments: Any) -> None:
         super().__init__(sources, shuffle=False, **arguments)
-        self._waiting: deque[Place] = deque()
+        self._waiting: deque[SampleIndex] = deque()
         self._begun = [0] * len(self.sources)
 
-    def _places(self) -> Iterator[Place]:
+    def _sample_order(self) -> Iterator[SampleIndex]:
         self._waiting.clear()
-        for place in super()._places():
-            if place.position >= self._next and place.position % self.world_size == self.rank:
-                self._waiting.append(place)
-            yield place
+        for index in super()._sample_order():
+            if index.position >= self._next and index.position % self.world_size == self.rank:
+                self._waiting.append(index)
+            yield index
 
     def location(self, sample: Sample) -> tuple[str, int]:
         """Returns the name of the shard, and the row in it, of the last sample."""
-        while (place := self._waiting.popleft()).position != sample["position"]:
+        while (index := self._waiting.popleft()).position != sample["position"]:
             pass  # this one was skipped
-        shards = self.shards[place.source]
-        for done in range(self._begun[place.source], place.shard):
+        shards = self.shards[index.source]
+        for done in range(self._begun[index.source], index.shard):
             # A copy drops the shard's list of samples, as for readers in other processes: for millions of samples the
             # lists would fill the memory.
             shards[done] = copy(shards[done])
-        self._begun[place.source] = place.shard
-        return shards[place.shard].name, place.where
+        self._begun[index.source] = index.shard
+        return shards[index.shard].name, index.row
 
 
 def encode_sources(
@@ -191,7 +191,7 @@ def encode_sources(
         "mixed_precision": accelerator.mixed_precision,
         "sources": [source.model_dump(mode="json") for source in sources],
         # New files that match a pattern would shift every position, and changed files were encoded as they were.
-        "content": [[name, source.content_facts()] for name, source in zip(stream.names, sources, strict=True)],
+        "content": [[name, source.content_checksums()] for name, source in zip(stream.names, sources, strict=True)],
     }
     if accelerator.is_main_process:
         _claim(out, manifest)
@@ -253,7 +253,7 @@ class _Encoder:
         """Encodes prepared images: `image_embeds` (B, D), `modality` (B,) expert ids and `probability` (B,)."""
         pixels = torch.from_numpy(np.stack(images)).to(self.accelerator.device, non_blocking=True)
         with torch.inference_mode(), self.accelerator.autocast():
-            batch = self.collator.normalise({"pixel_values": pixels})
+            batch = self.collator.normalize({"pixel_values": pixels})
             outputs = self.model.get_image_features(batch["pixel_values"], local=False)
         return {
             "image_embeds": nn.functional.normalize(outputs.pooler_output.float(), dim=-1).cpu().numpy(),

@@ -211,7 +211,7 @@ def compare_content(checkpoint: Path, part: str, then: list[list[Any]], now: lis
     Args:
         checkpoint: The checkpoint's folder, for the message.
         part: Name of the data: "training" or "held-out".
-        then: `content_facts` of each source when the checkpoint was written.
+        then: `content_checksums` of each source when the checkpoint was written.
         now: The same now.
 
     Raises:

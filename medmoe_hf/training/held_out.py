@@ -114,7 +114,7 @@ class HeldOutData:
         with accelerator.autocast():
             return validate(
                 model,
-                (self._collator.normalise(to_device(batch, accelerator)) for batch, _ in batches),
+                (self._collator.normalize(to_device(batch, accelerator)) for batch, _ in batches),
                 [counts for _, counts in self._batches],
                 gather_rows,
             )

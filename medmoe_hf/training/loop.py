@@ -149,7 +149,7 @@ class TrainingRun(RunState):
                 samples.append(sample)
                 if len(samples) == self.config.batch_size:
                     batch = to_device(self.collator.assemble(samples), self.accelerator)
-                    yield self.collator.normalise(batch), [str(sample["key"]) for sample in samples]
+                    yield self.collator.normalize(batch), [str(sample["key"]) for sample in samples]
                     samples = []
             if empty:
                 raise TrainingError("The training data are empty: no sample in an entire epoch.")

@@ -10,7 +10,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from medmoe_hf.data.reading import Fault, Place, Reader
+from medmoe_hf.data.faults import Fault
+from medmoe_hf.data.reading import Reader, SampleIndex
 from medmoe_hf.data.sources import has_labels
 from medmoe_hf.data.stream import SampleStream
 from medmoe_hf.errors import ShardError, TrainingError
@@ -82,7 +83,7 @@ def _unusable(stream: SampleStream, source: int) -> str | None:
         if not rows:
             continue
         row = part * rows // _SAMPLES_TRIED
-        found = reader[Place(0, source, number, shard.locate(row), row)]
+        found = reader[SampleIndex(0, source, number, row, shard.locate(row))]
         if not isinstance(found, Fault):
             return None
         faults.append(found)

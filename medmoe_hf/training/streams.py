@@ -3,7 +3,7 @@
 from typing import Any
 
 from medmoe_hf.data.collate import ContrastiveCollator
-from medmoe_hf.data.reading import Split
+from medmoe_hf.data.split import Split
 from medmoe_hf.data.stream import SampleStream
 from medmoe_hf.errors import SourceError
 from medmoe_hf.training.config import TrainConfig

@@ -7,8 +7,8 @@ import random
 import pytest
 
 from medmoe_hf.data.captions import CAPTION_RULES, RULE_MODALITY, apply_rule, detect_rule
-from medmoe_hf.data.phantom import MODALITIES
 from medmoe_hf.errors import CaptionError
+from medmoe_hf.model.modalities_medmoe import MODALITIES
 
 DRAWS = 400
 
@@ -105,21 +105,21 @@ def test_only_rng_decides():
 @pytest.mark.parametrize(
     ("rule", "text", "message"),
     [
-        ("plain", " \n", "'plain' finds nothing to train on among 1 items of a text of 2 characters"),
+        ("plain", " \n", "'plain' finds no caption among 1 items of a text of 2 characters"),
         ("plain", "", "among 1 items of a text of 0 characters"),
-        ("dr", "SECRET name", "'dr' needs the tag '_dr_'; a text of 11 characters has none"),
-        ("dr", "SECRET_openi_", "'dr' needs the tag '_dr_'; a text of 13 characters has none"),
+        ("dr", "SECRET name", "'dr' requires the tag '_dr_'; a text of 11 characters has none"),
+        ("dr", "SECRET_openi_", "'dr' requires the tag '_dr_'; a text of 13 characters has none"),
         ("dr", "", "a text of 0 characters has none"),
         ("dr", "_dr__dr__dr_", "among 3 items of a text of 12 characters"),
-        ("dr", joined("dr", ["SECRET"] * 16), "'dr' needs 1 to 15 items; a text of 160 characters has 16"),
-        ("radimagenet", joined("radimagenet", ["SECRET"] * 11), "needs 1 to 10 items; .* has 11"),
-        ("openi", joined("openi", ["", "SECRET"]), "finds nothing to train on among 2 items"),
-        ("openi", joined("openi", ["SECRET"] * 5), "needs 1 to 4 items; .* has 5"),
-        ("mimiccxr", joined("mimiccxr", ["SECRET"] * 10), "needs 12 items; .* has 10"),
-        ("mimiccxr", joined("mimiccxr", [""] * 11 + ["noreportpresent"]), "finds nothing to train on among 12 items"),
-        ("all_retina_merged", joined("all_retina_merged", ["SECRET"] * 9), "needs 10 to 11 items; .* has 9"),
-        ("medicat", joined("medicat", ["SECRET"]), "needs 2 items; .* has 1"),
-        ("medicat", joined("medicat", ["", "nothingpresent"]), "finds nothing to train on among 2 items"),
+        ("dr", joined("dr", ["SECRET"] * 16), "'dr' requires 1 to 15 items; a text of 160 characters has 16"),
+        ("radimagenet", joined("radimagenet", ["SECRET"] * 11), "requires 1 to 10 items; .* has 11"),
+        ("openi", joined("openi", ["", "SECRET"]), "finds no caption among 2 items"),
+        ("openi", joined("openi", ["SECRET"] * 5), "requires 1 to 4 items; .* has 5"),
+        ("mimiccxr", joined("mimiccxr", ["SECRET"] * 10), "requires 12 items; .* has 10"),
+        ("mimiccxr", joined("mimiccxr", [""] * 11 + ["noreportpresent"]), "finds no caption among 12 items"),
+        ("all_retina_merged", joined("all_retina_merged", ["SECRET"] * 9), "requires 10 to 11 items; .* has 9"),
+        ("medicat", joined("medicat", ["SECRET"]), "requires 2 items; .* has 1"),
+        ("medicat", joined("medicat", ["", "nothingpresent"]), "finds no caption among 2 items"),
     ],
 )
 def test_errors_give_counts_and_never_the_caption(rule, text, message):
@@ -129,7 +129,7 @@ def test_errors_give_counts_and_never_the_caption(rule, text, message):
 
 
 def test_an_unknown_rule_is_no_fault_of_the_caption():
-    with pytest.raises(ValueError, match="Unknown caption rule 'auto'; there are plain, radimagenet") as caught:
+    with pytest.raises(ValueError, match="Unknown caption rule 'auto'; known rules are plain, radimagenet") as caught:
         apply_rule("auto", "text", random.Random(0))
     assert not isinstance(caught.value, CaptionError)
 

@@ -74,17 +74,17 @@ def test_every_problem_is_listed_with_row_path_field_and_reason(tmp_path, export
         ("5", f"{tmp_path}/4.png", "path", "missing image"),
         ("8", f"{tmp_path}/7.png", "path", "unreadable image"),
         ("21", f"{tmp_path}/20.png", "caption", "empty caption"),
-        ("31", f"{tmp_path}/30.png", "modality", "wrong label"),
+        ("31", f"{tmp_path}/30.png", "modality", "unknown modality name"),
     ]
     assert {one["source"] for one in found} == {one["file"] for one in found} == {f"{tmp_path}/t.csv"}
-    reasons = ["no such file", "truncated", "empty", "known are xray, ct"]
+    reasons = ["does not exist", "truncated", "empty", "use xray, ct"]
     assert all(reason in one["reason"] for reason, one in zip(reasons, found, strict=True))
     assert "secret" not in problems.read_text()
     assert "banana" not in problems.read_text()
     lines = [line for line in result.output.splitlines() if line.startswith("  PROBLEM")]
     assert len(lines) == 4
-    assert any(f"1 missing image ({tmp_path}/4.png): there is no such file" in line for line in lines)
-    assert "(of 36 looked at)" in result.output
+    assert any(f"1 missing image ({tmp_path}/4.png): the file does not exist" in line for line in lines)
+    assert "(of 36 read)" in result.output
 
 
 def test_a_table_of_problems_names_sources_that_cannot_be_read(tmp_path):
@@ -103,7 +103,7 @@ def test_a_table_of_problems_names_sources_that_cannot_be_read(tmp_path):
 def test_without_a_folder_for_the_table_nothing_is_read(tmp_path, export):
     result = run([tmp_path / "sources.yaml", "--problems", tmp_path / "none" / "p.csv"])
     assert result.exit_code == 1
-    assert "There is no folder for" in result.output + str(result.exception)
+    assert "The folder of" in result.output + str(result.exception)
 
 
 def test_what_is_held_out_is_counted_as_training_splits_it(tmp_path, export):
@@ -117,7 +117,7 @@ def test_what_is_held_out_is_counted_as_training_splits_it(tmp_path, export):
         return int.from_bytes(hashlib.blake2b(subject.encode(), digest_size=8).digest(), "big") / 2**64 < share
 
     (report,) = inspect_sources(load_sources(tmp_path / "sources.yaml"), validation_share=share)
-    for title, wanted in (("training", False), ("held-out", True)):
+    for title, wanted in (("training", False), ("validation", True)):
         rows = [row for row in usable if held_out(row["patient"]) == wanted]
         part = report.parts[title]
         for name, modality in names.items():
@@ -130,7 +130,7 @@ def test_what_is_held_out_is_counted_as_training_splits_it(tmp_path, export):
         assert 0 < len(rows) < len(usable)
     parts = [problem.split(":")[0] for problem in report.problems]
     assert len(parts) == 4
-    assert set(parts) <= {"training", "held-out"}
+    assert set(parts) <= {"training", "validation"}
 
 
 def test_a_modality_that_is_not_held_out_is_told(tmp_path):
@@ -146,8 +146,8 @@ def test_a_modality_that_is_not_held_out_is_told(tmp_path):
     # One patient alone has an ultrasound, so that one part lacks it; a share decides which one.
     digest = int.from_bytes(hashlib.blake2b(b"0", digest_size=8).digest(), "big") / 2**64
     (report,) = inspect_sources(load_sources(tmp_path / "s.yaml"), validation_share=digest - 1e-9)
-    assert "nothing is held out of: ultrasound" in report.warnings
-    assert "without a subject: 1 pair, split by image" in report.warnings
+    assert "modalities missing from the validation set: ultrasound" in report.warnings
+    assert "without a subject, split by image: 1 pair" in report.warnings
 
 
 def test_duplicates_are_told(tmp_path):
@@ -170,13 +170,13 @@ def test_duplicates_are_told(tmp_path):
     (report,) = inspect_sources(load_sources(tmp_path / "s.yaml"), problems=tmp_path / "p.csv")
     (warning,) = report.warnings
     assert warning == (
-        f"images that come more than once: 2, in 5 pairs ({tmp_path}/a.png, {tmp_path}/c.png); "
-        "pairs that repeat an earlier one, caption and all: 1"
+        f"images in several pairs: 2, in 5 pairs ({tmp_path}/a.png, {tmp_path}/c.png); "
+        "duplicate pairs, with equal captions: 1"
     )
-    assert report.problems == ["pairs with an image that another subject has too: 1"]
+    assert report.problems == ["pairs whose image also belongs to another subject: 1"]
     assert [(one["row"], one["problem"], one["reason"]) for one in listed(tmp_path / "p.csv")] == [
-        ("2", "pair that comes twice", f"the same image as in row 1 ({tmp_path}/a.png)"),
-        ("5", "image of two subjects", f"the same image as in row 4 ({tmp_path}/c.png)"),
+        ("2", "duplicate pair", f"the same image as in row 1 ({tmp_path}/a.png)"),
+        ("5", "image with two subjects", f"the same image as in row 4 ({tmp_path}/c.png)"),
     ]
 
 
@@ -188,7 +188,7 @@ def test_no_contact_sheet_of_nothing(tmp_path):
     assert not (tmp_path / "sheet.png").exists()
     assert "No contact sheet: no image could be read." in result.output
     assert result.output.count("missing image") == 1
-    assert "PROBLEM     nothing can be read" in result.output
+    assert "PROBLEM     no sample can be read" in result.output
 
 
 def test_images_of_16_bits_are_shown(tmp_path):

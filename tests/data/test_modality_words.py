@@ -8,7 +8,8 @@ from xml.etree import ElementTree
 import pytest
 
 from medmoe_hf.data.modality_words import modality_from_text
-from medmoe_hf.data.phantom import MODALITIES, phantom_sample
+from medmoe_hf.data.phantom import phantom_sample
+from medmoe_hf.model.modalities_medmoe import MODALITIES
 
 XRAY, CT, MRI, US, HISTO, FUNDUS = MODALITIES
 

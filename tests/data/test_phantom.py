@@ -1,8 +1,7 @@
-"""The phantom stream: what reports say is what is drawn, and streams are exact."""
+"""Phantoms: what reports say is what is drawn."""
 
 import collections
 import hashlib
-import itertools
 import os
 import subprocess
 import sys
@@ -17,15 +16,13 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from medmoe_hf.data.phantom import (
     FINDINGS,
-    MODALITIES,
     PHRASES,
-    phantom_features,
     phantom_sample,
-    phantom_stream,
     phantom_vocabulary,
     write_webdataset,
     zero_shot_prompts,
 )
+from medmoe_hf.model.modalities_medmoe import MODALITIES
 
 SIZE = 64
 COUNT = 2000
@@ -60,7 +57,7 @@ def abnormal(samples):
 
 
 def test_sample_has_the_declared_fields_and_types(samples):
-    assert set(samples[0]) == set(phantom_features())
+    assert set(samples[0]) == {"id", "image", "caption", "modality", "finding", "finding_word", "box", "mask"}
     for sample in samples[:300]:
         modality = MODALITIES[sample["modality"]]
         colour = modality in ("histopathology", "fundus")
@@ -75,19 +72,15 @@ def test_sample_has_the_declared_fields_and_types(samples):
 def test_another_process_draws_the_same_bytes_and_caches_nothing(tmp_path):
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from test_phantom import digest, phantom_sample, phantom_stream\n"
-        "print(*[digest(phantom_sample(5, i, image_size=80)) for i in range(12)])\n"
-        "print(*[digest(sample) for sample in phantom_stream(5, image_size=80, length=3)])"
+        "from test_phantom import digest, phantom_sample\n"
+        "print(*[digest(phantom_sample(5, i, image_size=80)) for i in range(12)])"
     )
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_DATASETS_OFFLINE": "1", "PYTHONHASHSEED": "77"}
     environment.pop("HF_DATASETS_CACHE", None)
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     command = [sys.executable, "-c", code, str(Path(__file__).parent)]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    sampled, streamed = (line.split() for line in done.stdout.splitlines())
-    assert sampled == [digest(phantom_sample(5, index, image_size=80)) for index in range(12)]
-    assert streamed == sampled[:3]
-    # datasets itself makes an empty lock file per configuration; no sample is on disk
+    assert done.stdout.split() == [digest(phantom_sample(5, index, image_size=80)) for index in range(12)]
     assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) == 0
 
 
@@ -285,68 +278,6 @@ def test_prompts_name_their_own_finding_only():
             assert set(PHRASES[modality][finding].sizes) <= used  # an ensemble goes through all of them
 
 
-@pytest.mark.parametrize("num_shards", [1, 2, 3])
-def test_shards_are_disjoint_and_complete(num_shards):
-    stream = phantom_stream(1, image_size=48, length=20, num_shards=num_shards)
-    assert stream.num_shards == num_shards
-    shards = [
-        [int(sample["id"].rsplit("-", 1)[1]) for sample in stream.shard(num_shards, shard)]
-        for shard in range(num_shards)
-    ]
-    assert shards == [list(range(shard, 20, num_shards)) for shard in range(num_shards)]
-
-
-def test_stream_yields_the_samples_with_declared_features():
-    stream = phantom_stream(9, image_size=64, length=6)
-    assert stream.features == phantom_features()
-    rows = [digest(sample) for sample in stream]
-    assert rows == [digest(phantom_sample(9, index, image_size=64)) for index in range(6)]
-    # Arrow tables have the declared types although the box of a normal sample is empty.
-    table = next(stream.with_format("arrow").iter(batch_size=6))
-    assert datasets.Features.from_arrow_schema(table.schema) == phantom_features()
-    assert 0 in table["box"].combine_chunks().value_lengths().to_pylist()
-    undecoded = next(iter(stream.cast_column("image", datasets.Image(decode=False))))
-    assert set(undecoded["image"]) == {"bytes", "path"}
-    assert next(iter(stream.with_format("torch")))["mask"].shape[-2:] == (64, 64)
-    assert list(phantom_stream(length=0)) == []
-
-
-def test_endless_stream_resumes_exactly():
-    stream = phantom_stream(3, image_size=48, num_shards=2)
-    iterator = iter(stream)
-    first = [next(iterator)["id"] for _ in range(7)]
-    state = stream.state_dict()
-    expected = [digest(sample) for sample in itertools.islice(iterator, 5)]
-    resumed = phantom_stream(3, image_size=48, num_shards=2)
-    resumed.load_state_dict(state)
-    assert [digest(sample) for sample in itertools.islice(resumed, 5)] == expected
-    assert first == [f"phantom-3-{2 * k}" for k in range(7)]
-
-
-def test_finite_stream_resumes_in_a_later_shard():
-    stream = phantom_stream(3, image_size=48, num_shards=3, length=11)
-    ids = [sample["id"] for sample in stream]
-    iterator = iter(stream)
-    for _ in range(6):
-        next(iterator)
-    resumed = phantom_stream(3, image_size=48, num_shards=3, length=11)
-    resumed.load_state_dict(stream.state_dict())
-    assert [sample["id"] for sample in resumed] == ids[6:]
-
-
-def test_streams_interleave_shuffle_and_read_in_workers():
-    torch_data = pytest.importorskip("torch.utils.data")
-    parts = [phantom_stream(0, image_size=48, modalities=(name,), length=4) for name in ("ct", "fundus")]
-    mixed = datasets.interleave_datasets(parts)
-    assert [MODALITIES[sample["modality"]] for sample in mixed][:4] == ["ct", "fundus", "ct", "fundus"]
-    assert mixed.features == phantom_features()
-    shuffled = phantom_stream(0, image_size=48, length=10, num_shards=2).shuffle(seed=1, buffer_size=4)
-    assert sorted(sample["id"] for sample in shuffled) == [f"phantom-0-{index}" for index in range(10)]
-    stream = phantom_stream(0, image_size=48, length=10, num_shards=2).select_columns(["id"])
-    loader = torch_data.DataLoader(stream, batch_size=None, num_workers=2)
-    assert sorted(row["id"] for row in loader) == sorted(f"phantom-0-{index}" for index in range(10))
-
-
 def test_webdataset_round_trip(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
     out = tmp_path / "shards"
@@ -381,7 +312,7 @@ def test_a_failed_write_leaves_no_shard(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("drawing failed")
 
-    monkeypatch.setattr("medmoe_hf.data.phantom.phantom_sample", fail)
+    monkeypatch.setattr("medmoe_hf.data.phantom.samples.phantom_sample", fail)
     with pytest.raises(RuntimeError, match="drawing failed"):
         write_webdataset(tmp_path, shards=1, samples_per_shard=1)
     assert list(tmp_path.iterdir()) == []
@@ -396,10 +327,6 @@ def test_a_failed_write_leaves_no_shard(tmp_path, monkeypatch):
         (lambda: phantom_sample(0, 0, modalities=("pet",)), "modalities must be .*xray.*got .*pet"),
         (lambda: phantom_sample(0, 0, modalities=()), "modalities must be one or more"),
         (lambda: phantom_sample(0, 0, modalities=("ct", "ct")), "distinct"),
-        (lambda: phantom_stream(num_shards=0), "num_shards must be at least 1, got 0"),
-        (lambda: phantom_stream(length=-1), "length must be at least 0, got -1"),
-        (lambda: phantom_stream(image_size=10), "image_size must be at least 48"),
-        (lambda: phantom_stream(modalities=["ct", "skin"]), "skin"),
         (lambda: zero_shot_prompts("pet"), "modality must be one of .*got 'pet'"),
         (lambda: write_webdataset("nowhere", shards=0), "shards must be at least 1"),
         (lambda: write_webdataset("nowhere", shards=1, samples_per_shard=0), "samples_per_shard must be at least 1"),

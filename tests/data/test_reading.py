@@ -21,7 +21,8 @@ from pydantic import TypeAdapter
 from medmoe_hf.data import reading
 from medmoe_hf.data.captions import is_empty
 from medmoe_hf.data.sources import Source
-from medmoe_hf.data.stream import SampleStream, Split
+from medmoe_hf.data.split import Split
+from medmoe_hf.data.stream import SampleStream
 from medmoe_hf.errors import StreamError
 from medmoe_hf.model import MedMoEImageProcessor
 
@@ -56,8 +57,8 @@ def lines(tmp_path):
 
 
 class _Listing(SampleStream):
-    def faulty(self, fault):
-        super().faulty(fault)
+    def record_fault(self, fault):
+        super().record_fault(fault)
         self.__dict__.setdefault("found", []).append(fault)
 
 
@@ -91,14 +92,14 @@ def test_images_that_are_none_are_counted_with_a_reason(lines, tmp_path, workers
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "folder").mkdir()
     wanted = {
-        "https://example.org/x.png": ("image is an address", "download the image"),
-        "absent.png": ("missing image", "no such file"),
-        "pipe": ("image is no file", "a device, pipe or socket"),
-        "/dev/zero": ("image is no file", "a device, pipe or socket"),
-        "folder": ("image is no file", "leads to a folder"),
+        "https://example.org/x.png": ("image is a URL", "download the image"),
+        "absent.png": ("missing image", "does not exist"),
+        "pipe": ("image is not a file", "a device, pipe or socket"),
+        "/dev/zero": ("image is not a file", "a device, pipe or socket"),
+        "folder": ("image is not a file", "is a folder"),
         "bomb.png": ("too many pixels", "1600000000 pixels"),
         "text.png": ("unreadable image", "no DICOM, NIfTI or image file"),
-        "a\0b.png": ("image is no path", "characters that no file name has"),
+        "a\0b.png": ("image is not a path", "characters that are not allowed"),
     }
     rows = [{"image": str(tmp_path / path), "caption": "c"} for path in wanted]
     stream = lines([*rows, {"image": str(tmp_path / "x.png"), "caption": "good"}])
@@ -113,7 +114,7 @@ def test_images_that_are_none_are_counted_with_a_reason(lines, tmp_path, workers
 
 def test_an_address_in_a_folder_is_not_taken_for_a_missing_file(lines):
     stream = lines([{"image": "http://example.org/x.png", "caption": "c"}])
-    with pytest.raises(StreamError, match="image is an address"):
+    with pytest.raises(StreamError, match="image is a URL"):
         list(stream)
 
 
@@ -143,7 +144,7 @@ def test_an_unexpected_exception_is_counted_or_raised(lines, monkeypatch, worker
 
 
 def test_a_reading_process_that_dies_is_a_stream_error(lines):
-    with pytest.raises(StreamError, match="A reading process ended unexpectedly"):
+    with pytest.raises(StreamError, match="A reading process died unexpectedly"):
         list(lines([{"image": "x.png", "caption": "c"}], {"prepare": _Dies(), "num_workers": 1}))
 
 
@@ -156,7 +157,7 @@ def test_captions_that_are_no_text_are_faults_and_not_the_end():
     assert len(list(stream)) == 2
     assert stream.faults.counts == {("t", "empty caption"): 1}
     stream = SampleStream([source(kind="parquet", files=[str(folder / "list.parquet")], name="t")])
-    with pytest.raises(StreamError, match=r"caption is no text.*one text is expected"):
+    with pytest.raises(StreamError, match=r"caption is not text.*one text is expected"):
         list(stream)
 
 
@@ -164,7 +165,7 @@ def test_captions_that_are_no_text_are_faults_and_not_the_end():
 def test_other_types_of_captions(lines, value):
     stream = lines([{"image": "x.png", "caption": value}, {"image": "x.png", "caption": "good"}])
     assert [sample["caption"] for sample in stream] == ["good"]
-    assert stream.faults.counts == {("t", "caption is no text"): 1}
+    assert stream.faults.counts == {("t", "caption is not text"): 1}
 
 
 EMPTY = [
@@ -248,7 +249,7 @@ def test_an_empty_label_is_an_unknown_one(lines):
     rows = [{"image": "x.png", "caption": "c", "m": value} for value in [*values, "banana"]]
     stream = lines(rows, modality="field:m")
     assert [sample["modality"] for sample in stream] == [-100] * 5 + [1, 0, 3, 5]
-    assert stream.faults.counts == {("t", "wrong label"): 1}
+    assert stream.faults.counts == {("t", "unknown modality name"): 1}
 
 
 def test_a_list_of_modalities_is_tried_in_order(lines, tmp_path):
@@ -285,9 +286,9 @@ def test_a_subject_decides_before_the_image_is_read(lines, tmp_path):
             picture(tmp_path / f"{index}.png", index)
     train = lines(rows, {"split": Split("train", 0.3)}, subject="patient")
     assert [sample["caption"] for sample in train] == [str(i) for i, part in enumerate(parts) if part == "train"]
-    assert (train.faults.bad, str(train.faults)) == (0, f"training part: {parts.count('train')} samples, none skipped")
+    assert (train.faults.bad, str(train.faults)) == (0, f"training set: {parts.count('train')} samples, none skipped")
     held_out = lines(rows, {"split": Split("validation", 0.3), "max_bad_fraction": 0.1}, subject="patient")
-    with pytest.raises(StreamError, match=r"^Of the held-out part \d+ of \d+ samples are faulty"):
+    with pytest.raises(StreamError, match=r"^Of the validation set \d+ of \d+ samples are faulty"):
         list(held_out)
     assert held_out.faults.counts == {("t", "missing image"): parts.count("validation")}
 
@@ -336,9 +337,9 @@ def test_nibabel_images_are_hashed():
     nibabel = pytest.importorskip("nibabel")
     volumes = [nibabel.Nifti1Image(np.full((2, 2, 2), level, np.int16), np.eye(4)) for level in range(40)]
     again = nibabel.Nifti1Image(np.full((2, 2, 2), 3, np.int16), np.eye(4))
-    sides = [Split("train", 0.5).wants({}, None, volume) for volume in volumes]
+    sides = [Split("train", 0.5).contains({}, None, volume) for volume in volumes]
     assert 5 < sum(sides) < 35
-    assert Split("train", 0.5).wants({}, None, again) == sides[3]
+    assert Split("train", 0.5).contains({}, None, again) == sides[3]
 
 
 # Rows

@@ -15,10 +15,12 @@ from typer.testing import CliRunner
 
 from medmoe_hf.cli import app
 from medmoe_hf.data import write_webdataset
+from medmoe_hf.data.file_patterns import expand
 from medmoe_hf.data.inspection import inspect_sources
-from medmoe_hf.data.shards import read_table
-from medmoe_hf.data.sources import TableSource, expand, load_sources
-from medmoe_hf.data.stream import SampleStream, Split
+from medmoe_hf.data.sources import TableSource, load_sources
+from medmoe_hf.data.split import Split
+from medmoe_hf.data.stream import SampleStream
+from medmoe_hf.data.tables import read_table
 from medmoe_hf.errors import ConfigError, ShardError, SourceError
 from medmoe_hf.training import TrainConfig
 
@@ -94,7 +96,9 @@ def test_unimed_s_thirteen_sources(tmp_path, monkeypatch):
 def test_inspection_says_when_a_rule_is_missing(tmp_path):
     write(tmp_path / "a.tar", [{"jpg": png(1), "txt": LAYOUTS["dr"][0].encode()}])
     sources = load_sources_of(f"- {{kind: webdataset, files: ['{tmp_path}/a.tar']}}", tmp_path)
-    assert inspect_sources(sources)[0].problems == ["captions hold the tag of another rule; say `caption_rule: dr`"]
+    assert inspect_sources(sources)[0].problems == [
+        "captions contain the tag of another rule; specify `caption_rule: dr`"
+    ]
 
 
 def test_the_official_shards(tmp_path, monkeypatch):
@@ -110,7 +114,7 @@ def test_the_official_shards(tmp_path, monkeypatch):
         ("- {kind: webdataset, fles: [a]}", r"0\.fles: unknown key\. Did you mean `files`"),
         ("- {kind: webdataset, files: [a], weight: 0}", r"0\.weight: .*greater than 0.*got 0"),
         ("- {kind: tar, files: [a]}", "'phantom', 'webdataset'"),
-        ("kind: phantom", "must hold a list of sources"),
+        ("kind: phantom", "must contain a list of sources"),
         ("- [", "no valid YAML"),
         (None, "Cannot read"),
     ],
@@ -133,8 +137,8 @@ def test_wrong_files_are_explained(tmp_path, content, message):
         ("- {kind: csvs, files: [a]}", r"0\.kind: must be one of .*'jsonl'.* \(got 'csvs'\)\. Did you mean `csv`\?"),
         ("- {files: [a]}", r"0\.kind: missing"),
         ("- {kind: csv, files: [a], weight: .inf}", r"0\.weight: .*finite"),
-        ("- {kind: csv, files: [a], encoding: cp12520}", "there is no `encoding` cp12520"),
-        ("- {kind: jsonl, files: [a], delimiter: ';'}", "`delimiter` is a CSV's"),
+        ("- {kind: csv, files: [a], encoding: cp12520}", "unknown `encoding` cp12520"),
+        ("- {kind: jsonl, files: [a], delimiter: ';'}", "`delimiter` applies to CSV only"),
         ("- {kind: csv, files: [a], caption_template: 'a {} b'}", "`caption_template`: `{}` names no field"),
         ("- {kind: csv, files: [a], caption_template: 'a {b'}", "`caption_template`: expected '}'"),
         ("- {kind: csv, files: [a], caption_rule: none}", r"  0: `caption_rule` must be one of [\w, ]+ or auto$"),
@@ -236,10 +240,10 @@ def test_fields_need_not_be_in_every_sample(tmp_path):
     [
         (
             "picture,caption\nx.png,a",
-            "no column for the image: name it with `image`. The columns are: picture, caption.",
+            "no column for the image: specify it with `image`. The columns are: picture, caption.",
         ),
-        ("image,finding\nx.png,a", "no column for the caption: name it with `caption`"),
-        ("image,caption\n", "holds no samples"),
+        ("image,finding\nx.png,a", "no column for the caption: specify it with `caption`"),
+        ("image,caption\n", "has no samples"),
         ("image,caption,caption\nx.png,a,b", 'more than one column "caption"'),
     ],
 )
@@ -283,7 +287,7 @@ def test_delimiter_and_encoding_are_found_out(tmp_path, caplog, text, encoding, 
     path = table(tmp_path, content.getvalue(), encoding=encoding)
     source = load_sources_of(f"- {{kind: csv, files: ['{path}']}}", tmp_path)[0]
     assert [list(row.values())[1:] for row in source.shards()[0].rows] == [row[1:] for row in rows[1:]]
-    assert ("is no UTF-8; read as" in caplog.text) == ("utf" not in encoding)
+    assert ("is not UTF-8 and was read as" in caplog.text) == ("utf" not in encoding)
 
 
 def test_delimiter_and_encoding_can_be_stated(tmp_path, caplog):
@@ -294,7 +298,7 @@ def test_delimiter_and_encoding_can_be_stated(tmp_path, caplog):
     ]
     assert not caplog.text
     text = f"- {{kind: csv, files: ['{path}'], encoding: utf-8}}"
-    with pytest.raises(ShardError, match=r"a\.csv is no text in utf-8"):
+    with pytest.raises(ShardError, match=r"a\.csv is not text in utf-8"):
         SampleStream(load_sources_of(text, tmp_path))
 
 
@@ -331,7 +335,7 @@ def test_rows_that_cannot_be_trusted_are_counted(tmp_path):
     assert sum(counts.values()) == 4  # and the row without a caption
     path = table(tmp_path, 'image,caption\nx.png,a\nx.png,"b\nx.png,c\n')
     with pytest.raises(
-        ShardError, match=r"a\.csv is no table: a quotation mark in line 3 or soon after is never closed"
+        ShardError, match=r"a\.csv cannot be read as a table: a quotation mark in line 3 or soon after is never closed"
     ):
         source[0].shards()
 
@@ -383,11 +387,11 @@ def test_paths_of_windows_and_names_with_brackets(tmp_path):
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("a{0..999999999}.tar", "stands for 1000000000 files; at most 1000000"),
-        ("{0..999}{0..999}{0..999}.tar", "stands for 1000000000 files; at most 1000000"),
-        ("{a,{b,c}}.tar", "braces within braces"),
-        ("{" * 100_000, "braces within braces"),
-        ("a{9..0}.tar", r"counts down; write \{0..9\}"),
+        ("a{0..999999999}.tar", "matches 1000000000 files; at most 1000000"),
+        ("{0..999}{0..999}{0..999}.tar", "matches 1000000000 files; at most 1000000"),
+        ("{a,{b,c}}.tar", "nested or unbalanced braces"),
+        ("{" * 100_000, "nested or unbalanced braces"),
+        ("a{9..0}.tar", r"is a descending range; write \{0..9\}"),
     ],
 )
 def test_patterns_out_of_bounds(pattern, message):
@@ -408,7 +412,7 @@ def test_jsonl_names_its_image_row_by_row(tmp_path):
     )
     assert [sample["caption"] for sample in stream] == ["b", "c", "f"]
     assert stream.faults.bad == 6
-    assert {cause: n for (_, cause), n in stream.faults.counts.items()}["row that is no JSON object"] == 3
+    assert {cause: n for (_, cause), n in stream.faults.counts.items()}["row that is not a JSON object"] == 3
 
 
 # Tars, parquet, folders
@@ -519,7 +523,7 @@ def test_folders_of_images_as_they_lie_about(tmp_path, caplog):
     source = load_sources_of(f"- {{kind: imagefolder, path: '{root}', caption_template: '{{label}}'}}", tmp_path)
     (root / "cyst" / "volume.nrrd").write_bytes(b"NRRD0004")
     found = {f"{row['label']}/{Path(row['image']).name}" for row in source[0].shards()[0].rows}
-    assert "files that are no images are left out (1 without suffix, 1 .nrrd)" in caplog.text.replace(
+    assert "skipping files that are not images (1 without suffix, 1 .nrrd)" in caplog.text.replace(
         "1 .nrrd, 1 without suffix", "1 without suffix, 1 .nrrd"
     )
     assert found == {f"cyst/{name}" for name in ("1.png", "2.PNG", "photo", "3.dat", "IM0001")} | {
@@ -545,13 +549,13 @@ def test_inspection_counts_and_shows_what_is_wrong(tmp_path):
     )
     reports = inspect_sources(load_sources(tmp_path / "sources.yaml"), tmp_path / "sheet.png", samples=20)
     good, bad, none, phantom = reports
-    assert (good.shards, good.samples, good.looked_at, good.problems) == (2, 30, 20, [])
+    assert (good.shards, good.samples, good.read, good.problems) == (2, 30, 20, [])
     assert {"png", "txt", "cls"} <= set(good.fields)
     assert (good.sizes, phantom.sizes) == (((48, 48), (48, 48)), ((50, 50), (50, 50)))
     assert (bad.samples, dict(bad.modalities), bad.captions) == (2, {"xray": 1}, ["A chest radiograph."])
     (problem,) = bad.problems
     assert problem.startswith(f"1 unreadable image ({tmp_path}/bad.tar/000000): ")
-    assert "No file fits" in none.problems[0]
+    assert "No file matches" in none.problems[0]
     assert phantom.samples is None
     assert Image.open(tmp_path / "sheet.png").size == (12 * 116, 4 * 146)
     result = run(app, ["data", "inspect", str(tmp_path / "sources.yaml"), "--sheet", str(tmp_path / "again.png")])
@@ -615,54 +619,54 @@ def load_sources_of(text, folder):
 # What tells one content from another
 
 
-def test_content_facts_change_with_the_content_alone(tmp_path, monkeypatch):
+def test_content_checksums_change_with_the_content_alone(tmp_path, monkeypatch):
     """Files added, removed, swapped behind a pattern, cut or edited; not times, and not where the folder is."""
     monkeypatch.chdir(tmp_path)
     for name, number in (("a", 1), ("b", 2)):
         write(tmp_path / "x" / f"{name}.tar", [{"jpg": png(number), "txt": b"c"}])
     source = load_sources_of("- {kind: webdataset, files: ['x/*.tar', 'gone.tar']}", tmp_path)[0]
-    first = source.content_facts()
+    first = source.content_checksums()
     assert [entry[:2] for entry in first] == [["a.tar", 10240], ["b.tar", 10240], ["gone.tar", None]]
     os.utime(tmp_path / "x" / "a.tar", (1, 1))
-    assert source.content_facts() == first == json.loads(json.dumps(first))
+    assert source.content_checksums() == first == json.loads(json.dumps(first))
     (tmp_path / "x" / "a.tar").rename(tmp_path / "x" / "c.tar")
     (tmp_path / "x" / "b.tar").rename(tmp_path / "x" / "a.tar")
     (tmp_path / "x" / "c.tar").rename(tmp_path / "x" / "b.tar")
-    swapped = source.content_facts()
+    swapped = source.content_checksums()
     assert [entry[:2] for entry in swapped] == [entry[:2] for entry in first]
     assert swapped != first
     assert [entry[2] for entry in swapped[:2]] == [first[1][2], first[0][2]]
     write(tmp_path / "x" / "c.tar", [{"jpg": png(1), "txt": b"c"}])
-    assert len(source.content_facts()) == 4
+    assert len(source.content_checksums()) == 4
 
 
 @pytest.mark.parametrize("rows", [3, 5000])
-def test_content_facts_of_tables_count_every_byte(tmp_path, rows):
+def test_content_checksums_of_tables_count_every_byte(tmp_path, rows):
     lines = ["image,caption", *(f"{index}.png,a caption" for index in range(rows))]
     path = tmp_path / "a.csv"
     path.write_text("\n".join(lines))
     source = load_sources_of(f"- {{kind: csv, files: ['{path}']}}", tmp_path)[0]
-    first = source.content_facts()
+    first = source.content_checksums()
     lines[rows // 2] = lines[rows // 2].replace("caption", "caption"[::-1])
     path.write_text("\n".join(lines))
-    (changed,) = source.content_facts()
+    (changed,) = source.content_checksums()
     assert changed[:2] == first[0][:2] == ["a.csv", len("\n".join(lines))]
     assert changed[2] != first[0][2]
 
 
-def test_content_facts_of_image_folders_and_saved_sets(tmp_path):
+def test_content_checksums_of_image_folders_and_saved_sets(tmp_path):
     import datasets
 
     (tmp_path / "f" / "cyst").mkdir(parents=True)
     (tmp_path / "f" / "cyst" / "1.png").write_bytes(png(1))
     folder = load_sources_of(f"- {{kind: imagefolder, path: '{tmp_path}/f'}}", tmp_path)[0]
-    first = folder.content_facts()
+    first = folder.content_checksums()
     assert first[0][:2] == ["f", len(png(1))]
     (tmp_path / "f" / "cyst" / "1.png").rename(tmp_path / "f" / "cyst" / "2.png")
-    second = folder.content_facts()
+    second = folder.content_checksums()
     assert second != first
     (tmp_path / "f" / "cyst" / "3.png").symlink_to(tmp_path / "nowhere.png")
-    third = folder.content_facts()
+    third = folder.content_checksums()
     assert third[0][:2] == second[0][:2] == first[0][:2]
     assert third != second
     found = []
@@ -670,8 +674,8 @@ def test_content_facts_of_image_folders_and_saved_sets(tmp_path):
         one = datasets.Dataset.from_dict({"image": [png(number)], "caption": ["c"]})
         one.save_to_disk(tmp_path / "saved")
         source = load_sources_of(f"- {{kind: saved, path: '{tmp_path}/saved'}}", tmp_path)[0]
-        found.append(source.content_facts())
+        found.append(source.content_checksums())
     assert found[0] == found[1]
     assert found[1][0][:2] == found[2][0][:2]
     assert found[1] != found[2]
-    assert load_sources_of("- {kind: phantom}", tmp_path)[0].content_facts() == []
+    assert load_sources_of("- {kind: phantom}", tmp_path)[0].content_checksums() == []

@@ -17,8 +17,10 @@ from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
 from medmoe_hf.data import reading
-from medmoe_hf.data.sources import Source, expand, load_sources
-from medmoe_hf.data.stream import SampleStream, Split
+from medmoe_hf.data.file_patterns import expand
+from medmoe_hf.data.sources import Source, load_sources
+from medmoe_hf.data.split import Split
+from medmoe_hf.data.stream import SampleStream
 from medmoe_hf.errors import StreamError
 
 CASES = Path(__file__).parents[1] / "fixtures" / "cases"
@@ -160,9 +162,9 @@ def test_a_state_of_another_configuration_is_refused(shards):
         {"mixing": "modality"},
         {"split": Split("train", 0.5)},
     ):
-        with pytest.raises(StreamError, match="other sources, seed, mixing, split or number of processes"):
+        with pytest.raises(StreamError, match="different sources, seed, mixing, split, rank or number of processes"):
             two_sources(files, **change).load_state_dict(state)
-    with pytest.raises(StreamError, match="other sources"):
+    with pytest.raises(StreamError, match="different sources"):
         two_sources(files[::-1]).load_state_dict(state)
 
 
@@ -173,7 +175,7 @@ def test_data_that_have_changed_are_refused(tmp_path, table):
     state = json.loads(json.dumps(stream.state_dict()))
     SampleStream([source(**fields)]).load_state_dict(state)
     written_as("csv", [*table, table[0]], tmp_path)
-    with pytest.raises(StreamError, match="the sources' files have changed"):
+    with pytest.raises(StreamError, match="the files of the sources have changed"):
         SampleStream([source(**fields)]).load_state_dict(state)
 
 
@@ -385,7 +387,7 @@ def test_ten_million_rows_are_permuted_in_bounded_memory(tmp_path, small, monkey
     stream = SampleStream([made])
     tracemalloc.start()
     try:
-        rows = [place.where for place in islice(stream._places(), 100_000)]
+        rows = [index.row for index in islice(stream._sample_order(), 100_000)]
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -414,7 +416,7 @@ def test_a_buffer_far_from_the_source_is_told(tmp_path, small):
     assert warning.startswith(
         f"{one}: the first 100 samples are not like the rest: modality xray is 100% of them and "
     )
-    assert "about 25% of all. Tars are shuffled within `shuffle_buffer` 100 only" in warning
+    assert "about 25% of all. Tars are shuffled only within `shuffle_buffer` 100" in warning
     assert SampleStream([big], buffer=400).order_warnings() == []
     assert SampleStream([big], buffer=100, mixing="modality").order_warnings() == []
     # Shards of one class each are shuffled themselves: some of them do, two of them do not.
@@ -438,7 +440,7 @@ def test_without_a_shuffle_tables_are_warned_about_too(tmp_path, small):
     rows = [{"path": "x.png", "caption": "c", "kind": ["ct", "mri"][index // 1500]} for index in range(3000)]
     made = source(**written_as("csv", rows, tmp_path), image="path", modality="field:kind")
     (warning,) = SampleStream([made], shuffle=False, buffer=0).order_warnings()
-    assert "modality ct is 100% of them and about 50% of all. Nothing is shuffled here." in warning
+    assert "modality ct is 100% of them and about 50% of all. The samples are not shuffled." in warning
 
 
 # Kinds of sources
@@ -508,7 +510,7 @@ def test_patterns(tmp_path):
     assert expand(f"{root}/a-*.tar::{root}/{{b,c}}.tar") == [
         f"{root}/{name}.tar" for name in ("a-007", "a-008", "b", "c")
     ]
-    with pytest.raises(FileNotFoundError, match=r"No file fits .*z\*\.tar"):
+    with pytest.raises(FileNotFoundError, match=r"No file matches .*z\*\.tar"):
         expand(f"{root}/z*.tar")
 
 
@@ -541,7 +543,7 @@ def test_dicom_in_tables_and_tars(tmp_path, window, shown, workers):
 
 
 def test_windows_are_known():
-    with pytest.raises(ValidationError, match="there is no `window` lungs, but lung, mediastinum"):
+    with pytest.raises(ValidationError, match="unknown `window` lungs; use lung, mediastinum"):
         source(kind="webdataset", files=["a.tar"], window="lungs")
 
 
@@ -553,8 +555,8 @@ def test_a_split_has_no_subject_on_both_sides(tmp_path, table):
     fields = written_as("csv", rows, tmp_path) | {"image": "path", "subject": "patient"}
 
     class Seen(Split):
-        def wants(self, row, subject, content):
-            chosen = super().wants(row, subject, content)
+        def contains(self, row, subject, content):
+            chosen = super().contains(row, subject, content)
             if chosen:
                 sides[self.part].add(row["patient"])
             return chosen
@@ -589,11 +591,11 @@ def bad_tar(path, name, good=30):
         "unreadable image": {"jpg": picture(900, "JPEG")[:200], "txt": b"x"},
         "too many pixels": {"png": picture(901), "txt": b"x"},
         "empty caption": {"jpg": picture(902), "txt": b"  "},
-        "wrong label": {"jpg": picture(903), "txt": b"x", "cls": b"17"},
+        "unknown modality name": {"jpg": picture(903), "txt": b"x", "cls": b"17"},
         "unreadable DICOM or NIfTI": {"dcm": b"\0" * 128 + b"DICM" + b"\1\2\3", "txt": b"x"},
         "no caption field": {"jpg": picture(904)},
         "no image field": {"txt": b"x"},
-        "caption is no UTF-8": {"jpg": picture(905), "txt": b"\xff\xfe"},
+        "caption is not UTF-8": {"jpg": picture(905), "txt": b"\xff\xfe"},
     }
     if name == "too many pixels":
         broken[name]["png"] = picture(901, size=(200, 200))
@@ -608,11 +610,11 @@ def bad_tar(path, name, good=30):
         "unreadable image",
         "too many pixels",
         "empty caption",
-        "wrong label",
+        "unknown modality name",
         "unreadable DICOM or NIfTI",
         "no caption field",
         "no image field",
-        "caption is no UTF-8",
+        "caption is not UTF-8",
     ],
 )
 def test_a_broken_sample_is_skipped_and_counted(tmp_path, monkeypatch, cause, workers):
@@ -708,7 +710,7 @@ def test_faults_count_samples_and_not_epochs(tmp_path, table):
         total, line = str(one.faults).splitlines()
         assert total == "85 samples, 3 skipped"
         assert line.startswith("  t: 3 missing image (")
-        assert line.endswith("): there is no such file")
+        assert line.endswith("): the file does not exist")
         assert {f"{tmp_path}/absent/{index}.png" in line for index in range(3)} == {True}
         assert one.faults.files == {f"{tmp_path}/absent/{index}.png": 1 for index in range(3)}
 
@@ -729,7 +731,7 @@ def test_a_caption_of_another_layout(tmp_path):
     tars = source(kind="webdataset", files=[str(tmp_path / "a.tar")], name="t", caption_rule="dr")
     stream = SampleStream([tars], max_bad_fraction=1)
     assert [number(sample) for sample in stream] == [0]
-    assert stream.faults.counts == {("t", "caption of another layout"): 1}
+    assert stream.faults.counts == {("t", "caption does not match its rule"): 1}
 
 
 def test_an_epoch_of_nothing_ends_with_an_error(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from medmoe_hf.data.phantom import FINDINGS, MODALITIES, phantom_sample, write_webdataset, zero_shot_prompts
+from medmoe_hf.data.phantom import FINDINGS, phantom_sample, write_webdataset, zero_shot_prompts
 from medmoe_hf.errors import RecipeError
 from medmoe_hf.evaluation.recipes import (
     WARNING,
@@ -24,6 +24,7 @@ from medmoe_hf.evaluation.recipes import (
     open_recipe,
     recipe_names,
 )
+from medmoe_hf.model.modalities_medmoe import MODALITIES
 
 CLASSES = {
     "chexpert_5x200": ["Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion"],

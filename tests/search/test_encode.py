@@ -186,7 +186,7 @@ def test_passed_shards_keep_no_list_of_their_samples(data):
     stream = _LocatedStream(sources_of(data))
     for sample in stream:
         stream.location(sample)
-    lists = [[vars(shard)["_places"] is None for shard in shards] for shards in stream.shards]
+    lists = [[vars(shard)["_samples"] is None for shard in shards] for shards in stream.shards]
     assert lists == [[True, True, False], [False]]
 
 

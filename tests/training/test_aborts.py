@@ -7,7 +7,7 @@ from test_loop import bad_table, config
 from test_resume import assert_same, run_of, weights
 
 from medmoe_hf.data import MODALITIES, phantom_sample, write_webdataset
-from medmoe_hf.data.reading import Split
+from medmoe_hf.data.split import Split
 from medmoe_hf.errors import StreamError, TrainingError
 from medmoe_hf.training import held_out, plan, train
 from medmoe_hf.training.checkpoints import find_checkpoints
@@ -28,7 +28,7 @@ def test_missing_held_out_files_are_found_before_the_first_step(tmp_path):
         for image in range(2):
             name = f"{patient}-{image}.png"
             row = {"patient": str(patient)}
-            if not (image and held_out.wants(row, "patient", b"")):
+            if not (image and held_out.contains(row, "patient", b"")):
                 phantom_sample(0, patient, image_size=64)["image"].save(tmp_path / name)
             rows.append(f"{name},report {patient},{patient}")
     (tmp_path / "t.csv").write_text("\n".join(rows) + "\n")

@@ -89,7 +89,7 @@ def main() -> None:
                 for sample in SampleStream([source], prepare=collator.prepare, draft=draft):
                     held.append(sample)
                     if len(held) == BATCH:
-                        collator.normalise(collator.assemble(held))
+                        collator.normalize(collator.assemble(held))
                         held = []
 
             return run

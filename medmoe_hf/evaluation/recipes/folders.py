@@ -82,5 +82,5 @@ def _phantom_rows(path: Path, prompts: Mapping[str, Mapping[str, list[str]]]) ->
         if prompts and finding not in prompts.get(name or "", {}):
             raise RecipeError(f"{path}: sample {sample['__key__']} is {name} {finding}, which has no prompts.")
         yield row
-    if shard.cut_off:
+    if shard.truncated:
         raise RecipeError(f"{path} is truncated.")

@@ -7,7 +7,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, get_args
 
-from medmoe_hf.data.shards import read_table
+from medmoe_hf.data.tables import read_table
 from medmoe_hf.errors import ShardError
 from medmoe_hf.evaluation.dataset import UNKNOWN_LABEL, Split
 from medmoe_hf.evaluation.recipes.copies import (
