@@ -216,7 +216,7 @@ def test_a_yaml_says_what_was_planned(folder, tmp_path):
     assert found["steps"] == ["7 planned; how many were done is not stated"]
     assert found["started from"] == ["new weights of the preset tiny"]
     assert "All of these data are synthetic drawings" in card.text
-    assert "While training" not in card.text
+    assert "During training" not in card.text
 
 
 def test_a_folder_brings_its_own_record(folder, given, tmp_path):
@@ -269,10 +269,10 @@ def test_what_nobody_gave_is_not_stated(folder):
     card = build_card(folder)
     found = card.data.to_dict()
     assert found.keys() == {"library_name", "pipeline_tag", "tags"}
-    assert "Licence of the weights: not stated" in card.text
+    assert "License of the weights: not stated" in card.text
     assert "Base model: not stated" in card.text
-    assert "The recipe is not stated." in heading(card, "Training")
-    assert "The data are not stated." in heading(card, "Training")
+    assert "The training configuration is not stated." in heading(card, "Training")
+    assert "The training data are not stated." in heading(card, "Training")
     assert "is not stated" in heading(card, "Evaluation")
     assert "is not stated" in heading(card, "Experts and routing")
     # no number but those of the configuration
