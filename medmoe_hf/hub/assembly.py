@@ -16,7 +16,7 @@ from medmoe_hf.data.checkpoint_names import refuse_missing_folder
 from medmoe_hf.errors import ConvertError, PathExistsError
 from medmoe_hf.hub.weight_mapping import LoadReport, listed
 from medmoe_hf.model import MedMoEConfig, MedMoEImageProcessor, MedMoEModel, MedMoEProcessor, MedMoETokenizer
-from medmoe_hf.model.configuration_medmoe import preset_fields
+from medmoe_hf.model.presets_medmoe import preset_fields
 
 
 def load_weights(

@@ -19,8 +19,8 @@ from torch import nn
 from medmoe_hf.common.files import atomic_write
 from medmoe_hf.errors import CardError
 from medmoe_hf.model import MedMoEConfig, MedMoEForImageClassification, MedMoEModel
-from medmoe_hf.model.configuration_medmoe import PRESETS
 from medmoe_hf.model.modalities_medmoe import MODALITY_ALIASES
+from medmoe_hf.model.presets_medmoe import PRESETS
 
 if TYPE_CHECKING:
     from medmoe_hf.evaluation.intervals import Interval

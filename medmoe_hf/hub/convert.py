@@ -37,8 +37,8 @@ from medmoe_hf.hub.weight_mapping import (
     tower_rule,
 )
 from medmoe_hf.model import MedMoEConfig, MedMoEModel
-from medmoe_hf.model.configuration_medmoe import OFFICIAL_VERSIONS, PRESET_MAX_LENGTH
 from medmoe_hf.model.modalities_medmoe import MODALITIES
+from medmoe_hf.model.presets_medmoe import OFFICIAL_VERSIONS, PRESET_MAX_LENGTH
 
 CLINICAL_BERT = "emilyalsentzer/Bio_ClinicalBERT"
 """The text tower of the official code and of MedCLIP; its tokenizer is the default of both conversions."""

@@ -36,7 +36,7 @@ from medmoe_hf.hub.weight_mapping import (
     tower_rule,
 )
 from medmoe_hf.model import MedMoEConfig, MedMoEModel, MedMoETokenizer
-from medmoe_hf.model.configuration_medmoe import PRESET_MAX_LENGTH
+from medmoe_hf.model.presets_medmoe import PRESET_MAX_LENGTH
 
 
 @dataclass

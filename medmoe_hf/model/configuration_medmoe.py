@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from transformers.utils.versions import require_version
 
 REQUIRED_TRANSFORMERS = "transformers>=5.23"
-"""The oldest release that this file and its siblings were run with."""
+"""The oldest supported release."""
 
-# Before anything that older releases lack, for what they say of that helps nobody.
+# Before anything that older releases lack: their own errors would not name the cause.
 require_version(REQUIRED_TRANSFORMERS, f'MedMoE is not written for older ones: pip install "{REQUIRED_TRANSFORMERS}"')
 
 from huggingface_hub.dataclasses import strict
@@ -29,6 +29,7 @@ from transformers.configuration_utils import SubConfigSpec
 
 from .errors_medmoe import ArgumentError
 from .modalities_medmoe import MODALITIES, modality_id
+from .presets_medmoe import preset_fields
 
 if TYPE_CHECKING:  # what these fields hold once a configuration is constructed
     _SubConfig = Any
@@ -41,8 +42,11 @@ else:  # what they may be given as
 def attach_to_package(name: str) -> None:
     """Makes a module an attribute of its package, as an import does.
 
-    transformers puts the files of a checkpoint into `sys.modules` and no further. dill, by which `datasets` computes
-    the fingerprint of a processor, then does not find their classes by name, and walks through all that they refer to.
+    transformers only adds the files of a checkpoint to `sys.modules`. dill, with which `datasets` computes the
+    fingerprint of a processor, then does not find their classes by name and serialises everything they refer to.
+
+    Args:
+        name: The `__name__` of the module.
     """
     package, _, last = name.rpartition(".")
     if package in sys.modules and name in sys.modules:
@@ -50,16 +54,16 @@ def attach_to_package(name: str) -> None:
 
 
 def _shown(value: Any) -> str:
-    """A value of a configuration as an error shows it: one made to be large stays out of the terminal."""
+    """Returns a configuration's value as text for an error message, truncated to 200 characters."""
     text = str(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `changes` laid over it, dictionaries merged key by key and not replaced."""
+    """Returns `base` updated with `changes`; nested dictionaries are merged key by key."""
     out = deepcopy(dict(base))
     for key, value in changes.items():
-        # Ids to names are one value: merging {0: "xray"} into six names would leave five behind.
+        # Maps of ids to names are replaced: merging {0: "xray"} into six names would leave the other five.
         if isinstance(value, Mapping) and isinstance(out.get(key), dict) and key not in ("modalities", "id2label"):
             out[key] = _merged(out[key], value)
         else:
@@ -68,7 +72,7 @@ def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
 
 
 def _refuse_unknown(config_class: type[PreTrainedConfig], overrides: Mapping[str, Any], where: str = "") -> None:
-    """Transformers keeps unknown keys as attributes; in a preset's overrides they can only be typing errors."""
+    """Rejects unknown keys: transformers keeps them as attributes, but in overrides they can only be typos."""
     known = {field.name for field in fields(config_class)} | set(config_class.attribute_map)
     known |= {"num_labels", "attn_implementation", "model_type"}
     for key, value in overrides.items():
@@ -86,8 +90,8 @@ def _refuse_unknown(config_class: type[PreTrainedConfig], overrides: Mapping[str
             _refuse_unknown(nested, value, f"{where}{key}.")
 
 
-# A configuration comes from strangers, and its model is made before anything else of a folder is looked at. Sizes far
-# beyond every model there is are errors, or meant to fill the memory.
+# A configuration may be untrusted, and its model is created before anything else of a folder is read. Sizes far beyond
+# those of any existing model are errors, or intended to exhaust the memory.
 MAX_EXPERTS = 1000
 MAX_LAYERS = 1000
 MAX_LABELS = 1_000_000
@@ -117,7 +121,7 @@ def _positive(config: PreTrainedConfig, *names: str, most: float = math.inf) -> 
 
 
 def _refuse_many_labels(config: Any) -> None:
-    """transformers makes a table of all labels as soon as it is told their number."""
+    """Rejects huge label counts early: transformers creates a table of all labels in the constructor."""
     number = config.get("num_labels") if isinstance(config, Mapping) else None
     if isinstance(number, int) and number > MAX_LABELS:
         raise ValueError(f"`num_labels` must be at most {MAX_LABELS}, got {number}.")
@@ -125,14 +129,20 @@ def _refuse_many_labels(config: Any) -> None:
 
 @strict
 class MedMoESwinConfig(SwinConfig):
-    """The Swin Transformer inside the vision tower: `transformers.SwinConfig` under a model type of its own.
+    """The Swin Transformer inside the image tower: `transformers.SwinConfig` under its own model type.
 
-    The type of its own keeps transformers from writing the weights under the key names of its old Swin.
+    The separate type keeps transformers from writing the weights under the key names of its old Swin. All fields of
+    `transformers.SwinConfig` apply.
 
     Args:
-        pyramid: what the experts read: `"stages"`, each stage's output before patches are merged, or `"merged"`, the
-            patch embedding and then each stage's output after merging, without the last stage (the official code).
-            The shapes are the same.
+        pyramid: What the experts read: `"stages"`, the output of each stage before patches are merged, or `"merged"`,
+            the patch embedding and then the output of each stage after merging, without the last stage (the official
+            code). The shapes are the same.
+
+    Example:
+        >>> from medmoe_hf.model import MedMoESwinConfig
+        >>> MedMoESwinConfig(embed_dim=48, depths=(1, 1), num_heads=(2, 4)).hidden_size
+        96
     """
 
     model_type = "medmoe_swin"
@@ -146,32 +156,38 @@ class MedMoEVisionConfig(PreTrainedConfig):
     """The image tower: backbone, pyramid, experts and image router.
 
     Args:
-        backbone: `"swin"`, or `"timm/<name>"` for any hierarchical model that comes with timm (its channels and
+        backbone: `"swin"`, or `"timm/<name>"` for any hierarchical model that is part of timm (its channels and
             strides are read from timm's feature info; the timm package must be installed wherever the model is
-            loaded). Names by which timm would fetch a model from elsewhere (`timm/hf-hub:...`) need
-            MEDMOE_FOREIGN_BACKBONES=1 in the environment of whoever loads the model.
-        swin_config: the Swin (`backbone="swin"` only); Swin-T by default.
-        out_indices: which feature levels of a timm backbone make the pyramid; by default all of stride 4 and more.
-        image_size: side in pixels that the tower was made for (224 by default). Other sizes from 64 up work too.
-        modalities: what expert k is, `{0: "xray", ...}` (or a sequence of names in order). Their number is the number
-            of experts K.
-        pyramid_norm: whether each level of the pyramid is layer-normed before the experts read it.
-        global_features: where the global embedding v_g comes from: `"backbone"` (mean of the backbone's last tokens),
-            `"expert"` (mean of the selected expert's map) or `"both"` (the two side by side).
+            loaded). Names with which timm fetches a model from elsewhere (`timm/hf-hub:...`) require the environment
+            variable MEDMOE_FOREIGN_BACKBONES=1 wherever the model is loaded.
+        swin_config: The Swin (`backbone="swin"` only); Swin-T by default.
+        out_indices: The feature levels of a timm backbone that make up the pyramid; by default all with a stride of 4
+            or more.
+        image_size: Side in pixels that the tower is designed for (224 by default). Other sizes from 64 up work too.
+        modalities: Names of the modalities in the order of experts, `{0: "xray", ...}` or a sequence. Their number is
+            the number of experts K.
+        pyramid_norm: Whether a LayerNorm is applied to each level of the pyramid before the experts read it.
+        global_features: Source of the global embedding v_g: `"backbone"` (mean of the backbone's last tokens),
+            `"expert"` (mean of the selected expert's map) or `"both"` (the two concatenated).
         expert_type: `"convolution"` (three convolutions with BatchNorm per scale, two-dimensional alignment),
             `"token"` (one linear layer per scale, alignment of the flattened tokens, as in the official code), or a
             name that was added with `register_expert`.
-        expert_hidden_size: width C of a convolutional expert's 3x3 convolutions.
-        local_size: width D of the local map V that an expert gives.
-        map_size: side of the local map; None for that of the finest level.
-        mixture: `"hard"` (each image goes to one expert) or `"soft"` (all experts, weighted by the router's
+        expert_hidden_size: Width of a convolutional expert's 3x3 convolutions.
+        local_size: Width D of the local map V that an expert returns.
+        map_size: Side of the local map; None for that of the finest level.
+        mixture: `"hard"` (each image is sent to one expert) or `"soft"` (all experts, weighted with the router's
             probabilities: version 1 of the official code).
-        scale_attention_size: hidden width of the MLP that scores each scale at each position.
-        scale_attention_native: whether scales are scored at their own resolution, and the scores aligned (cheaper), or
-            aligned first.
-        router_hidden_size: hidden width of the router's MLP.
-        router_norm: whether a LayerNorm stands in front of the router's MLP.
-        initializer_range: standard deviation of newly initialised linear layers.
+        scale_attention_size: Hidden width of the MLP that scores each scale at each position.
+        scale_attention_native: Whether scales are scored at their own resolution and the scores are aligned (cheaper),
+            or the scales are aligned first.
+        router_hidden_size: Hidden width of the router's MLP.
+        router_norm: Whether a LayerNorm precedes the router's MLP.
+        initializer_range: Standard deviation of newly initialised linear layers.
+
+    Example:
+        >>> from medmoe_hf.model import MedMoEVisionConfig
+        >>> MedMoEVisionConfig(modalities=["xray", "ct"]).num_experts
+        2
     """
 
     model_type = "medmoe_vision_model"
@@ -225,31 +241,36 @@ class MedMoEVisionConfig(PreTrainedConfig):
 
     @property
     def num_experts(self) -> int:
-        """K, one expert a modality."""
+        """The number of experts K, one per modality."""
         return len(self.modalities)
 
     @property
     def hidden_size(self) -> int | None:
-        """Width of the backbone's last level; None for a timm backbone, which tells it only once it is built."""
+        """Width of the backbone's last level; None for a timm backbone, whose width is known once it is built."""
         return None if self.swin_config is None else self.swin_config.hidden_size
 
     def modality_ids(self, modality: Any, batch_size: int) -> list[int]:
-        """Turns names, aliases or ids of modalities into expert ids.
+        """Converts names, aliases or ids of modalities to expert ids.
 
         Args:
-            modality: one name or id for all images, or a sequence (list, tensor, array) with one for each image. Names
-                are those of `modalities`, an alias (`"cxr"`) or DICOM's code (`"DX"`); None and -100 mean unknown.
-            batch_size: the number of images B.
+            modality: One name or id for all images, or a sequence (list, tensor, array) with one per image. Names are
+                those of `modalities`, aliases (`"cxr"`) or DICOM codes (`"DX"`); None and -100 mean unknown.
+            batch_size: The number of images B.
 
         Returns:
-            list of B ints in 0..K-1, or -100 where the modality is unknown.
+            B integers in 0..K-1, or -100 where the modality is unknown.
 
         Raises:
-            ValueError: for a name or id that is not in `modalities`, or a sequence of another length than B.
+            ValueError: A name or id is not in `modalities`, or the length of the sequence is neither 1 nor B.
+
+        Example:
+            >>> from medmoe_hf.model import MedMoEVisionConfig
+            >>> MedMoEVisionConfig().modality_ids(["cxr", "MR", None], batch_size=3)
+            [0, 2, -100]
         """
         if hasattr(modality, "tolist"):
             modality = modality.tolist()
-        # sentence-transformers says by this argument what kind of input it encodes.
+        # sentence-transformers uses this argument for the kind of input that it encodes.
         kinds = {modality} if isinstance(modality, str) else modality if isinstance(modality, tuple) else ()
         if any(kind == "image" for kind in kinds if isinstance(kind, str)) and "image" not in self.modalities.values():
             modality = None
@@ -300,18 +321,24 @@ class MedMoEVisionConfig(PreTrainedConfig):
 
 @strict
 class MedMoETextConfig(PreTrainedConfig):
-    """The text tower: any BERT-like encoder and how its pieces become words and a report embedding.
+    """The text tower: any BERT-like encoder, and how its tokens are pooled to words and a report embedding.
 
     Args:
-        text_config: the encoder's own configuration, resolved by its `model_type` (BERT by default).
-        num_summed_layers: how many of the last layers are summed into a token's embedding.
-        word_pooling: how the pieces of a word become one embedding: `"sum"` or `"mean"`.
-        word_rule: what counts as a word: `"words"` (the tokenizer's), or `"official"` (the official code: special
-            tokens are words too, and the local loss sees the first 1 + n words, n the number of words that begin with
-            none of `bracket_token_ids`).
-        bracket_token_ids: ids of the tokens that begin with "[" (`word_rule="official"` only).
-        report_length: the report embedding is the sum of the words over this number (the official code divides by the
-            padded length); None for the mean of the words.
+        text_config: The encoder's own configuration, resolved by its `model_type` (BERT by default).
+        num_summed_layers: Number of last layers that are summed to a token's embedding.
+        word_pooling: How the tokens of a word are pooled: `"sum"` or `"mean"`.
+        word_rule: What counts as a word: `"words"` (the tokenizer's), or `"official"` (the official code: special
+            tokens are words too, and the local loss sees the first 1 + n words, where n is the number of words that do
+            not begin with any of `bracket_token_ids`).
+        bracket_token_ids: Ids of the tokens that begin with "[" (`word_rule="official"` only).
+        report_length: The report embedding is the sum of the words divided by this number (the official code divides
+            by the padded length); None for the mean of the words.
+        initializer_range: Standard deviation of newly initialised linear layers.
+
+    Example:
+        >>> from medmoe_hf.model import MedMoETextConfig
+        >>> MedMoETextConfig(text_config={"model_type": "bert", "vocab_size": 28996}).hidden_size
+        768
     """
 
     model_type = "medmoe_text_model"
@@ -333,8 +360,8 @@ class MedMoETextConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        # The dual encoder's file holds these fields beside its own, so `MedMoETextModel.from_pretrained` on a dual
-        # encoder's folder takes its part and leaves the rest.
+        # The dual encoder's file contains these fields too, so `MedMoETextModel.from_pretrained` on a dual encoder's
+        # folder reads its own part and ignores the rest.
         if cls.model_type == "medmoe_text_model" and config_dict.get("model_type") == "medmoe":
             config_dict = {key: config_dict[key] for key in (*_TEXT_FIELDS, "dtype") if key in config_dict}
         # Folders saved by earlier versions still load.
@@ -366,7 +393,7 @@ class MedMoETextConfig(PreTrainedConfig):
             )
 
     def validate_sub_configs(self) -> None:
-        # Validators do not recurse by themselves, and an assignment to a sub-config is not checked when it is made.
+        # Validators do not recurse by themselves, and assignments to a sub-config are not validated.
         for key in self.sub_configs:
             getattr(self, key).validate()
 
@@ -378,47 +405,59 @@ _RENAMED_FIELDS = {"local_loss_products": "local_loss_matmul_dtype"}
 
 @strict
 class MedMoEConfig(MedMoETextConfig):
-    """MedMoE: image tower with modality experts, text tower, and how the two are compared.
+    """MedMoE: image tower with one expert per modality, text tower, and how the two are compared.
 
     Use `MedMoEConfig.from_preset("paper")` for the model of the paper; the defaults here are the same.
 
     Args:
-        text_config, num_summed_layers, word_pooling, word_rule, bracket_token_ids, report_length: the text tower, see
-            `MedMoETextConfig`.
-        vision_config: the image tower, see `MedMoEVisionConfig`.
-        router: what selects the expert where there is a report: the `"report"` router or the `"image"` router. Without
-            a report it is always the image router; a caller's `modality` wins over both. With `"image"` there is no
-            report router; with `"both"` there is one, trained beside it and asked by `route`, but the image's selects.
-        projection_dim: width D of the shared space; None for no projections at all (the towers' widths must agree).
-        similarity: what `logits_per_image` scores: `"global"` (v_g with t_g), `"local"` (words with regions) or their
+        text_config: The text encoder, see `MedMoETextConfig`.
+        num_summed_layers: See `MedMoETextConfig`.
+        word_pooling: See `MedMoETextConfig`.
+        word_rule: See `MedMoETextConfig`.
+        bracket_token_ids: See `MedMoETextConfig`.
+        report_length: See `MedMoETextConfig`.
+        initializer_range: See `MedMoETextConfig`.
+        vision_config: The image tower, see `MedMoEVisionConfig`.
+        router: What selects the expert where there is a report: the `"report"` router or the `"image"` router. Without
+            a report it is always the image router; the caller's `modality` overrides both. With `"image"` there is no
+            report router; with `"both"` there is one, trained alongside and used by `route`, but the image router
+            selects.
+        projection_dim: Width D of the shared space; None for no projections (the towers' widths must be equal).
+        similarity: The score of `logits_per_image`: `"global"` (v_g and t_g), `"local"` (words and regions) or their
             `"mean"`.
         local_loss: `"gloria"` (Huang et al., ICCV 2021) or `"token"` (the formula of section 4.4).
-        local_loss_matmul_dtype: the dtype of the matrix products of `gloria`. `"bfloat16"` is faster on hardware with
-            matrix units for it, and rounds each factor to three digits; sums and everything else stay float32.
-        temp1: inverse temperature of the attention over regions (`gloria`).
-        temp1_regions: the number of regions that `temp1` is meant for (361 = 19x19 in GLoRIA): with M regions it grows
-            to temp1 + ln(M / temp1_regions), so that the largest weight a region can have stays the same. None keeps
-            `temp1` as it is.
-        temp2: inverse temperature with which a caption's words are aggregated (`gloria`).
-        temp3: inverse temperature 1/τ of the contrast: the global loss, the local similarities, and both places of
-            `token`'s formula.
-        learned_scale: whether the global loss has an inverse temperature of its own that is trained (`logit_scale`,
-            from 1/0.07, at most 100) in the place of `temp3`.
-        contrast: whether the two directions of a contrastive loss are added (`"sum"`) or averaged (`"mean"`).
-        positives: which pairs of a batch are positives of each other, in the global loss and in GLoRIA's local one:
-            `"none"` (every pair its own), those of an equal `"caption"` or `"label"` (the `positive_groups` that
-            `ContrastiveCollator` makes and the model is given; UniCL, Yang et al., CVPR 2022), or all in the measure
-            of `"text_similarity"`, a softmax over the cosines of report embeddings (MedCLIP, Wang et al., EMNLP 2022).
-        positives_temperature: temperature of that softmax; the lower, the less two texts may differ.
-        aux_loss_on: what the auxiliary cross-entropy is given: the routers' `"logits"`, or their `"probabilities"`
-            (the official code: a second softmax, which never falls below 1.04 for six experts).
-        aux_label_smoothing: share of the auxiliary target that is spread over all modalities.
-        global_loss_weight, local_loss_weight, aux_loss_weight: the weights of the total loss (section 4.6); the last
-            is λ.
-        classifier_features: what the head of `MedMoEForImageClassification` sees: `"backbone"`, `"expert"` (mean of
-            the selected expert's map) or `"both"`.
-        freeze_vision_model: whether `MedMoEForImageClassification` keeps its image tower as it is, its BatchNorm
-            statistics included.
+        local_loss_matmul_dtype: Dtype of the matrix products of `gloria`. `"bfloat16"` is faster on hardware with
+            matrix units for it and rounds each factor to three digits; sums and everything else stay float32.
+        temp1: Inverse temperature of the attention over regions (`gloria`).
+        temp1_regions: The number of regions that `temp1` is meant for (361 = 19x19 in GLoRIA): with M regions it
+            becomes temp1 + ln(M / temp1_regions), so that the largest possible weight of a region stays the same. None
+            keeps `temp1` constant.
+        temp2: Inverse temperature with which the words of a caption are aggregated (`gloria`).
+        temp3: Inverse temperature 1/τ of the contrast: the global loss, the local similarities, and both occurrences
+            in the formula of `token`.
+        learned_scale: Whether the global loss has its own trained inverse temperature (`logit_scale`, initialised to
+            1/0.07, at most 100) instead of `temp3`.
+        contrast: Whether the two directions of a contrastive loss are added (`"sum"`) or averaged (`"mean"`).
+        positives: Which pairs of a batch are positives of each other, in the global loss and in GLoRIA's local one:
+            `"none"` (each pair its own), those with an equal `"caption"` or `"label"` (the `positive_groups` that
+            `ContrastiveCollator` computes; UniCL, Yang et al., CVPR 2022), or all to the degree of
+            `"text_similarity"`, a softmax over the cosines of report embeddings (MedCLIP, Wang et al., EMNLP 2022).
+        positives_temperature: Temperature of that softmax; the lower, the more similar texts must be.
+        aux_loss_on: Input of the auxiliary cross-entropy: the routers' `"logits"`, or their `"probabilities"` (the
+            official code: a second softmax, whose loss never falls below 1.04 for six experts).
+        aux_label_smoothing: Fraction of the auxiliary target that is spread over all modalities.
+        global_loss_weight: Weight of the global loss in the total loss (section 4.6).
+        local_loss_weight: Weight of the local loss.
+        aux_loss_weight: Weight λ of the auxiliary loss.
+        classifier_features: Input of the head of `MedMoEForImageClassification`: `"backbone"`, `"expert"` (mean of the
+            selected expert's map) or `"both"`.
+        freeze_vision_model: Whether `MedMoEForImageClassification` freezes its image tower, including its BatchNorm
+            statistics.
+
+    Example:
+        >>> from medmoe_hf.model import MedMoEConfig
+        >>> MedMoEConfig(projection_dim=256).vision_config.num_experts
+        6
     """
 
     model_type = "medmoe"
@@ -451,16 +490,25 @@ class MedMoEConfig(MedMoETextConfig):
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "MedMoEConfig":
-        """The configuration of a preset.
+        """Creates the configuration of a preset.
 
         Args:
-            name: one of `PRESETS`: `"paper"` (the model of arXiv 2506.08356), `"plus"` (what we recommend for new
-                training), `"official"` (what the authors' code computes, version 3; `OFFICIAL_VERSIONS` holds what
-                the others change) or `"tiny"` (`paper` in small, for demonstrations and tests).
-            **overrides: fields to change; nested dictionaries change single fields of a sub-config.
+            name: One of `PRESETS`: `"paper"` (the model of arXiv 2506.08356), `"plus"` (recommended for new training),
+                `"official"` (what the authors' code computes, version 3; `OFFICIAL_VERSIONS` lists the differences of
+                the others) or `"tiny"` (a small `paper`, for demonstrations and tests).
+            **overrides: Fields to change; nested dictionaries change single fields of a sub-config.
+
+        Returns:
+            The configuration.
 
         Raises:
-            ValueError: if the name is unknown; lists the known ones.
+            ValueError: The name or a field is unknown; the message lists or suggests known ones.
+
+        Example:
+            >>> from medmoe_hf.model import MedMoEConfig
+            >>> config = MedMoEConfig.from_preset("paper", vision_config={"modalities": ["xray", "ct"]})
+            >>> config.modalities
+            {0: 'xray', 1: 'ct'}
         """
         fields_of_preset = preset_fields(name)
         _refuse_unknown(cls, overrides)
@@ -468,12 +516,12 @@ class MedMoEConfig(MedMoETextConfig):
 
     @property
     def modalities(self) -> dict[int, str]:
-        """What expert k is: `{0: "xray", ...}`."""
+        """The modality of each expert: `{0: "xray", ...}`."""
         modalities: dict[int, str] = self.vision_config.modalities
         return modalities
 
     def text_model_config(self) -> MedMoETextConfig:
-        """The text tower's configuration; shares the encoder's configuration object with this one."""
+        """Returns the text tower's configuration, which shares the encoder's configuration object with this one."""
         return MedMoETextConfig(
             **{name: getattr(self, name) for name in _TEXT_FIELDS},
             dtype=self.dtype,
@@ -486,11 +534,11 @@ class MedMoEConfig(MedMoETextConfig):
             return
         if self.vision_config.global_features == "both":
             raise ValueError(
-                '`vision_config.global_features="both"` needs `projection_dim`, to bring the two together.'
+                '`vision_config.global_features="both"` needs `projection_dim`, to project the two to one space.'
             )
         vision, text = self.vision_config, self.text_config
         widths = {"text_config.hidden_size": text.hidden_size, "vision_config.local_size": vision.local_size}
-        # A timm backbone tells its width once it is built; the model checks it there.
+        # The width of a timm backbone is known once it is built; the model checks it there.
         if vision.global_features == "backbone" and vision.hidden_size is not None:
             widths["the backbone's last width"] = vision.hidden_size
         if len(set(widths.values())) > 1:
@@ -517,108 +565,6 @@ class MedMoEConfig(MedMoETextConfig):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` must be finite and not negative, got {getattr(self, name)}.")
 
-
-PRESETS: dict[str, dict[str, Any]] = {
-    # Swin-T, six experts (36.9 M parameters in the image tower) and Bio_ClinicalBERT's shapes.
-    "paper": {"text_config": {"model_type": "bert", "vocab_size": 28996}},
-    # The official code, version 3 (see `OFFICIAL_VERSIONS`).
-    "official": {
-        "text_config": {"model_type": "bert", "vocab_size": 28996},
-        "word_rule": "official",
-        "report_length": 25,
-        "router": "image",
-        "aux_loss_on": "probabilities",
-        "global_loss_weight": 0.5,
-        "local_loss_weight": 0.5,
-        "aux_loss_weight": 2.0,
-        "vision_config": {
-            "swin_config": {"pyramid": "merged"},
-            "expert_type": "token",
-            "scale_attention_size": 384,
-            "global_features": "expert",
-        },
-    },
-    # Result of examples/experiments/ablation.py: v_g from both and the projections won individually, the rest won as a
-    # group; a learned scale of the global loss lost.
-    "plus": {
-        "text_config": {"model_type": "bert", "vocab_size": 28996},
-        "word_pooling": "mean",
-        "router": "both",
-        "projection_dim": 512,
-        "temp1_regions": 361,
-        "contrast": "mean",
-        "aux_label_smoothing": 0.1,
-        "aux_loss_weight": 0.5,
-        "vision_config": {
-            "pyramid_norm": True,
-            "global_features": "both",
-            "scale_attention_native": True,
-            "router_norm": True,
-        },
-    },
-    # Made to learn in minutes on two CPU cores, from nothing: shallow, initialised wider than pretrained shapes are,
-    # and with v_g from the expert, whose convolutions learn faster than attention does. Two levels and small windows
-    # keep each region's view narrow, so that its vector tells where something is.
-    "tiny": {
-        "text_config": {
-            "model_type": "bert",
-            "vocab_size": 1024,
-            "hidden_size": 96,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "intermediate_size": 192,
-            "max_position_embeddings": 64,
-            "hidden_dropout_prob": 0.0,
-            "attention_probs_dropout_prob": 0.0,
-        },
-        "num_summed_layers": 1,
-        "projection_dim": 64,
-        "temp1": 8.0,
-        "temp2": 8.0,
-        "temp3": 6.0,
-        "vision_config": {
-            "image_size": 64,
-            "global_features": "expert",
-            "initializer_range": 0.08,
-            "swin_config": {
-                "embed_dim": 32,
-                "depths": (1, 1),
-                "num_heads": (2, 4),
-                "window_size": 2,
-                "drop_path_rate": 0.0,
-                "initializer_range": 0.08,
-            },
-            "expert_hidden_size": 48,
-            "local_size": 64,
-            "scale_attention_size": 32,
-            "router_hidden_size": 64,
-        },
-    },
-}
-
-
-def preset_fields(name: str) -> dict[str, Any]:
-    """What `PRESETS` holds under a name.
-
-    Raises:
-        ValueError: if the name is unknown; lists the known ones.
-    """
-    if name not in PRESETS:
-        near = get_close_matches(name, PRESETS, n=1)
-        hint = f" Did you mean `{near[0]}`?" if near else ""
-        raise ArgumentError(f'Unknown preset "{name}". Known presets: {", ".join(sorted(PRESETS))}.{hint}')
-    return PRESETS[name]
-
-
-PRESET_MAX_LENGTH = {"paper": 25, "official": 25, "plus": 256, "tiny": 48}
-"""Longest text of each preset, in tokens with the special ones; the processor of a new model truncates to it."""
-
-OFFICIAL_VERSIONS: dict[int, dict[str, Any]] = {
-    1: {"global_features": "backbone", "mixture": "soft", "map_size": 16},
-    2: {"global_features": "backbone"},
-    3: {},
-}
-"""What the versions of the official code, which share their parameters, change in the preset's `vision_config`."""
 
 MedMoEConfig.register_for_auto_class()
 MedMoETextConfig.register_for_auto_class()

@@ -12,7 +12,7 @@ from medmoe_hf.model import (
     MedMoEProcessor,
     MedMoETokenizer,
 )
-from medmoe_hf.model.configuration_medmoe import PRESET_MAX_LENGTH
+from medmoe_hf.model.presets_medmoe import PRESET_MAX_LENGTH
 from medmoe_hf.training.config import ModelSection
 
 

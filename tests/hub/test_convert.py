@@ -34,7 +34,7 @@ from medmoe_hf.cli import app
 from medmoe_hf.errors import ConvertError
 from medmoe_hf.hub import convert_medclip, convert_official, init_model, read_state_dict
 from medmoe_hf.model import MedMoEModel, MedMoEProcessor, MedMoETextModel, MedMoEVisionModel
-from medmoe_hf.model.configuration_medmoe import PRESETS
+from medmoe_hf.model.presets_medmoe import PRESETS
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "official_small"
 OPTIONS = {"tokenizer": str(GOLDEN / "vocab.txt"), "image_size": 64, "text_heads": 4, "max_length": 14}

@@ -31,6 +31,7 @@ FILES = {f"{name}_medmoe.py" for name in ("configuration", "modeling", "losses",
     "dicom_medmoe.py",
     "nifti_medmoe.py",
     "modalities_medmoe.py",
+    "presets_medmoe.py",
     "word_regions_medmoe.py",
     "saving_medmoe.py",
 }

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from medmoe_hf.model import MedMoEModel
-from medmoe_hf.model.configuration_medmoe import PRESETS
+from medmoe_hf.model.presets_medmoe import PRESETS
 
 # What tells the presets apart, at the small size of `small_config`.
 TELLING = ("word_rule", "report_length", "word_pooling", "router", "learned_scale")

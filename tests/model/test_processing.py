@@ -128,6 +128,7 @@ def test_round_trip(images, tmp_path):
         "dicom_medmoe.py",
         "nifti_medmoe.py",
         "modalities_medmoe.py",
+        "presets_medmoe.py",
         "processing_medmoe.py",
         "processor_config.json",
         "tokenization_medmoe.py",
