@@ -28,7 +28,7 @@ nox.options.reuse_venv = "yes"
 
 
 def prepare(session: nox.Session, extras: str) -> None:
-    """Installs the package into the session's own environment, and nothing into one that is used as it is."""
+    """Installs the package into the session's own environment; with `--no-venv` nothing is installed."""
     session.env.update(OFFLINE)
     if session.virtualenv.venv_backend == "none":
         return
@@ -41,7 +41,7 @@ def example(session: nox.Session, name: str, *arguments: str | Path) -> None:
 
 
 def fresh(name: str) -> Path:
-    """A path under the output folder where nothing lies yet."""
+    """A path in the output folder that does not exist yet."""
     path = OUTPUT / name
     if path.is_dir():
         shutil.rmtree(path)
@@ -140,12 +140,11 @@ def benchmarks(session: nox.Session) -> None:
     """The benchmarks in small: that they run, not how fast."""
     prepare(session, "all")
     model = QUICKSTART / "model"
-    folder = "experiments/benchmarks"
-    example(session, f"{folder}/data", "--images", "20", "--rounds", "1")
-    example(session, f"{folder}/training", "--rounds", "1", "--batches", "2", "--step-batch", "1")
-    example(session, f"{folder}/inference", "--only", "presets", "--batches", "1", "--rounds", "1")
-    example(session, f"{folder}/precision", "--model", model, "--data", QUICKSTART)
-    example(session, f"{folder}/encode", "--samples", "1000", "--output", fresh("bulk"))
+    example(session, "experiments/benchmarks/data", "--images", "20", "--rounds", "1")
+    example(session, "experiments/benchmarks/training", "--rounds", "1", "--batches", "2", "--step-batch", "1")
+    example(session, "experiments/benchmarks/inference", "--only", "presets", "--batches", "1", "--rounds", "1")
+    example(session, "experiments/benchmarks/precision", "--model", model, "--data", QUICKSTART)
+    example(session, "experiments/benchmarks/encode", "--samples", "1000", "--output", fresh("bulk"))
 
 
 @nox.session
@@ -170,8 +169,10 @@ def core(session: nox.Session) -> None:
 
 @nox.session
 def browser(session: nox.Session) -> None:
-    """The demo page in Chromium; gradio asks for an older Pillow, so this session has an environment of its own."""
-    prepare(session, "all,dev,demo")
+    """The demo page in Chromium; gradio requires an older Pillow than the other sessions use."""
+    prepare(session, "dicom,demo,test")
+    if session.virtualenv.venv_backend != "none":
+        session.install("playwright")
     if (QUICKSTART / "model").is_dir():
         session.env["MEDMOE_MODEL"] = str(QUICKSTART / "model")
     session.env["MEDMOE_SCREENSHOTS"] = str(fresh("screenshots"))

@@ -35,10 +35,10 @@ def _evaluation_command(protocol: str | None) -> Callable[..., None]:
         batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 32,
         force: Annotated[bool, typer.Option("--force", help="Replace OUTPUT if it exists.")] = False,
     ) -> None:
-        from medmoe_hf.evaluation.report import summary
-        from medmoe_hf.evaluation.suite import evaluate
-
         with errors_of(f"evaluate {protocol or 'all'}"):
+            from medmoe_hf.evaluation.report import summary
+            from medmoe_hf.evaluation.suite import evaluate
+
             results = evaluate(
                 [model, *(compare or [])],
                 recipe,

@@ -6,19 +6,23 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import log_loss
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from medmoe_hf.common.console import progress
-from medmoe_hf.errors import ArgumentError
+from medmoe_hf.errors import ArgumentError, MissingPackageError
 from medmoe_hf.evaluation.dataset import EvaluationSet, test_split
 from medmoe_hf.evaluation.intervals import bootstrap
 from medmoe_hf.evaluation.metrics import classification_metrics, multilabel_metrics
 from medmoe_hf.evaluation.results import Result, common_facts, count_by_class, known_by_class
 from medmoe_hf.inference.encoders import Encoder
+
+try:
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import log_loss
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+except ImportError as error:
+    raise MissingPackageError('Linear probes need scikit-learn: pip install "medmoe_hf[evaluate]"') from error
 
 FRACTIONS = (0.01, 0.1, 1.0)
 SEEDS = 5

@@ -28,7 +28,8 @@ def check_trackers(trackers: Iterable[str]) -> None:
     """
     for name in trackers:
         if importlib.util.find_spec(name) is None:
-            raise TrainingError(f"`trackers: {name}` needs its package: pip install {name}; or remove it.")
+            package = '"medmoe_hf[train]"' if name == "tensorboard" else name
+            raise TrainingError(f"`trackers: {name}` needs its package: pip install {package}; or remove it.")
 
 
 def check_strategy(config: TrainConfig, kind: DistributedType) -> None:
