@@ -27,11 +27,6 @@ from medmoe_hf.data.sources import load_sources
 from medmoe_hf.evaluation.recipes import load_recipe
 from medmoe_hf.training import TrainConfig
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 ROOT = Path(__file__).parents[1]
 PAGES = {
     path.name: path
@@ -147,8 +142,10 @@ def example(script: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch)
 
 
 def extras() -> set[str]:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return set(project["optional-dependencies"])
+    # Python 3.10 cannot read TOML.
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    section = project.split("[project.optional-dependencies]\n")[1].split("\n[")[0]
+    return set(re.findall(r"^(\w+) = \[", section, re.MULTILINE))
 
 
 def nox_sessions() -> set[str]:
