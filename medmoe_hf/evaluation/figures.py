@@ -1,4 +1,4 @@
-"""Figures of an evaluation: reliability, confusion, recall, probes by size, heat-map sheets. All of them PNG files."""
+"""Figures of an evaluation, as PNG files: confusion, reliability, recall, linear probes by size, heat-maps."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,19 +20,26 @@ except ImportError as error:
     raise MissingPackageError('Figures need matplotlib: pip install "medmoe_hf[evaluate]"') from error
 
 _DPI = 130
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # apart for the colour-blind too
+_COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+)  # distinguishable if colour-blind
 _MARKERS = "osD^vP"
 _CONTROL = (
-    "The control is a made-up word that no report contains. What its map shows, the model shows for any word: a map "
-    "of a finding means something only as far as it is hotter in the box than the control's. The two maps of an image "
+    "The control is a made-up word that no report contains, so its map shows what does not depend on the word: the "
+    "map of a finding is evidence only where it is hotter in the box than the control's. The two maps of an image "
     "share one colour scale, from dark (low) to yellow (high)."
 )
 
 
 def draw_confusions(results: Sequence[Result], path: Path) -> None:
-    """A matrix for each result; shades are shares of a row, numbers are images.
+    """Draws a confusion matrix per result; shades are shares of a row, numbers are images.
 
-    Zero-shot shows its first score, routing each router.
+    Zero-shot has a panel for its first score, routing one per router.
     """
     panels = [
         (result, variant, confusion)
@@ -54,14 +61,14 @@ def draw_confusions(results: Sequence[Result], path: Path) -> None:
             if counts[row, column]:
                 colour = "white" if shares[row, column] > 0.6 else "black"
                 axis.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=8, color=colour)
-        axis.set_ylabel("truth", fontsize=8)
+        axis.set_ylabel("true", fontsize=8)
         axis.set_title(_title(result, variant), fontsize=9)
-        axis.set_xlabel("said", fontsize=8)
+        axis.set_xlabel("predicted", fontsize=8)
     _save(figure, path)
 
 
 def draw_reliability(results: Sequence[Result], path: Path) -> None:
-    """One diagram for each result: how often the answers of a confidence are right; the diagonal would be honest."""
+    """Draws a reliability diagram per result: accuracy by confidence; perfect calibration is the diagonal."""
     chosen = [result for result in _by_set(results) if result.calibrations]
     figure, axes = _grid(len(chosen), 3.2, 4.2, _models_beside(results))
     for axis, result in zip(axes, chosen, strict=True):
@@ -76,10 +83,10 @@ def draw_reliability(results: Sequence[Result], path: Path) -> None:
             axis.scatter(confidence, right, s=sizes, color=colour, marker=marker, alpha=0.8, label=label, linewidth=0)
         axis.set(xlim=(-0.02, 1.02), ylim=(-0.04, 1.04), aspect="equal")
         axis.set_xlabel("confidence", fontsize=8)
-        axis.set_ylabel("share that is right", fontsize=8)
+        axis.set_ylabel("accuracy", fontsize=8)
         axis.tick_params(labelsize=8)
         axis.set_title(_title(result), fontsize=9)
-        # Below: anywhere inside it would lie on marks.
+        # Below the axes: inside it would cover marks.
         legend = axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
         for handle in legend.legend_handles:
             if isinstance(handle, PathCollection):
@@ -89,7 +96,7 @@ def draw_reliability(results: Sequence[Result], path: Path) -> None:
 
 
 def draw_recalls(results: Sequence[Result], path: Path) -> None:
-    """Bars of R@1, 5, 10 in both directions, with intervals, for each model and score; the line is chance."""
+    """Draws bars of R@1, 5, 10 in both directions, with intervals, per model and score; the line is chance."""
     datasets = list(dict.fromkeys(result.dataset for result in results))
     figure, axes = _grid(2 * len(datasets), 4.8, 3.6, columns=2)
     for axis, (dataset, direction) in zip(
@@ -103,17 +110,17 @@ def draw_recalls(results: Sequence[Result], path: Path) -> None:
             intervals = [metrics[f"{direction}_r{k}"] for k in ks]
             values = np.array([interval.value for interval in intervals])
             reach = np.array([[one.value - one.low, one.high - one.value] for one in intervals]).T.clip(0)
-            place = np.arange(len(ks)) + (number - (len(bars) - 1) / 2) * width
+            position = np.arange(len(ks)) + (number - (len(bars) - 1) / 2) * width
             # Scores of one model share a colour and differ in shade.
             model = [other.model for other in chosen].index(result.model)
             shade = (1.0, 0.65, 0.4)[list(result.by_variant()).index(kind) % 3]
             colour = _COLOURS[model % len(_COLOURS)]
             label = f"{result.model}, {kind}"
-            axis.bar(place, values, width * 0.92, color=colour, alpha=shade, label=label)
-            axis.errorbar(place, values, np.nan_to_num(reach), fmt="none", ecolor="0.2", elinewidth=0.9, capsize=2)
-        for position, k in enumerate(ks):
+            axis.bar(position, values, width * 0.92, color=colour, alpha=shade, label=label)
+            axis.errorbar(position, values, np.nan_to_num(reach), fmt="none", ecolor="0.2", elinewidth=0.9, capsize=2)
+        for index, k in enumerate(ks):
             chance = chosen[0].facts["chance"][f"r{k}"]
-            axis.plot((position - 0.45, position + 0.45), (chance, chance), color="black", linewidth=1, linestyle=":")
+            axis.plot((index - 0.45, index + 0.45), (chance, chance), color="black", linewidth=1, linestyle=":")
         axis.set_xticks(range(len(ks)), [f"R@{k}" for k in ks], fontsize=9)
         axis.set_ylim(0, 1)
         axis.tick_params(axis="y", labelsize=8)
@@ -128,7 +135,7 @@ def draw_recalls(results: Sequence[Result], path: Path) -> None:
 
 
 def draw_probes(results: Sequence[Result], path: Path) -> None:
-    """Accuracy of linear probes by the number of training images; marks are the means, dots single seeds."""
+    """Draws linear probes by the number of training images; marks are means, dots single seeds."""
     datasets = list(dict.fromkeys(result.dataset for result in results))
     figure, axes = _grid(len(datasets), 4.2, 3.4)
     for axis, dataset in zip(axes, datasets, strict=True):
@@ -144,7 +151,7 @@ def draw_probes(results: Sequence[Result], path: Path) -> None:
                 lines.append((f"{result.model}, {kind}", points))
         for number, (label, points) in enumerate(lines):
             colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
-            # Beside each other, not on top.
+            # Side by side, not on top of each other.
             sizes = np.array([size for size, _, _ in points]) * 1.04 ** (number - (len(lines) - 1) / 2)
             values = np.array([interval.value for _, interval, _ in points])
             reach = np.array([[one.value - one.low, one.high - one.value] for _, one, _ in points]).T.clip(0)
@@ -171,9 +178,9 @@ def draw_probes(results: Sequence[Result], path: Path) -> None:
 
 
 def draw_heatmaps(result: Result, path: Path) -> None:
-    """Two examples a row, each the image with its boxes, the phrase's heat-map, and that of a nonsense word.
+    """Draws two examples per row, each the image with its boxes, the phrase's heat-map, and that of a nonsense word.
 
-    The two maps of an example have one colour scale: only so can they be compared.
+    The two maps of an example share a colour scale, so that they can be compared.
     """
     figure, axes = _grid(3 * len(result.examples), 2.3, 2.45, columns=6 if len(result.examples) > 3 else 3)
     for number, example in enumerate(result.examples):
@@ -201,13 +208,13 @@ def draw_heatmaps(result: Result, path: Path) -> None:
 
 
 def _by_set(results: Sequence[Result]) -> list[Result]:
-    """With the models that were measured on the same set side by side."""
+    """Sorts results so that models on the same set are side by side."""
     datasets = list(dict.fromkeys(result.dataset for result in results))
     return sorted(results, key=lambda result: datasets.index(result.dataset))
 
 
 def _models_beside(results: Sequence[Result]) -> int | None:
-    """Columns in which each row is one set; None if there is one model, or more than fit."""
+    """Number of columns so that each row is one set; None if there is one model, or more than fit."""
     models = len({result.model for result in results})
     return models if 1 < models <= 4 and len(results) % models == 0 else None
 
@@ -222,10 +229,10 @@ def _shortened(text: str, most: int = 18) -> str:
 
 
 def _grid(panels: int, width: float, height: float, columns: int | None = None) -> tuple[Figure, list[Axes]]:
-    """A figure of panels of so many inches; those that are too many for its rows are removed."""
+    """Creates a figure with panels of `width` x `height` inches."""
     rows = -(-panels // (columns or max(1, int(13 // width))))
     columns = columns or -(-panels // rows)
-    # Not through pyplot: it keeps figures, and chooses a backend for the whole process.
+    # Not through pyplot, which keeps figures and selects a backend for the process.
     figure = Figure(figsize=(columns * width, rows * height + 0.4), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
@@ -235,5 +242,5 @@ def _grid(panels: int, width: float, height: float, columns: int | None = None) 
 
 
 def _save(figure: Figure, path: Path) -> None:
-    # Without the date and version that matplotlib writes: the same results give the same file.
+    # Without the software version that matplotlib writes: the same results yield the same file.
     figure.savefig(path, metadata={"Software": None})

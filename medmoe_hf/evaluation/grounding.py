@@ -1,4 +1,4 @@
-"""Grounding: whether a phrase's heat-map lies where the finding is, and that of a nonsense phrase does not."""
+"""Grounding: whether the heat-map of a phrase lies where the finding is, and that of a nonsense word does not."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ from medmoe_hf.inference.encoders import Encoder, MedMoEEncoder
 from medmoe_hf.model.modalities_medmoe import MODALITIES, UNKNOWN_MODALITY
 
 NONSENSE = ("glorbix", "quandle", "zwyvex")
-"""Words that mean nothing: what a map shows for them, it shows for any word."""
+"""Meaningless words: what their maps show does not depend on the word."""
 
 METRICS = {
     "contrast_to_noise": contrast_to_noise,
@@ -27,21 +27,33 @@ _SHEET_ROWS = 12
 
 
 def grounding(encoder: Encoder, data: EvaluationSet, resamples: int = 1000, seed: int = 0) -> Result:
-    """Looks for each image's phrase in the test part of a set, and for nonsense in the same images.
+    """Localizes each image's phrase in the test split, and nonsense words in the same images.
 
     Images without a phrase or a box are left out. Variants: `phrase`; `nonsense`, the mean over three made-up words;
-    `phrase - nonsense`, image by image; `chance`, a random pixel's hits; and the phrase's by modality.
-    `same_map` is the correlation of the phrase's map with nonsense's: near 1, the map does not depend on the words.
+    `phrase - nonsense`, per image; `chance`, the hits of a random pixel; and `phrase, <modality>`. `same_map` is the
+    correlation of the phrase's map with those of nonsense words: near 1, the map does not depend on the words.
 
     Args:
-        resamples: of the bootstrap; whole subjects are drawn where they are known.
-        seed: of the bootstrap.
+        encoder: A `MedMoEEncoder`; see `load_encoder`.
+        data: A set with phrases and boxes.
+        resamples: Number of bootstrap resamples; subjects are resampled where they are known.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        The result, with protocol `grounding` and a few `examples` for a figure.
 
     Raises:
-        ValueError: for a model without heat-maps, or a set without phrases and boxes.
+        ValueError: For a model without heat-maps, or a set without phrases and boxes.
+
+    Example:
+        ```python
+        (data,) = open_recipe(load_recipe("ms_cxr"), "ms_cxr")
+        result = grounding(load_encoder("quickstart/model"), data)
+        print(result.metrics["phrase - nonsense/pointing"])
+        ```
     """
     if not isinstance(encoder, MedMoEEncoder):
-        raise ArgumentError(f"{encoder.name} gives no heat-maps of words; only a MedMoE does.")
+        raise ArgumentError(f"{encoder.name} has no heat-maps of words; only a MedMoE has.")
     data = test_split(data)
     if data.phrases is None or data.boxes is None:
         raise ArgumentError(f"{data.name}: grounding needs phrases and boxes.")
@@ -54,17 +66,17 @@ def grounding(encoder: Encoder, data: EvaluationSet, resamples: int = 1000, seed
     modalities = np.full(len(rows), UNKNOWN_MODALITY) if data.modalities is None else data.modalities[rows]
     experts = encoder.expert_ids(modalities)
 
-    def look_for(words: Sequence[str]) -> list[np.ndarray]:
+    def localize(words: Sequence[str]) -> list[np.ndarray]:
         return encoder.heatmaps(images, words, references, experts.tolist())
 
-    found = look_for(phrases)
+    found = localize(phrases)
     masks = [_mask(own, heatmap.shape) for own, heatmap in zip(boxes, found, strict=True)]
     measured = _measure(found, masks)
     chosen = _spread(modalities)
     controls, shown = [], {}
-    # One control at a time: maps in original pixels are large.
+    # One word at a time: maps in original pixels are large.
     for word in NONSENSE:
-        maps = look_for([word] * len(rows))
+        maps = localize([word] * len(rows))
         same = [_correlation(one, other) for one, other in zip(found, maps, strict=True)]
         controls.append(_measure(maps, masks) | {"same_map": np.array(same)})
         if word == NONSENSE[0]:
@@ -123,13 +135,13 @@ def grounding(encoder: Encoder, data: EvaluationSet, resamples: int = 1000, seed
 
 
 def _mask(boxes: Sequence[Box], size: tuple[int, ...]) -> np.ndarray:
-    """(H, W) bool: what any of the boxes covers."""
+    """(H, W) bool: the union of the boxes."""
     covered: np.ndarray = np.any([box_mask(box, (size[0], size[1])) for box in boxes], axis=0)
     return covered
 
 
 def _measure(heatmaps: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-    """(N,) of each of `METRICS`."""
+    """Name -> (N,) values of each of `METRICS`."""
     return {
         name: np.array([metric(heatmap, mask) for heatmap, mask in zip(heatmaps, masks, strict=True)])
         for name, metric in METRICS.items()
@@ -137,14 +149,14 @@ def _measure(heatmaps: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> dic
 
 
 def _correlation(one: np.ndarray, other: np.ndarray) -> float:
-    """Pearson's, of two maps; 0 if one of them is the same everywhere."""
+    """Pearson correlation of two maps; 0 if one of them is constant."""
     left, right = one - one.mean(dtype=np.float64), other - other.mean(dtype=np.float64)
     length = float(np.sqrt((left**2).sum() * (right**2).sum()))
     return float((left * right).sum() / length) if length else 0.0
 
 
 def _spread(modalities: np.ndarray) -> list[int]:
-    """A few rows of each modality, in its order: the first ones, so that nobody has chosen them."""
+    """Selects the first few rows of each modality, without cherry-picking."""
     rows = [
         int(row)
         for modality in np.unique(modalities)

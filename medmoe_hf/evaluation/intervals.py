@@ -1,4 +1,4 @@
-"""How sure a measurement is: bootstrap intervals, by row or by subject."""
+"""Bootstrap intervals, by row or by subject."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,14 +11,19 @@ from medmoe_hf.common.console import progress
 
 @dataclass(frozen=True)
 class Interval:
-    """A measured value and the interval it is known to.
+    """A measured value and its confidence interval.
 
     Attributes:
-        value: measured on all rows.
-        low, high: ends of the interval; NaN if there was nothing to tell them from.
-        n: how many independent units it rests on: groups where there are any, else rows.
-        rows: on how many rows it was measured; None where nobody has said it.
-        undefined: resamples in which the metric was NaN; the interval is of the others.
+        value: Value on all rows.
+        low: Lower end of the interval; NaN if there is none.
+        high: Upper end of the interval; NaN if there is none.
+        n: Number of independent units: groups if there are any, otherwise rows.
+        undefined: Number of resamples in which the metric was NaN; the interval is over the others.
+        rows: Number of rows; None if unknown.
+
+    Example:
+        >>> print(Interval(0.75, 0.5, 0.9, n=20))
+        0.750 [0.50, 0.90]
     """
 
     value: float
@@ -40,25 +45,33 @@ def bootstrap(
     seed: int = 0,
     level: float = 0.95,
 ) -> dict[str, Interval]:
-    """Percentile bootstrap of several metrics at once.
+    """Computes percentile bootstrap intervals of several metrics at once.
 
-    All metrics come from the same resamples, and the same rows of all columns are drawn together. Not by
-    `scipy.stats.bootstrap`: it knows neither groups nor several metrics.
+    All metrics use the same resamples, and the same rows of all columns are drawn together. (`scipy.stats.bootstrap`
+    supports neither groups nor several metrics.)
 
     Args:
-        metric: gives the metrics of some rows, with the same names each time. It is called `resamples + 1` times.
-        columns: what it takes, (N, ...) each.
-        groups: (N,) of each row, such as its subject; rows of a group are drawn together, since they say less than as
-            many independent ones. None means that rows are independent.
-        resamples: how often to draw.
-        seed: the same seed, columns and groups give the same intervals.
-        level: the share of such intervals that should hold the truth, between 0 and 1.
+        metric: Function of resampled columns that returns metrics, with the same names each time. It is called
+            `resamples + 1` times.
+        columns: Arguments of `metric`, (N, ...) each.
+        groups: (N,) group of each row, such as its subject; rows of a group are drawn together, since they carry less
+            information than as many independent ones. None if rows are independent.
+        resamples: Number of resamples.
+        seed: The same seed, columns and groups yield the same intervals.
+        level: Confidence level, between 0 and 1.
 
     Returns:
-        An interval by name. Its ends are NaN if there is only one row or group: that says nothing of the spread.
+        Name -> interval. Its ends are NaN if there is only one row or group, which has no spread.
 
     Raises:
-        ValueError: no rows, columns of different lengths, or a setting out of range.
+        ValueError: For no rows, columns of different lengths, or a setting out of range.
+
+    Example:
+        >>> import numpy as np
+        >>> right = np.array([1, 1, 0, 1])
+        >>> found = bootstrap(lambda rows: {"accuracy": float(rows.mean())}, right, resamples=100)
+        >>> found["accuracy"].value, found["accuracy"].n
+        (0.75, 4)
     """
     tables = [np.asarray(column) for column in columns]
     lengths = [len(table) for table in tables] + ([] if groups is None else [len(groups)])
@@ -94,6 +107,6 @@ def _members(groups: np.ndarray) -> list[np.ndarray]:
 def _interval(value: float, drawn: np.ndarray, units: int, level: float) -> Interval:
     known = drawn[~np.isnan(drawn)]
     tail = (1 - level) / 2
-    # A value that was drawn, not one between two: between a number and infinity there is none.
+    # A drawn value, not an interpolated one: there is none between a number and infinity.
     low, high = np.quantile(known, [tail, 1 - tail], method="inverted_cdf") if len(known) else (np.nan, np.nan)
     return Interval(value, float(low), float(high), units, len(drawn) - len(known))

@@ -1,4 +1,4 @@
-"""Linear probe: what a linear classifier can read from a frozen image tower, with few and with many examples."""
+"""Linear probe: linear classifiers on the features of a frozen image tower, with few and with many images."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +27,7 @@ except ImportError as error:
 FRACTIONS = (0.01, 0.1, 1.0)
 SEEDS = 5
 STRENGTHS = tuple(10.0**power for power in range(-4, 3))
-"""Values of C, the inverse of the penalty, that validation chooses from."""
+"""Values of C, the inverse of the penalty, from which the validation split selects."""
 _ITERATIONS = 2000
 _OWN_SPLITS = "no training split; split here by subject into a half for training, a fifth for validation and the rest"
 
@@ -47,7 +47,7 @@ def linear_probe(
     by the part's mean and standard deviation. C is the one of `strengths` with the lowest log loss on the validation
     split. Variants are `<features> <share>`, such as `expert 10%`; a metric is the mean over seeds, its interval is
     over the images of the test split, and `facts["seeds"]` has the accuracy per seed. A set without splits is split by
-    `own_splits`, and the result says so.
+    `own_splits`, as noted in `facts["split"]`.
 
     On a multi-label set one binary classifier is fitted per finding, on the images where it is known, each with a C of
     its own. `<features> <share>` has the means over findings and `<features> <share>, <finding>` the metrics of one;
@@ -170,7 +170,7 @@ def _check_classes(train: np.ndarray, validation: np.ndarray | None, data: Evalu
 
 
 def _same_parts(parts: Mapping[float, Sequence[np.ndarray]]) -> list[list[str]]:
-    """Shares of a training split that are the same images in every draw, in groups of two or more."""
+    """Groups of two or more shares of a training split that are the same images in every draw."""
     groups: dict[tuple[bytes, ...], list[str]] = {}
     for fraction, draws in parts.items():
         groups.setdefault(tuple(rows.tobytes() for rows in draws), []).append(f"{fraction:.0%}")
@@ -178,7 +178,7 @@ def _same_parts(parts: Mapping[float, Sequence[np.ndarray]]) -> list[list[str]]:
 
 
 def _mean_of_runs(runs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Of probabilities (N, R, C)."""
+    """Classification metrics of probabilities (N, R, C), as means over the R runs."""
     found = [classification_metrics(runs[:, run], labels) for run in range(runs.shape[1])]
     return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
 
@@ -253,7 +253,7 @@ def multilabel_part(labels: np.ndarray, fraction: float, seed: int) -> np.ndarra
         seed: Seed of the draw.
 
     Returns:
-        (n,) row indices, sorted; as many as the share, rounded, and what had to be added for rare findings.
+        (n,) row indices, sorted; the share, rounded, plus images that are added for rare findings.
 
     Raises:
         ValueError: If `fraction` is out of range.

@@ -1,7 +1,7 @@
 """Metrics of retrieval, classification, calibration and grounding, as functions of scores.
 
-They take numpy arrays or tensors and give plain floats, or one value for each query where it says so. Whatever is
-undecided counts against the model: ties, maps that are the same everywhere, scores that are no numbers.
+They take NumPy arrays or tensors and return plain floats, or one value per query where the docstring says so.
+Undecided cases count against the model: ties, constant heat-maps, scores that are NaN.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,18 +15,22 @@ from torch import Tensor
 from medmoe_hf.errors import ArgumentError
 
 CALIBRATION_BINS = 15
-_UNKNOWN = -100  # what the losses leave out, too
+_UNKNOWN = -100  # as in the losses
 
 
 def caption_groups(captions: Sequence[Sequence[str]]) -> np.ndarray:
-    """Numbers captions, the same number for the same words: the groups by which `ranks` knows what is right.
+    """Numbers captions, equal captions alike: the groups by which `ranks` knows the right candidates.
 
     Args:
-        captions: of each image, one or several.
+        captions: N sequences, the captions of each image.
 
     Returns:
-        (N, G) int64, G the most captions of an image; -1 where an image has fewer. `groups[groups >= 0]` are the
-        groups of all captions, image by image.
+        (N, G) int64, with G the largest number of captions per image; -1 where an image has fewer.
+        `groups[groups >= 0]` are the groups of all captions, image by image.
+
+    Example:
+        >>> caption_groups([["normal"], ["cyst", "normal"]]).tolist()
+        [[0, -1], [1, 0]]
     """
     numbers: dict[str, int] = {}
     rows = [[numbers.setdefault(caption, len(numbers)) for caption in own] for own in captions]
@@ -37,22 +41,28 @@ def caption_groups(captions: Sequence[Sequence[str]]) -> np.ndarray:
 def ranks(
     scores_of: Callable[[slice], Any], query_groups: ArrayLike, candidate_groups: ArrayLike, chunk: int = 1024
 ) -> np.ndarray:
-    """The rank of each query's best right candidate, from 0, a few queries at a time.
+    """Computes the rank, from 0, of each query's best right candidate, in chunks of queries.
 
-    It is the number of wrong candidates that score as much or more: ties count against us. A candidate is right if it
-    shares a group with the query, so identical captions must have the same one (`caption_groups`).
+    The rank is the number of wrong candidates that score the same or higher: ties count against the model. A candidate
+    is right if it shares a group with the query, so identical captions must have the same group (`caption_groups`).
 
     Args:
-        scores_of: gives the scores (n, M) of a slice of the queries; `table.__getitem__` of a table (N, M).
-        query_groups: (N,), or (N, G) for queries with several groups; a negative number is no group.
+        scores_of: Function that returns the scores (n, M) of a slice of the queries; for a table (N, M),
+            `table.__getitem__`.
+        query_groups: (N,), or (N, G) for queries with several groups; negative numbers are not groups.
         candidate_groups: (M,) or (M, G), likewise.
-        chunk: how many queries are scored at once.
+        chunk: Queries per chunk.
 
     Returns:
         (N,) int64, 0 to the number of wrong candidates.
 
     Raises:
-        ValueError: a query has no right candidate, or the scores do not fit the groups.
+        ValueError: If a query has no right candidate, or the scores do not match the groups.
+
+    Example:
+        >>> table = np.array([[0.9, 0.1], [0.7, 0.6]])
+        >>> ranks(table.__getitem__, [0, 1], [0, 1]).tolist()
+        [0, 1]
     """
     tables = [np.asarray(groups, dtype=np.int64) for groups in (query_groups, candidate_groups)]
     queries, candidates = (torch.tensor(table if table.ndim == 2 else table[:, None]) for table in tables)
@@ -69,12 +79,14 @@ def ranks(
         for query in queries[rows].unbind(dim=1):
             for candidate in candidates.unbind(dim=1):
                 right |= (query[:, None] == candidate) & (query[:, None] >= 0)
-        lost = (~right.any(dim=1)).nonzero().flatten()
-        if len(lost):
-            raise ArgumentError(f"Query {start + int(lost[0])} has no right candidate: none shares a group with it.")
+        unmatched = (~right.any(dim=1)).nonzero().flatten()
+        if len(unmatched):
+            raise ArgumentError(
+                f"Query {start + int(unmatched[0])} has no right candidate: none shares a group with it."
+            )
         right = right.to(table.device)
         best = table.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-        # Not `>=`: a score that is no number is neither more nor less, and must not make a query look solved.
+        # Not `>=`: a NaN compares false with everything, and must not make a query look solved.
         found[rows] = (~(table < best) & ~right).sum(dim=1).cpu().numpy()
     return found
 
@@ -82,40 +94,53 @@ def ranks(
 def retrieval_metrics(
     image_ranks: ArrayLike | None = None, text_ranks: ArrayLike | None = None, ks: Sequence[int] = (1, 5, 10)
 ) -> dict[str, float]:
-    """Recall@k and median rank of what `ranks` found.
+    """Computes recall@k and median rank from ranks.
+
+    In a bootstrap, resample the ranks: all candidates stay.
 
     Args:
-        image_ranks: (N,) of images as queries among texts; None leaves this direction out.
-        text_ranks: (M,) of texts as queries among images, likewise.
-        ks: the cut-offs.
+        image_ranks: (N,) ranks from `ranks` of images as queries among texts; None omits this direction.
+        text_ranks: (M,) ranks of texts as queries among images, likewise.
+        ks: Cut-offs.
 
     Returns:
         `{"image_to_text_r1": ..., "image_to_text_median_rank": ..., "text_to_image_r1": ..., ...}`: recalls are
-        fractions of 0..1, the best median rank is 1. In the bootstrap, ranks are the rows: all candidates stay.
+        0..1, the best median rank is 1.
+
+    Example:
+        >>> retrieval_metrics([0, 3], ks=(1,))
+        {'image_to_text_r1': 0.5, 'image_to_text_median_rank': 2.5}
     """
     result: dict[str, float] = {}
     for direction, found in (("image_to_text", image_ranks), ("text_to_image", text_ranks)):
         if found is not None:
-            places = np.asarray(found)
-            result |= {f"{direction}_r{k}": float((places < k).mean()) for k in ks}
-            result[f"{direction}_median_rank"] = float(np.median(places)) + 1
+            positions = np.asarray(found)
+            result |= {f"{direction}_r{k}": float((positions < k).mean()) for k in ks}
+            result[f"{direction}_median_rank"] = float(np.median(positions)) + 1
     return result
 
 
 def recall_at_k(
     scores: Tensor, captions: Sequence[str] | None = None, ks: Sequence[int] = (1, 5, 10)
 ) -> dict[str, float]:
-    """Recall@k of a paired set, in both directions.
+    """Computes recall@k of a paired set, in both directions.
 
-    A hit is any candidate that is right within the first k. Ties count against us: see `ranks`.
+    A query is a hit if any right candidate is among the first k. Ties count against the model: see `ranks`.
 
     Args:
-        scores: (N, N), row i image i, column j caption j; i and i belong together.
-        captions: the N captions, so that identical ones count as right for one another's images.
-        ks: the cut-offs.
+        scores: (N, N), row i for image i, column j for caption j; image i belongs to caption i.
+        captions: N captions, so that identical ones count as right for each other's images; None if all differ.
+        ks: Cut-offs.
 
     Returns:
-        `{"image_to_text_r1": ..., "text_to_image_r1": ..., ...}`, fractions of 0..1.
+        `{"image_to_text_r1": ..., "text_to_image_r1": ..., ...}`, 0..1.
+
+    Raises:
+        ValueError: If `scores` is not square.
+
+    Example:
+        >>> recall_at_k(torch.tensor([[0.9, 0.1], [0.7, 0.6]]), ks=(1,))
+        {'image_to_text_r1': 0.5, 'text_to_image_r1': 1.0}
     """
     count = len(scores)
     if scores.shape != (count, count):
@@ -129,19 +154,26 @@ def recall_at_k(
 def precision_at_k(
     scores: ArrayLike, query_labels: ArrayLike, candidate_labels: ArrayLike, ks: Sequence[int] = (5, 10, 100)
 ) -> dict[str, np.ndarray]:
-    """Fraction of each query's first k candidates that are of its class; among ties the wrong ones come first.
+    """Computes the fraction of each query's first k candidates that are of its class; in ties, wrong ones come first.
 
-    A class of fewer than k candidates cannot reach 1.
+    A class with fewer than k candidates cannot reach 1.
 
     Args:
         scores: (N, M).
-        query_labels: (N,) ids of classes.
-        candidate_labels: (M,) ids of classes.
-        ks: the cut-offs.
+        query_labels: (N,) class ids.
+        candidate_labels: (M,) class ids.
+        ks: Cut-offs.
 
     Returns:
-        `{"precision_at_5": (N,) float64, ...}`, one value for each query, 0..1, so that their means can be
-        bootstrapped; NaN where there are fewer than k candidates.
+        `{"precision_at_5": (N,) float64, ...}`, one value per query, 0..1, so that their mean can be bootstrapped;
+        NaN where there are fewer than k candidates.
+
+    Raises:
+        ValueError: If the shapes do not match.
+
+    Example:
+        >>> precision_at_k([[0.9, 0.8, 0.1]], [1], [1, 0, 1], ks=(2,))["precision_at_2"].tolist()
+        [0.5]
     """
     table = np.asarray(scores)
     right = np.asarray(query_labels)[:, None] == np.asarray(candidate_labels)
@@ -162,28 +194,45 @@ def precision_at_k(
 
 
 def accuracy(predicted: Tensor, labels: Tensor, ignore: int = _UNKNOWN) -> float:
-    """Fraction of right predictions among the labels that are not `ignore`; NaN if there are none.
+    """Computes the fraction of right predictions.
 
     Args:
-        predicted, labels: (N,) ids.
+        predicted: (N,) ids.
+        labels: (N,) ids.
+        ignore: Label of rows that are left out.
+
+    Returns:
+        0..1; NaN if all rows are left out.
+
+    Example:
+        >>> accuracy(torch.tensor([0, 1, 2]), torch.tensor([0, 1, 1]), ignore=-100) > 0.66
+        True
     """
     known = labels != ignore
     return (predicted[known] == labels[known]).float().mean().item()
 
 
 def classification_metrics(scores: ArrayLike, labels: ArrayLike) -> dict[str, float]:
-    """Accuracy, and the means over classes of recall, AUROC, F1 and average precision.
+    """Computes accuracy, and the means over classes of recall, AUROC, F1 and average precision.
 
-    AUROC and average precision set each class against the rest by its column of scores. So the scores of different
-    rows must be comparable: give probabilities over the classes, not cosines.
+    AUROC and average precision compare each class with the rest by its column of scores. The scores of different rows
+    must therefore be comparable: pass probabilities over the classes, not cosines.
 
     Args:
         scores: (N, C); the highest of a row is its prediction.
         labels: (N,) ids 0..C-1; rows of -100 are left out.
 
     Returns:
-        `accuracy`, `balanced_accuracy`, `macro_auroc`, `macro_f1`, `macro_average_precision`, of 0..1. The means are
-        NaN if a class has no row (AUROC also if it has them all), and all is NaN if a score is.
+        `accuracy`, `balanced_accuracy`, `macro_auroc`, `macro_f1`, `macro_average_precision`, 0..1. The means are NaN
+        if a class has no row (AUROC also if it has all rows), and everything is NaN if a score is NaN.
+
+    Raises:
+        ValueError: If the shapes do not match, or a label is out of range.
+
+    Example:
+        >>> metrics = classification_metrics([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]], [0, 1, 1])
+        >>> round(metrics["accuracy"], 3), metrics["macro_auroc"]
+        (0.667, 1.0)
     """
     table, known = _known_rows(scores, labels)
     classes = table.shape[1]
@@ -245,9 +294,9 @@ def multilabel_metrics(scores: ArrayLike, labels: ArrayLike, names: Sequence[str
 
 
 def _one_against_rest(scores: np.ndarray, is_class: np.ndarray) -> tuple[float, float]:
-    """AUROC and average precision of one class.
+    """Computes AUROC and average precision of one class.
 
-    From two sorted lists: scikit-learn's functions give the same, but take fifteen times as long, and the bootstrap
+    From two sorted lists: scikit-learn's functions return the same, but take fifteen times as long, and the bootstrap
     calls this for every class in every resample.
     """
     inside, outside = np.sort(scores[is_class]), np.sort(scores[~is_class])
@@ -261,27 +310,31 @@ def _one_against_rest(scores: np.ndarray, is_class: np.ndarray) -> tuple[float, 
 
 
 def calibration(probabilities: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
-    """How far the probabilities can be believed.
+    """Measures the calibration of probabilities.
 
     Args:
-        probabilities: (N, K), rows sum to 1.
-        labels: (N,) ids 0..K-1; rows of -100 are left out.
+        probabilities: (N, C), rows sum to 1.
+        labels: (N,) ids 0..C-1; rows of -100 are left out.
 
     Returns:
-        `ece`: expected calibration error, 0..1: by 15 bins of equal width, the mean distance of the accuracy from the
-        highest probability of a row. `brier`: mean over rows of the squared errors' sum over classes, 0..2. Both are
-        NaN without a row. `bins`: for the reliability diagram a list of `{"low", "high", "count", "confidence",
-        "accuracy"}`, each (low, high]; NaN where the count is 0.
+        `ece`: expected calibration error, 0..1: the mean distance between accuracy and confidence (the highest
+        probability of a row) over 15 bins of equal width. `brier`: mean over rows of the squared errors' sum over
+        classes, 0..2. Both are NaN without rows. `bins`: for the reliability diagram, a list of `{"low", "high",
+        "count", "confidence", "accuracy"}`, each (low, high]; NaN where the count is 0.
 
     Raises:
-        ValueError: rows that are no probabilities.
+        ValueError: If rows are not probabilities.
+
+    Example:
+        >>> round(calibration([[0.9, 0.1], [0.2, 0.8]], [0, 1])["brier"], 3)
+        0.05
     """
     table, known = _known_rows(probabilities, labels)
     if not (np.all(table >= 0) and np.allclose(table.sum(axis=1), 1, atol=1e-3)):
         raise ValueError("`probabilities` must be at least 0 and sum to 1 in each row; logits need a softmax first.")
     confidence, right = table.max(axis=1), table.argmax(axis=1) == known
     edges = np.linspace(0, 1, CALIBRATION_BINS + 1)
-    # Rounding may put a certain row a little over 1.
+    # Rounding may put a confidence slightly above 1.
     number = np.minimum(np.searchsorted(edges, confidence, side="left"), CALIBRATION_BINS) - 1
     bins, gap = [], 0.0
     for index in range(CALIBRATION_BINS):
@@ -302,37 +355,41 @@ def calibration(probabilities: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
 
 
 def _known_rows(scores: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """The rows whose label is known: scores (n, C) float64 and labels (n,) int64."""
+    """Selects the rows whose label is known: scores (n, C) float64 and labels (n,) int64."""
     table, known = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=np.int64)
     if table.ndim != 2 or known.shape != table.shape[:1]:
         raise ValueError(f"Expected scores (N, C) and labels (N,), got {table.shape} and {known.shape}.")
     table, known = table[known != _UNKNOWN], known[known != _UNKNOWN]
     if len(known) and not 0 <= known.min() <= known.max() < table.shape[1]:
         raise ValueError(
-            f"Labels must lie in 0..{table.shape[1] - 1}, or be {_UNKNOWN} where the class is not known; "
+            f"Labels must lie in 0..{table.shape[1] - 1}, or be {_UNKNOWN} where the class is unknown; "
             f"got {known.min()}..{known.max()}."
         )
     return table, known
 
 
 def box_mask(box: Sequence[float], size: tuple[int, int]) -> np.ndarray:
-    """The pixels that a box touches.
+    """Draws the pixels that a box touches.
 
     Args:
-        box: left, top, right, bottom in pixels; right and bottom are the first outside.
-        size: height and width of the image.
+        box: Left, top, right, bottom in pixels; right and bottom are the first pixels outside.
+        size: Height and width of the image.
 
     Returns:
-        (height, width) bool. What lies outside the image is cut off.
+        (height, width) bool; the box is clipped to the image.
 
     Raises:
-        ValueError: nothing of the box lies in the image.
+        ValueError: If the box is outside the image.
+
+    Example:
+        >>> int(box_mask((1, 0, 3, 2), (4, 4)).sum())
+        4
     """
     left, top, right, bottom = box
     height, width = size
     if not (max(left, 0) < min(right, width) and max(top, 0) < min(bottom, height)):
         raise ValueError(
-            f"Box {tuple(box)} has no pixel in an image of height {height} and width {width}; expected left, top, "
+            f"Box {tuple(box)} does not overlap an image of height {height} and width {width}; expected left, top, "
             "right, bottom in pixels, with left < right and top < bottom."
         )
     mask = np.zeros(size, dtype=bool)
@@ -341,31 +398,38 @@ def box_mask(box: Sequence[float], size: tuple[int, int]) -> np.ndarray:
 
 
 def contrast_to_noise(heatmap: ArrayLike, mask: ArrayLike) -> float:
-    """Contrast-to-noise ratio `|μ_in - μ_out| / sqrt(σ²_in + σ²_out)`.
+    """Computes the contrast-to-noise ratio `|μ_in - μ_out| / sqrt(σ²_in + σ²_out)`.
 
     Args:
         heatmap: (H, W).
         mask: (H, W) bool, true where the finding is.
 
     Returns:
-        0 or more; 0 for a map that is the same everywhere, infinite for one with two values that are the mask's; NaN
-        if the mask is the whole image.
+        0 or more; 0 for a constant map, infinite for one that is constant inside and outside the mask but differs
+        between them; NaN if the mask covers the complete image.
+
+    Raises:
+        ValueError: If the shapes differ, the mask is empty or the map is not finite.
+
+    Example:
+        >>> contrast_to_noise([[2.0, 0.0], [2.0, 1.0]], np.array([[True, False], [True, False]]))
+        3.0
     """
     heat, region = _map_and_region(heatmap, mask)
     if region.all():
         return float("nan")
-    # Before any rounding: the means of equal numbers may differ in their last bits, and the noise is as small.
+    # Before any rounding: the means of equal numbers may differ in their last bits, and so may the noise.
     if heat.min() == heat.max():
         return 0.0
     inside, outside = heat[region], heat[~region]
-    # Constant parts exactly, for the same reason.
+    # Constant parts have exactly no noise, for the same reason.
     noise = sum(float(part.var()) if part.min() < part.max() else 0.0 for part in (inside, outside))
     contrast = abs(float(inside.mean()) - float(outside.mean()))
     return contrast / noise**0.5 if noise else float("inf")
 
 
 def pointing_hit(heatmap: ArrayLike, mask: ArrayLike) -> float:
-    """The pointing game: whether the map's peak lies in the finding; all of its peaks, if it has several.
+    """Plays the pointing game: whether the map's peak lies in the finding; all peaks, if there are several.
 
     Args:
         heatmap: (H, W).
@@ -373,37 +437,58 @@ def pointing_hit(heatmap: ArrayLike, mask: ArrayLike) -> float:
 
     Returns:
         1 or 0.
+
+    Raises:
+        ValueError: If the shapes differ, the mask is empty or the map is not finite.
+
+    Example:
+        >>> pointing_hit([[0.1, 0.9]], np.array([[False, True]]))
+        1.0
     """
     heat, region = _map_and_region(heatmap, mask)
     return float(heat[region].max() > heat[~region].max(initial=-np.inf))
 
 
 def mean_iou(heatmap: ArrayLike, mask: ArrayLike, thresholds: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5)) -> float:
-    """Intersection over union of the finding and the map's warm pixels, as a mean over thresholds.
+    """Computes the intersection over union of the finding and the thresholded map, as a mean over thresholds.
 
     Args:
-        heatmap: (H, W); it is scaled to 0..1 by its least and greatest value.
+        heatmap: (H, W); it is scaled to 0..1 by its minimum and maximum.
         mask: (H, W) bool, true where the finding is.
-        thresholds: of 0..1; pixels of at least so much are warm.
+        thresholds: Thresholds of the scaled map, 0..1.
 
     Returns:
-        0..1; 0 for a map that is the same everywhere.
+        0..1; 0 for a constant map.
+
+    Raises:
+        ValueError: If the shapes differ, the mask is empty or the map is not finite.
+
+    Example:
+        >>> mean_iou([[0.0, 1.0]], np.array([[False, True]]))
+        1.0
     """
     heat, region = _map_and_region(heatmap, mask)
     heat = _scaled(heat)
-    warm = [heat >= threshold for threshold in thresholds]
-    return float(np.mean([(part & region).sum() / (part | region).sum() for part in warm]))
+    above = [heat >= threshold for threshold in thresholds]
+    return float(np.mean([(part & region).sum() / (part | region).sum() for part in above]))
 
 
 def energy_in_box(heatmap: ArrayLike, mask: ArrayLike) -> float:
-    """The share of the map's heat that lies in the finding: the pointing game by energy.
+    """Computes the share of the map's energy that lies in the finding (energy-based pointing game).
 
     Args:
-        heatmap: (H, W); its least value counts as no heat.
+        heatmap: (H, W); its minimum counts as zero energy.
         mask: (H, W) bool, true where the finding is.
 
     Returns:
-        0..1; 0 for a map that is the same everywhere.
+        0..1; 0 for a constant map.
+
+    Raises:
+        ValueError: If the shapes differ, the mask is empty or the map is not finite.
+
+    Example:
+        >>> energy_in_box([[0.0, 1.0, 3.0]], np.array([[False, False, True]]))
+        0.75
     """
     heat, region = _map_and_region(heatmap, mask)
     heat = _scaled(heat)
@@ -421,11 +506,11 @@ def _map_and_region(heatmap: ArrayLike, mask: ArrayLike) -> tuple[np.ndarray, np
     if not region.any():
         raise ArgumentError("The mask has no true pixel: there is no finding to point at.")
     if not np.isfinite(heat).all():
-        raise ValueError("The heat-map holds values that are not finite numbers.")
+        raise ValueError("The heat-map contains values that are not finite.")
     return heat, region
 
 
 def _scaled(heat: np.ndarray) -> np.ndarray:
-    """To 0..1 by the least and greatest value; zeros if they are equal."""
+    """Scales to 0..1 by minimum and maximum; zeros if they are equal."""
     low, high = heat.min(), heat.max()
     return (heat - low) / (high - low) if low < high else np.zeros_like(heat)

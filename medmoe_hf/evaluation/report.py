@@ -26,12 +26,19 @@ _QUOTED = {
 
 
 def to_markdown(results: Sequence[Result]) -> str:
-    """A table for each protocol, a row for each set, model and variant; then what the data are and how it was run."""
+    """Formats results as Markdown: a table per protocol, a row per set, model and variant; then data and runs.
+
+    Args:
+        results: Results of any protocols.
+
+    Returns:
+        The complete page.
+    """
     lines = [
         "# Evaluation",
         "",
-        "In brackets: 95 % bootstrap intervals. They tell how sure the numbers are on images like these, and nothing "
-        "about other scanners, hospitals or people.",
+        "In brackets: 95 % bootstrap intervals. They hold for images like these, and say nothing about other "
+        "scanners, hospitals or people.",
     ]
     for protocol in dict.fromkeys(result.protocol for result in results):
         chosen = [result for result in results if result.protocol == protocol]
@@ -54,15 +61,22 @@ def to_markdown(results: Sequence[Result]) -> str:
 
 
 def summary(results: Sequence[Result]) -> str:
-    """The metrics that are quoted most, in a table for each protocol, for a terminal; then what a reader must know."""
+    """Formats the most quoted metrics for a terminal: a table per protocol, with notes.
+
+    Args:
+        results: Results of any protocols.
+
+    Returns:
+        Aligned text.
+    """
     parts = []
     for protocol in dict.fromkeys(result.protocol for result in results):
         chosen = [result for result in results if result.protocol == protocol]
-        there = dict.fromkeys(key.rsplit("/", 1)[1] for result in chosen for key in result.metrics)
+        present = dict.fromkeys(key.rsplit("/", 1)[1] for result in chosen for key in result.metrics)
         wanted = {*_QUOTED[protocol], *(result.facts.get("metric") for result in chosen)}
         if protocol == "zero-shot" and any("known_by_class" in result.facts for result in chosen):
             wanted |= {*_QUOTED_OF_FINDINGS}
-        names = [name for name in there if name in wanted]
+        names = [name for name in present if name in wanted]
         several = len({result.model for result in chosen}) > 1
         rows = [["set", *["model"] * several, "variant", "N", *map(metric_name, names)]]
         for result in chosen:
@@ -78,27 +92,27 @@ def summary(results: Sequence[Result]) -> str:
 
 
 def _counted(result: Result, metrics: Mapping[str, Interval]) -> str:
-    """On how many images a variant was measured, and of how many subjects where these are fewer."""
+    """Number of images of a variant, and of subjects if these are fewer."""
     images = max(result.rows_of(interval) for interval in metrics.values())
     units = min(interval.n for interval in metrics.values())
     return str(images) if units >= images else f"{images} ({units} subjects)"
 
 
 def _notes(results: Sequence[Result], brief: bool = False) -> list[str]:
-    """What a reader of a protocol's table must know.
+    """Notes for the readers of a protocol's table.
 
     Args:
-        results: of one protocol.
-        brief: leaves out what only explains.
+        results: Results of one protocol.
+        brief: Whether explanations are left out.
     """
     notes = []
     if results[0].protocol == "grounding":
         words = ", ".join(dict.fromkeys(word for result in results for word in result.facts["nonsense"]))
-        notes.append(f"Nonsense ({words}): what a map shows for words that mean nothing, it shows for any word.")
+        notes.append(f"Nonsense ({words}): what the map of a meaningless word shows does not depend on the word.")
         if not brief:
             notes.append(
-                "CNR knows no sign: a map that is coldest in the box has one too, so it says little without the "
-                "pointing game. `same map` is the correlation of a phrase's map with nonsense's."
+                "CNR ignores the sign: a map that is coldest in the box has a high one too, so read it together with "
+                "the pointing game. `same map` is the correlation of the maps of a phrase and of nonsense."
             )
     if results[0].protocol == "linear-probe":
         notes += [] if brief else [_spread_of_draws(result) for result in results]
@@ -116,36 +130,36 @@ def _spread_of_draws(result: Result) -> str:
         f"{variant} {np.std(values, ddof=1):.3f}" for variant, values in facts["seeds"].items() if len(values) > 1
     )
     return (
-        f"{result.dataset}, {result.model}: means over {seeds} draws of the training part; standard deviation of "
+        f"{result.dataset}, {result.model}: means over {seeds} draws of the training images; standard deviation of "
         f"the {metric} over draws: {spread}. {facts['not_converged']} fits did not converge."
     )
 
 
 def _equal_rows(results: Sequence[Result]) -> list[str]:
-    """Of a small training part several shares are the same images."""
+    """Shares of a small training split that consist of the same images."""
     sets: dict[str, list[str]] = {}
     for result in results:
         for shares in result.facts.get("same_parts", ()):
             count = result.facts["trained_on"][shares[0]]
             sets.setdefault(" and ".join(shares), []).append(f"{count} of {result.dataset}")
     return [
-        f"The rows of {shares} must be equal: at least one image of each class is taken, and so these shares are the "
+        f"The rows of {shares} must be equal: each share has at least one image of each class, and so these are the "
         f"same training images ({', '.join(dict.fromkeys(found))})."
         for shares, found in sets.items()
     ]
 
 
 def _always_one(result: Result) -> str:
-    """Among k candidates or fewer, each is within the first k."""
+    """Names the recalls at k that are 1 because there are at most k candidates."""
     ks = [name for name, chance in result.facts.get("chance", {}).items() if chance >= 1]
     if not ks:
         return ""
     names = " and ".join(f"R@{name.removeprefix('r')}" for name in ks)
-    return f"{result.dataset}: too small for {names}, which is 1 among {result.count} pairs whatever a model does."
+    return f"{result.dataset}: too small for {names}, which is 1 among {result.count} pairs for any model."
 
 
 def _not_always_defined(results: Sequence[Result]) -> list[str]:
-    """Intervals that some resamples say nothing of."""
+    """Names the metrics that are undefined in some resamples."""
     shares: dict[str, float] = {}
     names: dict[str, None] = {}
     for result in results:
@@ -158,7 +172,7 @@ def _not_always_defined(results: Sequence[Result]) -> list[str]:
         return []
     listed = ", ".join(f"{share:.0%} in {name}" for name, share in shares.items())
     return [
-        f"Sets this small give resamples without images of some class, which these metrics need: {', '.join(names)}. "
+        f"Resamples of sets this small may lack images of a class, which these metrics need: {', '.join(names)}. "
         f"Their intervals leave such resamples out: {listed}."
     ]
 
@@ -187,33 +201,34 @@ def _run_line(result: Result) -> str:
 
 
 def write(results: Sequence[Result], folder: str | Path, force: bool = False) -> None:
-    """Writes `results.json`, `results.md` and the figures that there is something for; the folder appears whole.
+    """Writes `results.json`, `results.md` and the figures, atomically.
 
     Args:
-        folder: to make.
-        force: whether one that is there already is replaced.
+        results: Results of any protocols.
+        folder: Folder to create.
+        force: Whether an existing folder is replaced.
 
     Raises:
-        FileExistsError: if it exists and `force` is False.
+        FileExistsError: If it exists and `force` is False.
     """
-    with atomic_dir(folder, force) as place:
+    with atomic_dir(folder, force) as partial:
         content = [result.to_json() for result in results]
-        (place / "results.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        (place / "results.md").write_text(to_markdown(results), encoding="utf-8")
+        (partial / "results.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        (partial / "results.md").write_text(to_markdown(results), encoding="utf-8")
         for protocol in dict.fromkeys(result.protocol for result in results):
             chosen = [result for result in results if result.protocol == protocol]
             if confused := [result for result in chosen if result.confusions]:
-                draw_confusions(confused, place / f"{protocol}_confusion.png")
+                draw_confusions(confused, partial / f"{protocol}_confusion.png")
             if any(result.calibrations for result in chosen):
-                draw_reliability(chosen, place / f"{protocol}_reliability.png")
+                draw_reliability(chosen, partial / f"{protocol}_reliability.png")
             if protocol == "retrieval":
-                draw_recalls(chosen, place / "retrieval_recall.png")
+                draw_recalls(chosen, partial / "retrieval_recall.png")
             if protocol == "linear-probe":
-                draw_probes(chosen, place / "linear-probe.png")
+                draw_probes(chosen, partial / "linear-probe.png")
             for result in chosen:
                 if result.examples:
                     name = re.sub(r"[^\w.-]+", "_", f"{protocol}_{result.dataset}_{result.model}")
-                    draw_heatmaps(result, place / f"{name}_heatmaps.png")
+                    draw_heatmaps(result, partial / f"{name}_heatmaps.png")
 
 
 def _cell(interval: Interval) -> str:

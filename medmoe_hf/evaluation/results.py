@@ -25,7 +25,7 @@ _TASKS = {
     "grounding": "visual-grounding",
     "routing": "image-classification",
 }
-# The names by which the Hub knows a metric; others go by their own.
+# Names of metrics on the Hub, where they differ.
 _METRIC_TYPES = {
     "auroc": "roc_auc",
     "macro_auroc": "roc_auc",
@@ -36,14 +36,16 @@ _METRIC_TYPES = {
 
 @dataclass
 class HeatmapExample:
-    """One row of a heat-map sheet.
+    """One example in a figure of heat-maps.
 
     Attributes:
         image: (H, W, 3) uint8.
-        phrase, nonsense: what was looked for, and the control.
-        heatmap, nonsense_heatmap: (H, W).
-        boxes: left, top, right, bottom in pixels.
-        label: of the row: the modality, say.
+        phrase: Phrase that was localized.
+        heatmap: (H, W) map of the phrase.
+        nonsense: Meaningless word, the control.
+        nonsense_heatmap: (H, W) map of the control.
+        boxes: Left, top, right, bottom in pixels.
+        label: Title of the example, such as the modality.
     """
 
     image: np.ndarray
@@ -57,7 +59,12 @@ class HeatmapExample:
 
 @dataclass
 class Confusion:
-    """How often class i was taken for class j: `counts` (C, C), row i the truth."""
+    """Confusion matrix.
+
+    Attributes:
+        classes: C names.
+        counts: (C, C) number of images of class i (row) that were classified as class j (column).
+    """
 
     classes: list[str]
     counts: list[list[int]]
@@ -65,18 +72,25 @@ class Confusion:
 
 @dataclass
 class Result:
-    """One protocol, one model, one set.
+    """Result of one protocol with one model on one set.
 
     Attributes:
         protocol: zero-shot, linear-probe, retrieval, grounding or routing.
-        model, dataset: their names.
-        count: images that were measured on.
-        metrics: `variant/metric`, such as `global/accuracy`, to its value and interval. The variant says which score,
-            features or router it is of.
-        facts: what a reader needs to judge or repeat it: counts by class, hashes of prompts and preprocessing, seeds,
-            versions, licence and overlaps of the data.
-        confusions, calibrations: by variant; the latter as `metrics.calibration` gives them.
-        examples: for the heat-map sheet; only in the figures, never in the JSON.
+        model: Name of the model.
+        dataset: Name of the set.
+        count: Number of images.
+        metrics: `<variant>/<metric>`, such as `global/accuracy`, to its value and interval. The variant is the score,
+            features or router.
+        facts: What a reader needs to judge or repeat the evaluation: counts by class, hashes of prompts and
+            preprocessing, seeds, versions, license and overlaps of the data.
+        confusions: Variant -> confusion matrix.
+        calibrations: Variant -> result of `metrics.calibration`.
+        examples: Heat-maps for a figure; not part of the JSON.
+
+    Example:
+        >>> result = Result("zero-shot", "you/medmoe", "toy", 4, {"global/accuracy": Interval(0.75, 0.5, 1.0, 4)}, {})
+        >>> result.by_variant()["global"]["accuracy"].value
+        0.75
     """
 
     protocol: str
@@ -90,18 +104,35 @@ class Result:
     examples: list[HeatmapExample] = field(default_factory=list)
 
     def add(self, variant: str, measured: Mapping[str, Interval]) -> None:
-        """Takes what `bootstrap` gave for one variant."""
+        """Adds metrics of one variant.
+
+        Args:
+            variant: Name of the variant.
+            measured: Metric -> interval, as `bootstrap` returns them.
+
+        Example:
+            ```python
+            result.add("global", bootstrap(metric, scores, labels))
+            ```
+        """
         self.metrics |= {f"{variant}/{name}": interval for name, interval in measured.items()}
 
     def add_classification(
         self, variant: str, probabilities: np.ndarray, labels: np.ndarray, classes: Sequence[str], subjects: Any
     ) -> None:
-        """Measures how often probabilities are right, and how far they can be believed.
+        """Measures classification and calibration metrics of probabilities, and counts confusions.
 
         Args:
-            probabilities: (N, C).
+            variant: Name of the variant.
+            probabilities: (N, C), rows sum to 1.
             labels: (N,) 0..C-1.
-            subjects: (N,) for the bootstrap, or None.
+            classes: C names.
+            subjects: (N,) subjects for the bootstrap, or None.
+
+        Example:
+            ```python
+            result.add_classification("global", probabilities, data.labels, data.classes, data.subjects)
+            ```
         """
 
         def metric(rows: np.ndarray, truth: np.ndarray) -> dict[str, float]:
@@ -148,16 +179,41 @@ class Result:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """What `json.dumps` takes; NaN and infinity become null."""
+        """Converts to plain objects for `json.dumps`, without `examples`; NaN and infinity become None.
+
+        Returns:
+            Field -> value.
+
+        Example:
+            ```python
+            print(json.dumps(result.to_json()))
+            ```
+        """
         plain: dict[str, Any] = _plain({name: value for name, value in _shallow(self).items() if name != "examples"})
         return plain
 
     def rows_of(self, interval: Interval) -> int:
-        """How many images an interval of this result was measured on: a variant may leave out some."""
+        """Returns the number of images that an interval is over: a variant may leave out some.
+
+        Args:
+            interval: One of `metrics`.
+
+        Returns:
+            Number of images.
+        """
         return self.count if interval.rows is None else interval.rows
 
     def by_variant(self) -> dict[str, dict[str, Interval]]:
-        """The metrics of each variant."""
+        """Groups `metrics` by variant.
+
+        Returns:
+            Variant -> metric -> interval.
+
+        Example:
+            ```python
+            print(result.by_variant()["global"]["accuracy"])
+            ```
+        """
         variants: dict[str, dict[str, Interval]] = {}
         for key, interval in self.metrics.items():
             variant, metric = key.rsplit("/", 1)
@@ -165,7 +221,16 @@ class Result:
         return variants
 
     def to_eval_results(self) -> list[EvalResult]:
-        """For `ModelCardData(eval_results=...)`; what could not be measured is left out."""
+        """Converts to entries of a model card.
+
+        Returns:
+            Entries for `ModelCardData(eval_results=...)`, without metrics that are not finite.
+
+        Example:
+            ```python
+            data = ModelCardData(model_name="medmoe", eval_results=result.to_eval_results())
+            ```
+        """
         return [
             EvalResult(
                 task_type=_TASKS[self.protocol],
@@ -222,10 +287,17 @@ def known_by_class(labels: np.ndarray, classes: Sequence[str]) -> dict[str, int]
 def common_facts(
     encoder: Encoder, data: EvaluationSet, seed: int, resamples: int, texts: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """The facts that every result has.
+    """Collects the facts that every result has.
 
     Args:
-        texts: the prompts, captions or phrases that were encoded, in order; only their hash is kept.
+        encoder: The encoder.
+        data: The set.
+        seed: Seed of the bootstrap.
+        resamples: Number of resamples.
+        texts: Prompts, captions or phrases that were encoded, in order; only their hash is recorded.
+
+    Returns:
+        Facts, for `Result.facts`.
     """
     return {
         **data.facts,
@@ -255,6 +327,7 @@ def _plain(value: Any) -> Any:
 
 
 def metric_name(metric: str) -> str:
+    """Formats the name of a metric for tables and figures."""
     return _NAMES.get(metric, metric.replace("_", " "))
 
 

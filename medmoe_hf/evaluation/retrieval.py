@@ -1,4 +1,4 @@
-"""Retrieval: the report of an image among all, and the image of a report."""
+"""Retrieval: find the report of an image among all reports, and the image of a report."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,19 +23,31 @@ _CHUNK = 1024
 def retrieval(
     encoder: Encoder, data: EvaluationSet, scores: Sequence[str] = SCORES, resamples: int = 1000, seed: int = 0
 ) -> Result:
-    """Ranks the captions of the test part of a set for each image, and the images for each caption.
+    """Ranks the captions of the test split for each image, and the images for each caption.
 
-    Ties count against the model. Identical captions are all right, and so are all captions of an image that stands in
-    several rows. Intervals are over queries: the candidates stay as they are. With labels also the precision of the
-    first k by class.
+    Ties count against the model. Identical captions are all right, and so are all captions of an image that appears in
+    several rows. Intervals are over queries; the candidates stay the same. With class labels, the precision of the
+    first k by class is measured too.
 
     Args:
-        scores: which of `SCORES`; encoders without a local similarity have the global one alone.
-        resamples: of the bootstrap; whole subjects are drawn where they are known.
-        seed: of the bootstrap.
+        encoder: See `load_encoder`.
+        data: A set with captions.
+        scores: Which of `SCORES`; encoders without a local similarity have the global one only.
+        resamples: Number of bootstrap resamples; subjects are resampled where they are known.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        The result, with protocol `retrieval` and a variant per score.
 
     Raises:
-        ValueError: for a set without captions or a test part, or an unknown score.
+        ValueError: For a set without captions or test images, or an unknown score.
+
+    Example:
+        ```python
+        (data,) = open_recipe(load_recipe("rocov2"), "rocov2")
+        result = retrieval(load_encoder("quickstart/model"), data)
+        print(result.metrics["global/text_to_image_r5"])
+        ```
     """
     data = test_split(data)
     if data.captions is None:
@@ -71,7 +83,7 @@ def retrieval(
 
 
 def _metric(names: Sequence[str], *columns: np.ndarray) -> dict[str, float]:
-    """Ranks of images and of texts, and one column for each precision."""
+    """Metrics of the ranks of images and of texts, and of a column per precision."""
     means = {name: float(column.mean()) for name, column in zip(names, columns[2:], strict=True)}
     return retrieval_metrics(columns[0], columns[1], KS) | means
 
@@ -82,7 +94,7 @@ _Table = Callable[[slice], Tensor]
 def _tables(
     encoder: Encoder, images: Sequence[Any], captions: Sequence[str], kinds: Sequence[str]
 ) -> dict[str, tuple[_Table, _Table]]:
-    """The scores of a slice of the images with all captions, and of a slice of the captions with all images."""
+    """Scores of a slice of the images with all captions, and of a slice of the captions with all images."""
     tables: dict[str, tuple[_Table, _Table]] = {}
     if "global" in kinds or "mean" in kinds:
         by_image = encoder.logit_scale * encoder.encode_images(images)
@@ -101,7 +113,7 @@ def _tables(
 
 
 def _groups(images: Sequence[Any], captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """For `ranks`: (N, G) of the images, all captions of their file; (N, 1) of the captions, themselves."""
+    """Groups for `ranks`: (N, G) of the images, all captions of their file; (N, 1) of the captions."""
     keys = [str(image) if isinstance(image, (str, Path)) else row for row, image in enumerate(images)]
     captions_of: dict[Any, list[str]] = {}
     for key, caption in zip(keys, captions, strict=True):
@@ -111,7 +123,7 @@ def _groups(images: Sequence[Any], captions: Sequence[str]) -> tuple[np.ndarray,
 
 
 def _precisions(by_image: _Table, labels: np.ndarray) -> dict[str, np.ndarray]:
-    """Of each image among the captions, where k is not more than there are."""
+    """Precision at k of each image among the captions, for the k that are not larger than their number."""
     ks = [k for k in PRECISION_KS if k <= len(labels)]
     parts = [
         precision_at_k(by_image(slice(start, start + _CHUNK)), labels[start : start + _CHUNK], labels, ks)

@@ -1,4 +1,4 @@
-"""Routing: whether the routers send images and reports to the experts of their modality."""
+"""Routing: whether the routers select the experts of the modality of images and reports."""
 
 from collections.abc import Callable
 
@@ -12,16 +12,27 @@ from medmoe_hf.inference.encoders import Encoder, MedMoEEncoder
 
 
 def routing(encoder: Encoder, data: EvaluationSet, resamples: int = 1000, seed: int = 0) -> Result:
-    """Holds the routers' choices against the known modalities of the test part of a set.
+    """Compares the routers' choices with the known modalities of the test split.
 
-    Images of unknown modality are left out. The report router is asked for the captions, where there are both.
+    Images of unknown modality are left out. The report router is measured on the captions, if there are both.
 
     Args:
-        resamples: of the bootstrap; whole subjects are drawn where they are known.
-        seed: of the bootstrap.
+        encoder: A `MedMoEEncoder`; see `load_encoder`.
+        data: A set with modalities.
+        resamples: Number of bootstrap resamples; subjects are resampled where they are known.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        The result, with protocol `routing` and the variants `image router` and `report router`.
 
     Raises:
-        ValueError: for a model without routers, or a set none of whose images has a modality with an expert.
+        ValueError: For a model without routers, or a set without an image whose modality has an expert.
+
+    Example:
+        ```python
+        result = routing(load_encoder("quickstart/model"), data)
+        print(result.metrics["image router/accuracy"])
+        ```
     """
     if not isinstance(encoder, MedMoEEncoder):
         raise ArgumentError(f"{encoder.name} has no router; only a MedMoE has.")
@@ -49,6 +60,6 @@ def routing(encoder: Encoder, data: EvaluationSet, resamples: int = 1000, seed: 
     }
     if captions is not None and encoder.has_report_router:
         routers["report router"] = lambda: encoder.route_texts(captions)
-    for router, ask in routers.items():
-        result.add_classification(router, ask().double().numpy(), truth, names, subjects)
+    for router, route in routers.items():
+        result.add_classification(router, route().double().numpy(), truth, names, subjects)
     return result

@@ -1,4 +1,4 @@
-"""Everything that a recipe asks for, of one model or of several side by side."""
+"""Runs all protocols of a recipe, for one model or several."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -41,23 +41,35 @@ def evaluate(
     force: bool = False,
     report: Callable[[str], Any] = print,
 ) -> list[Result]:
-    """Runs the protocols of a recipe on a user's copy of its data.
+    """Runs the protocols of a recipe on your copy of its data.
 
     Args:
-        models: as `load_encoder` takes them.
-        recipe: a name of `recipe_names()`, or the path of a YAML file.
-        data_dir: the folder of the data.
-        protocols: of `PROTOCOLS`; None: the recipe's tasks, as far as the copy allows (a probe needs training images).
-        output: folder for `results.json`, `results.md` and the figures; None writes nothing.
-        resamples, seed: of the bootstrap.
-        batch_size: images in one pass.
-        force: whether an `output` that is there already is replaced.
-        report: is told a line for each measurement, and why one is left out: other models than a MedMoE have neither
-            heat-maps nor routers.
+        models: Folders, Hub ids or other names that `load_encoder` takes.
+        recipe: A name of `recipe_names()`, or the path of a YAML file.
+        data_dir: Folder of the data.
+        protocols: Names from `PROTOCOLS`; None runs the recipe's tasks as far as the copy allows (a probe needs
+            training images).
+        output: Folder to create for `results.json`, `results.md` and the figures; None writes nothing.
+        resamples: Number of bootstrap resamples.
+        seed: Seed of the bootstrap.
+        batch_size: Images per batch.
+        force: Whether an existing `output` is replaced.
+        report: Called with a line per measurement, and the reason if one is left out: only a MedMoE has heat-maps and
+            routers.
+
+    Returns:
+        A result per model, protocol and set.
 
     Raises:
-        FileExistsError: if `output` exists and `force` is False, before anything is measured.
-        ValueError: for a protocol that is not the recipe's, a model that cannot be scored, or incomplete data.
+        FileExistsError: If `output` exists and `force` is False, before anything is measured.
+        ValueError: For a protocol that is not the recipe's, a model that cannot be scored, or incomplete data.
+
+    Example:
+        ```python
+        results = evaluate(["quickstart/model"], "phantoms", "quickstart", ["zero-shot"])
+        for result in results:
+            print(result.dataset, result.metrics["global/accuracy"])
+        ```
     """
     if output is not None and Path(output).exists() and not force:
         raise PathExistsError(f"{output} exists already; choose another folder or remove it.")
@@ -65,7 +77,7 @@ def evaluate(
     chosen = list(read.tasks) if protocols is None else list(protocols)
     for protocol in chosen:
         if protocol not in read.tasks:
-            raise ArgumentError(f"The recipe {read.name} is not made for {protocol}, but for {', '.join(read.tasks)}.")
+            raise ArgumentError(f"The recipe {read.name} does not support {protocol}, only {', '.join(read.tasks)}.")
     sets = open_recipe(read, data_dir)
     results = []
     for model in models:
@@ -79,7 +91,7 @@ def evaluate(
                 try:
                     result = run(data)
                 except ValueError as error:
-                    # What was asked for by name must be done; of all that a recipe is made for, what the copy allows.
+                    # Protocols requested by name must run; of all tasks of a recipe, those that the copy allows.
                     if protocols is not None:
                         raise
                     report(f"{protocol} of {encoder.name} on {data.name} is left out: {error}")
@@ -92,5 +104,5 @@ def evaluate(
 
 
 def _sets_for(protocol: str, sets: Sequence[EvaluationSet], name: str) -> list[EvaluationSet]:
-    """Classes are told apart within a set; everything else is asked of all sets at once."""
+    """Protocols by class run on each set; the others on all sets at once."""
     return list(sets) if protocol in _BY_CLASS or len(sets) == 1 else [joined(sets, name)]

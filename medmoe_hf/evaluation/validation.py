@@ -1,4 +1,4 @@
-"""What is measured while training: losses, routing and retrieval on held-out pairs."""
+"""Measurements during training: losses, routing and retrieval on held-out pairs."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -24,29 +24,35 @@ def validate(
 ) -> dict[str, float]:
     """Measures a dual encoder on batches of `ContrastiveCollator`.
 
-    A contrastive loss depends on how many pairs are told from each other, and that of a lone pair is 0 whatever the
-    model. So losses are of the batches of the largest size alone, and every pair in these weighs the same; the rest, a
-    last batch that is not full, counts for routing and retrieval. Retrieval is by the global embeddings, among all
-    pairs of all batches.
+    A contrastive loss depends on the number of pairs that are contrasted, and that of a single pair is always 0.
+    Losses are therefore means over the batches of the largest size; a last batch that is not full counts for routing
+    and retrieval only. Retrieval uses the global embeddings, among all pairs of all batches.
 
-    Losses have the positives of training (`config.positives`): where several pairs mean the same, they fall no lower
-    than the entropy of the targets.
+    Losses have the positives of training (`config.positives`): if several pairs are positives of each other, their
+    minimum is the entropy of the targets.
 
     Args:
-        model: a `MedMoEModel`; it is put back into the mode it was in.
-        batches: on the model's device, at least one.
-        counts: for each batch whether it is measured; the others are computed all the same, as several processes with
-            sharded weights must do together.
-        gather: puts rows of all processes together; None for one process.
+        model: A `MedMoEModel`; its training mode is restored afterwards.
+        batches: At least one batch, on the model's device.
+        counts: Whether each batch is measured; the others are computed too, as processes with sharded weights must do
+            together. None measures all.
+        gather: Function that gathers rows of all processes; None for one process.
 
     Returns:
-        means of `loss`, `loss_global`, `loss_local`, `loss_aux`; `routing_image` and (with a report router)
-        `routing_report`, accuracies, if any label is known; `image_to_text_r1`, `text_to_image_r1`, `..._r5`,
-        `..._r10`, as far as there are more than 1, 5, 10 pairs: a recall at k among k is 1 by itself. And what they
-        are of: `pairs`, all; `loss_pairs`, in `loss_batch_size` at a time; `routing_pairs`, those with a label.
+        Means of `loss`, `loss_global`, `loss_local`, `loss_aux`; accuracies `routing_image` and (with a report router)
+        `routing_report`, 0..1, if a label is known; `image_to_text_r1`, `text_to_image_r1`, `..._r5`, `..._r10`, 0..1,
+        for k smaller than the number of pairs (recall@k among k pairs is always 1). Also `pairs`, the number of pairs;
+        `loss_pairs` and `loss_batch_size`, the pairs that the losses are over and their batch size; and
+        `routing_pairs`, the pairs with a label.
 
     Raises:
-        ValueError: if no batch has two pairs.
+        ValueError: If no batch has two pairs.
+
+    Example:
+        ```python
+        metrics = validate(model, [collator(samples)])
+        print(metrics["loss"], metrics["image_to_text_r1"])
+        ```
     """
     was_training = model.training
     model.eval()
@@ -67,7 +73,7 @@ def validate(
     finally:
         model.train(was_training)
     if not columns:
-        raise ArgumentError("There was nothing to evaluate: the stream of held-out samples is empty.")
+        raise ArgumentError("Nothing to evaluate: the stream of held-out samples is empty.")
     joined = {name: torch.cat(parts) for name, parts in columns.items()}
     if gather is not None:
         joined = {name: gather(column) for name, column in joined.items()}
@@ -93,16 +99,19 @@ def validate(
 
 
 def describe(metrics: Mapping[str, float], positives: str = "none") -> str:
-    """What `validate` measured in a line, each number with what it is of.
+    """Formats what `validate` measured as one line, each number with its number of pairs.
 
     Args:
-        metrics: of `validate`.
-        positives: the model's `config.positives`; losses are named as such unless it is `"none"`.
+        metrics: The result of `validate`.
+        positives: The model's `config.positives`, which is named unless it is `"none"`.
+
+    Returns:
+        The line.
     """
-    told = "" if positives == "none" else f", positives by {positives.replace('_', ' ')}"
+    rule = "" if positives == "none" else f", positives by {positives.replace('_', ' ')}"
     parts = [
         f"held-out loss {metrics['loss']:.3f} ({metrics['loss_pairs']} pairs, {metrics['loss_batch_size']} at a time"
-        f"{told})"
+        f"{rule})"
     ]
     for names, of in (
         (("routing_image", "routing_report"), f"of {metrics['routing_pairs']}"),

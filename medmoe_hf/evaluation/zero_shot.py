@@ -1,4 +1,4 @@
-"""Zero-shot classification: a class is a set of sentences, and an image belongs to the one it is most like."""
+"""Zero-shot classification: a class is described by sentences, and an image is assigned to the most similar class."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,20 +15,28 @@ from medmoe_hf.inference.encoders import SCORES, Encoder, MedMoEEncoder, scores_
 
 
 class ZeroShotClassifier:
-    """An encoder and classes of sentences. The sentences are encoded once, whatever number of images follows.
+    """Zero-shot classifier: classes described by sentences, which are encoded once for any number of images.
 
-    A class's sentences are encoded, brought to length 1, averaged, and brought to length 1 again.
+    The embeddings of a class's sentences are normalized to length 1, averaged, and normalized again.
 
     Args:
-        encoder: see `load_encoder`.
-        prompts: class -> its sentences, one or more.
+        encoder: See `load_encoder`.
+        prompts: Class -> one or more sentences.
 
     Attributes:
+        encoder: The encoder.
         classes: C names, in the order of the columns.
         class_embeds: (D, C), columns of length 1.
 
     Raises:
-        ValueError: without classes, or for one without a sentence.
+        ValueError: Without classes, or for a class without sentences.
+
+    Example:
+        ```python
+        prompts = {"normal": ["The lungs are clear."], "effusion": ["A large pleural effusion."]}
+        classify = ZeroShotClassifier(load_encoder("quickstart/model"), prompts)
+        probabilities = classify(["scan.png"])  # (1, 2)
+        ```
     """
 
     def __init__(self, encoder: Encoder, prompts: Mapping[str, Sequence[str]]) -> None:
@@ -41,29 +49,62 @@ class ZeroShotClassifier:
         self.class_embeds = nn.functional.normalize(by_class, dim=0)
 
     def logits(self, images: Sequence[Any]) -> Tensor:
-        """(N, C): cosines times the encoder's scale; of paths (DICOM and NIfTI too), PIL images or arrays."""
+        """Computes logits: cosines times the encoder's scale.
+
+        Args:
+            images: N paths (DICOM and NIfTI too), PIL images or arrays.
+
+        Returns:
+            (N, C) float32, on the CPU.
+
+        Example:
+            ```python
+            logits = classify.logits(["scan.png"])
+            ```
+        """
         return self.encoder.logit_scale * self.encoder.encode_images(images) @ self.class_embeds
 
     def __call__(self, images: Sequence[Any]) -> Tensor:
-        """(N, C) probabilities: a softmax over the classes."""
+        """Computes probabilities: a softmax over the classes.
+
+        Args:
+            images: N paths (DICOM and NIfTI too), PIL images or arrays.
+
+        Returns:
+            (N, C) float32, on the CPU; rows sum to 1.
+        """
         return self.logits(images).softmax(dim=1)
 
 
 def zero_shot(
     encoder: Encoder, data: EvaluationSet, scores: Sequence[str] = SCORES, resamples: int = 1000, seed: int = 0
 ) -> Result:
-    """Classifies the test part of a set by its prompts.
+    """Classifies the test split by prompts.
 
-    Globally as `ZeroShotClassifier` does; locally the similarities of a class's prompts to the image are averaged.
-    Probabilities are a softmax over the classes.
+    The global score is that of `ZeroShotClassifier`; the local score is the mean similarity of a class's prompts to
+    the image. Probabilities are a softmax over the classes. On a multi-label set each finding is scored on its own
+    (`multilabel_logits`) and measured by AUROC and average precision: `<score>` has their means over findings,
+    `<score>, <finding>` those of one.
 
     Args:
-        scores: which of `SCORES`; encoders without a local similarity have the global one alone.
-        resamples: of the bootstrap; whole subjects are drawn where they are known.
-        seed: of the bootstrap.
+        encoder: See `load_encoder`.
+        data: A set with labels and prompts.
+        scores: Which of `SCORES`; encoders without a local similarity have the global one only.
+        resamples: Number of bootstrap resamples; subjects are resampled where they are known.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        The result, with protocol `zero-shot` and a variant per score.
 
     Raises:
-        ValueError: for a set without labels, prompts or a test part, or an unknown score.
+        ValueError: For a set without labels, prompts or test images, or an unknown score.
+
+    Example:
+        ```python
+        (data,) = open_recipe(load_recipe("chexpert_5x200"), "chexpert")
+        result = zero_shot(load_encoder("quickstart/model"), data)
+        print(result.metrics["global/accuracy"])
+        ```
     """
     data = test_split(data)
     if data.labels is None or not data.classes or list(data.prompts) != list(data.classes):
@@ -158,13 +199,20 @@ def _class_logits(
 
 
 def flatten_prompts(prompts: Mapping[str, Sequence[str]]) -> tuple[list[str], Tensor]:
-    """The M sentences of all classes, and the class of each, (M,)."""
+    """Concatenates the prompts of all classes.
+
+    Args:
+        prompts: Class -> sentences.
+
+    Returns:
+        M sentences, and (M,) int64 index of each one's class.
+    """
     sentences = [sentence for name in prompts for sentence in prompts[name]]
     return sentences, torch.tensor([label for label, name in enumerate(prompts) for _ in prompts[name]])
 
 
 def _by_class(by_sentence: Tensor, class_ids: Tensor) -> Tensor:
-    """Means over the sentences of each class: (..., M) to (..., C)."""
+    """Averages over the sentences of each class: (N, M) to (N, C)."""
     labels = range(int(class_ids.max()) + 1)
     return torch.stack([by_sentence[:, class_ids == label].mean(dim=1) for label in labels], dim=1)
 

@@ -45,7 +45,7 @@ from medmoe_hf.model import MedMoEModel, MedMoEProcessor
 
 MANIFEST = "encoding.json"
 FORMAT = 2
-"""Version of the folder's format. Version 1 had neither the sources' content nor a list of shards; search reads it."""
+"""Version of the folder's format; 1, which search still reads, lacks the sources' content and the list of shards."""
 _STATE = b"medmoe"
 # A run may be resumed with another value of these: nothing that is written depends on them.
 _MAY_DIFFER = ("model",)

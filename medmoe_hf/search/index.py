@@ -75,8 +75,8 @@ class Hit:
         return f"{self.shard}, row {self.row}" if self.key == self.shard else self.key
 
     def __str__(self) -> str:
-        said = "" if self.caption is None else f"  {self.caption}"
-        return f"{self.score:.3f}  {self.modality} ({self.probability:.2f})  {self.location}{said}"
+        caption = "" if self.caption is None else f"  {self.caption}"
+        return f"{self.score:.3f}  {self.modality} ({self.probability:.2f})  {self.location}{caption}"
 
 
 def hits_table(hits: Sequence[Hit], among: Among) -> str:
@@ -95,8 +95,8 @@ def hits_table(hits: Sequence[Hit], among: Among) -> str:
     rows = [["cosine", "routed to", *["source"] * named, "image", *["report"] * captions]]
     for hit in hits:
         routed = f"{hit.modality} ({hit.probability:.2f})"
-        said = [] if hit.caption is None else [" ".join(hit.caption.split())]
-        rows.append([f"{hit.score:.3f}", routed, *[hit.source] * named, hit.location, *said])
+        report = [] if hit.caption is None else [" ".join(hit.caption.split())]
+        rows.append([f"{hit.score:.3f}", routed, *[hit.source] * named, hit.location, *report])
     lines = [text_table(rows)]
     if among == "reports" and not captions:
         lines.append("These are the images of the reports. The reports were not kept: encode with --keep-captions")

@@ -361,22 +361,22 @@ def test_several_boxes_are_one_region(medmoe, monkeypatch):
         grounding(FakeEncoder({}), data)
 
 
-def test_whatever_may_take_minutes_shows_how_far_it_is(tmp_path, sets, medmoe, monkeypatch, capsys):
-    monkeypatch.setattr(console, "_DELAY", 0)
+def test_slow_steps_have_progress_bars(tmp_path, sets, medmoe, monkeypatch, capsys):
+    monkeypatch.setitem(console.progress.__kwdefaults__, "delay", 0)
     data = sets[1][2]
-    said = {}
+    shown = {}
     for name, run in PROTOCOLS.items():
         of_labels = name == "linear-probe"
         run(FakeEncoder({}) if of_labels else medmoe, probe_data() if of_labels else data, resamples=5)
-        said[name] = capsys.readouterr().err
-    assert all("bootstrap:" in bars for bars in said.values())
-    assert all("images:" in said[name] for name in ("zero-shot", "retrieval", "routing"))
-    assert all("local similarity:" in said[name] for name in ("zero-shot", "retrieval"))
-    assert "texts:" in said["zero-shot"]
-    assert "reports:" in said["routing"]
-    assert "heat-maps:" in said["grounding"]
-    assert "linear probes:" in said["linear-probe"]
-    # What is done at once says nothing.
+        shown[name] = capsys.readouterr().err
+    assert all("bootstrap:" in bars for bars in shown.values())
+    assert all("images:" in shown[name] for name in ("zero-shot", "retrieval", "routing"))
+    assert all("local similarity:" in shown[name] for name in ("zero-shot", "retrieval"))
+    assert "texts:" in shown["zero-shot"]
+    assert "reports:" in shown["routing"]
+    assert "heat-maps:" in shown["grounding"]
+    assert "linear probes:" in shown["linear-probe"]
+    # Fast steps have none.
     monkeypatch.undo()
     medmoe.encode_images(data.images)
     assert capsys.readouterr().err == ""
@@ -487,5 +487,5 @@ def test_three_kinds_of_models_side_by_side_in_one_run(tmp_path, sets):
     assert [result.to_json() for result in again] == expected
     with pytest.raises(FileExistsError, match=tmp_path.name):
         evaluate(["not looked for"], "phantoms", sets[0], output=tmp_path)
-    with pytest.raises(ValueError, match="not made for nonsense"):
+    with pytest.raises(ValueError, match="does not support nonsense"):
         evaluate(models, "phantoms", sets[0], ["nonsense"])

@@ -479,7 +479,7 @@ def test_a_missing_table_says_what_should_be_there(tmp_path):
     chexpert(tmp_path)
     (tmp_path / "chexpert_5x200.csv").unlink()
     message = problems("chexpert_5x200", tmp_path)
-    assert f"{tmp_path / 'chexpert_5x200.csv'} is not there" in message
+    assert f"{tmp_path / 'chexpert_5x200.csv'} does not exist" in message
     assert "CheXpert-v1.0/train/..." in message
     assert "stanfordmlgroup" in message
     with pytest.raises(RecipeError, match=r"not a usable copy of CheXpert 5x200:\n.*chexpert_5x200.csv"):
@@ -530,7 +530,7 @@ def test_without_training_part_a_copy_serves_for_zero_shot(tmp_path):
     found = check_recipe(load_recipe("acl_mri"), tmp_path)
     assert all(problem.startswith(WARNING) for problem in found)
     assert any(
-        "the train split is left out" in problem and "train_fold1.csv is not there" in problem for problem in found
+        "the train split is left out" in problem and "train_fold1.csv does not exist" in problem for problem in found
     )
     assert any("the validation split is left out" in problem and "1 of 1 images" in problem for problem in found)
     assert only("acl_mri", tmp_path).images == paths[3:]
@@ -568,7 +568,7 @@ def test_a_split_of_another_name(tmp_path):
 def test_openi_without_reports(tmp_path):
     openi(tmp_path)
     (tmp_path / "indiana_reports.csv").unlink()
-    assert f"{tmp_path / 'indiana_reports.csv'} is not there" in problems("openi", tmp_path)
+    assert f"{tmp_path / 'indiana_reports.csv'} does not exist" in problems("openi", tmp_path)
 
 
 def test_ms_cxr_without_annotations_or_with_broken_ones(tmp_path):

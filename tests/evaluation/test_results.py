@@ -185,7 +185,7 @@ def test_sets_that_are_too_small_for_a_metric_say_so(everything):
             metrics={"global/image_to_text_r10": Interval(1.0, 1.0, 1.0, 7)},
             facts={"chance": {"r1": 1 / 7, "r5": 5 / 7, "r10": 1.0}},
         )
-        assert "toy: too small for R@10, which is 1 among 7 pairs whatever a model does." in text([few])
+        assert "toy: too small for R@10, which is 1 among 7 pairs for any model." in text([few])
         metrics = {
             "global/macro_auroc": Interval(0.7, 0.6, 0.8, 5, undefined=83, rows=5),
             "global/accuracy": Interval(0.7, 0.6, 0.8, 5, rows=5),

@@ -39,6 +39,7 @@ def check_recipe(recipe: Recipe, data_dir: str | Path) -> list[str]:
         `WARNING` do not keep the copy from being used.
 
     Example:
+        >>> from medmoe_hf.evaluation.recipes import load_recipe
         >>> check_recipe(load_recipe("rsna_pneumonia"), "missing")[0]
         'There is no folder missing; name the one that contains RSNA pneumonia.'
     """

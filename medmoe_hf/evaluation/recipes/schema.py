@@ -168,7 +168,7 @@ class Recipe(BaseModel):
         title: Full name of the data set.
         tasks: Protocols that the set is made for.
         modality: Modality of all images; `caption` to infer it from each caption; `unknown`; or, for phantoms,
-            `phantom`: each shard says which.
+            `phantom`: each sample has its own.
         layout: How the files are arranged.
         expected: Description of the folder, shown to a user whose copy lacks something.
         labels: `single` if each image has one class, `multi` if any number of the classes may be present.
