@@ -105,7 +105,7 @@ def read_dicom(
 
 
 def _dataset(source: Any, name: str, max_pixels: int) -> Any:
-    """pydicom's dataset of a file; a deflated one is inflated here, since pydicom would do it without a limit."""
+    """Reads pydicom's dataset of a file; a deflated one is inflated here, because pydicom would not limit its size."""
     with contextlib.ExitStack() as stack:
         if isinstance(source, (bytes, bytearray, memoryview)):
             file: Any = io.BytesIO(source)
@@ -133,7 +133,7 @@ def _dataset(source: Any, name: str, max_pixels: int) -> Any:
 
 
 def _start_of_deflated(head: bytes) -> int | None:
-    """Where the deflated part of a DICOM file begins: behind the file meta information. None for other files."""
+    """Returns the offset of a file's deflated part, after the file meta information; None for other files."""
     start = 132 if head[128:132] == b"DICM" else 0
     deflated = False
     while head[start : start + 2] == b"\x02\0":
@@ -151,7 +151,7 @@ def _start_of_deflated(head: bytes) -> int | None:
 
 
 def _directions(dataset: Any, frame: int) -> tuple[list[int], list[float]] | None:
-    """Where growing rows and columns run to, as `turn_upright` takes it; None where that is unknown or in between."""
+    """Returns the directions of rows and columns for `turn_upright`; None where they are unknown or oblique."""
     cosines = _numbers(dataset, "ImageOrientationPatient", frame)
     if len(cosines) == 6 and math.isfinite(sum(cosines)):
         # DICOM counts to the left and to the back; a step to the next row goes along the second triple.
@@ -165,7 +165,7 @@ def _directions(dataset: Any, frame: int) -> tuple[list[int], list[float]] | Non
 
 
 def _with_syntax(dataset: Any) -> Any:
-    """The dataset, or a shallow copy with a transfer syntax: the decoder needs one, and old files have none."""
+    """Returns the dataset, or a shallow copy with a transfer syntax, which the decoder needs and old files lack."""
     meta = getattr(dataset, "file_meta", None)
     if meta is not None and meta.get("TransferSyntaxUID"):
         return dataset
@@ -192,7 +192,7 @@ def _bits_stored(dataset: Any) -> int:
 
 
 def _stored(dataset: Any, name: str, frame: int, photometric: str, max_pixels: int) -> np.ndarray:
-    """Pixels of one frame as stored: (H, W), or (H, W, 3) in RGB."""
+    """Decodes the stored pixels of one frame: (H, W), or (H, W, 3) in RGB."""
     syntax = dataset.file_meta.TransferSyntaxUID
     try:
         available = pydicom.pixels.get_decoder(syntax).is_available
@@ -203,7 +203,7 @@ def _stored(dataset: Any, name: str, frame: int, photometric: str, max_pixels: i
     if not available:
         raise MissingPackageError(f"{name} is stored as {syntax.name}; {missing_package('that', 'pylibjpeg')}")
     check_size(int(dataset.get("Columns") or 0), int(dataset.get("Rows") or 0), name, max_pixels)
-    # What the decoder is told in place of what the header lacks, or says in another spelling.
+    # Decoder options that replace missing or misspelt values of the header.
     told: dict[str, Any] = {
         "samples_per_pixel": int(dataset.get("SamplesPerPixel") or 1),
         "photometric_interpretation": photometric,
@@ -211,7 +211,7 @@ def _stored(dataset: Any, name: str, frame: int, photometric: str, max_pixels: i
         "pixel_representation": int(dataset.get("PixelRepresentation") or 0),
         "bits_stored": _bits_stored(dataset),
     }
-    # In old files the pixels are the upper of the allocated bits.
+    # In old files the pixels occupy the upper of the allocated bits.
     above = 0
     if "PixelData" in dataset and (not syntax.is_encapsulated or syntax == pydicom.uid.RLELossless):
         above = int(dataset.get("HighBit") or 0) + 1 - told["bits_stored"]
@@ -231,7 +231,7 @@ def _stored(dataset: Any, name: str, frame: int, photometric: str, max_pixels: i
         ) from error
     if above:
         low, high = _stored_range(dataset)
-        # Some headers only say so: then the lower bits are in use, and the upper ones are not.
+        # Some headers say so wrongly: then the lower bits are in use, and the upper ones are not.
         if (stored & (2**above - 1)).any() and low <= stored.min() and stored.max() <= high:
             return stored
         return stored >> above
@@ -244,7 +244,7 @@ def _stored_range(dataset: Any) -> tuple[int, int]:
 
 
 def _check_compressed(dataset: Any, name: str, frame: int, max_pixels: int) -> None:
-    """Refuses a frame that is larger in its own words than in the header's: decoders allocate by the former."""
+    """Rejects a frame whose codestream declares too large a size: decoders allocate by it, not by the header."""
     offsets = [dataset.get(key) for key in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths")]
     content = pydicom.encaps.get_frame(
         dataset.PixelData,
@@ -254,7 +254,7 @@ def _check_compressed(dataset: Any, name: str, frame: int, max_pixels: int) -> N
     )
     if dataset.file_meta.TransferSyntaxUID == pydicom.uid.RLELossless:
         limit = max_pixels * BYTES_PER_PIXEL
-        # Two bytes give 128 at most. Larger frames are counted, which takes as long as decoding them.
+        # Two bytes decode to 128 at most. Larger frames are counted, which takes as long as decoding them.
         if 64 * len(content) > limit and _run_lengths(content) > limit:
             raise too_many_bytes(name, limit)
     else:
@@ -262,7 +262,7 @@ def _check_compressed(dataset: Any, name: str, frame: int, max_pixels: int) -> N
 
 
 def _codestream_size(content: bytes) -> tuple[int, int]:
-    """Width and height that JPEG, JPEG-LS or JPEG 2000 data say; (0, 0) where they are not found."""
+    """Returns the width and height that JPEG, JPEG-LS or JPEG 2000 data declare; (0, 0) if they are not found."""
     start = content.find(b"\xff\x4f\xff\x51")  # JPEG 2000: start of codestream, size
     if start >= 0:
         right, bottom, left, top = (
@@ -282,7 +282,7 @@ def _codestream_size(content: bytes) -> tuple[int, int]:
 
 
 def _run_lengths(content: bytes) -> int:
-    """How many bytes a frame of DICOM's run-length encoding (PS3.5 annex G) decodes to."""
+    """Returns the decoded size in bytes of a run-length encoded frame (PS3.5 annex G)."""
     total, at = 0, 64
     while at < len(content):
         count = content[at]
@@ -294,7 +294,7 @@ def _run_lengths(content: bytes) -> int:
 
 
 def _read(dataset: Any, keyword: str) -> Any:
-    """A value of a header; where pydicom cannot convert it, the text that stands there."""
+    """Returns a value of the header, or its raw text where pydicom cannot convert it."""
     try:
         return dataset.get(keyword)
     except Exception:
@@ -303,7 +303,7 @@ def _read(dataset: Any, keyword: str) -> Any:
 
 
 def _tag(dataset: Any, keyword: str, frame: int) -> Any:
-    """A value of the header: this frame's own in enhanced multi-frame files, else that of all frames, or None."""
+    """Returns a value of the header: the frame's own in enhanced multi-frame files, else that of all frames."""
     for sequence, index in (("PerFrameFunctionalGroupsSequence", frame), ("SharedFunctionalGroupsSequence", 0)):
         groups = dataset.get(sequence) or []
         for element in groups[index] if index < len(groups) else ():
@@ -313,12 +313,12 @@ def _tag(dataset: Any, keyword: str, frame: int) -> Any:
 
 
 def _numbers(dataset: Any, keyword: str, frame: int) -> list[float]:
-    """The values of a tag, NaN for those that are empty or no numbers."""
+    """Returns the values of a tag, NaN for those that are empty or not numeric."""
     value = _tag(dataset, keyword, frame)
     if value is None or value == "":
         return []
     if isinstance(value, str):
-        # Some writers separate values by a comma; in between points it is no decimal comma.
+        # Some writers separate values by commas; together with points they are not decimal commas.
         value = value.split("," if "," in value and "." in value and "\\" not in value else "\\")
     return [_number(one) for one in ([value] if isinstance(value, (int, float)) else value)]
 
@@ -336,13 +336,13 @@ def _first(numbers: Sequence[float]) -> float | None:
 
 
 def _rescale(dataset: Any, frame: int, name: str) -> tuple[float, float] | None:
-    """Slope and intercept; None where there are none, or a slope of 0, which would leave nothing of the picture."""
+    """Returns slope and intercept; None where there are none, or the slope is 0, which would erase the image."""
     found = []
     for keyword in ("RescaleSlope", "RescaleIntercept"):
         numbers = _numbers(dataset, keyword, frame)
         found.append(_first(numbers))
         if numbers and found[-1] is None and str(_tag(dataset, keyword, frame)).strip("\\[]', "):
-            raise MedicalImageError(f"{name} cannot be read as DICOM (ValueError): its {keyword} is no number")
+            raise MedicalImageError(f"{name} cannot be read as DICOM (ValueError): its {keyword} is not a number")
     slope, intercept = found
     if slope == 0 or (slope is None and intercept is None):
         return None
@@ -350,7 +350,7 @@ def _rescale(dataset: Any, frame: int, name: str) -> tuple[float, float] | None:
 
 
 def _holds_hounsfield_units(dataset: Any, rescale: tuple[float, float] | None) -> bool:
-    """Whether the values of a CT, after its modality LUT, are Hounsfield units: those of screenshots are not."""
+    """Returns whether the values of a CT, after its modality LUT, are Hounsfield units; not so in screenshots."""
     if rescale is not None or dataset.get("ModalityLUTSequence"):
         return True
     if _first(_numbers(dataset, "RescaleSlope", 0)) == 0:
@@ -376,43 +376,43 @@ def _gray(
     if dataset.get("ModalityLUTSequence"):
         item = dataset.ModalityLUTSequence[0]
         values, changed = _look_up(stored, *_table(item.LUTDescriptor, item.LUTData, dataset)), True
-        whole_numbers = True
+        integers = True
     else:
         slope, intercept = rescale or (1.0, 0.0)
         values, changed = stored.astype(np.float64) * slope + intercept, (slope, intercept) != (1, 0)
-        whole_numbers = slope == int(slope)
+        integers = slope == int(slope)
     bits = _bits_stored(dataset)
     display_lut = None if windows or by_percentiles else _display_lut(dataset, frame)
     window = _window_of_file(dataset, frame)
     if windows:
-        picture = apply_windows(values, windows)
+        image = apply_windows(values, windows)
     elif by_percentiles:
-        picture = apply_percentiles(values, ~padding)
+        image = apply_percentiles(values, ~padding)
     elif display_lut is not None:
         table, first, white = display_lut
-        picture = (_look_up(values, table, first) / white).clip(0, 1)
+        image = (_look_up(values, table, first) / white).clip(0, 1)
     elif window is not None:
         function = str(_tag(dataset, "VOILUTFunction", frame) or "LINEAR").strip().upper()
-        picture = _apply_own_window(values, *window, function, whole_numbers)
+        image = _apply_own_window(values, *window, function, integers)
     elif hounsfield:
-        picture = apply_windows(values, [WINDOWS["mediastinum"]])
+        image = apply_windows(values, [WINDOWS["mediastinum"]])
     elif bits <= 8 and not changed and values.min() >= 0:
-        picture = (values / (2**bits - 1)).clip(0, 1)
+        image = (values / (2**bits - 1)).clip(0, 1)
     else:
-        picture = apply_percentiles(values, ~padding)
-    picture = 1 - picture if photometric == "MONOCHROME1" else picture
-    picture[padding] = 0
-    return to_float32(picture)
+        image = apply_percentiles(values, ~padding)
+    image = 1 - image if photometric == "MONOCHROME1" else image
+    image[padding] = 0
+    return to_float32(image)
 
 
 def _window_of_file(dataset: Any, frame: int) -> tuple[float, float] | None:
-    """The first centre and width that are numbers."""
+    """Returns the first valid centre and width."""
     pairs = zip(_numbers(dataset, "WindowCenter", frame), _numbers(dataset, "WindowWidth", frame), strict=False)
     return next((pair for pair in pairs if math.isfinite(sum(pair)) and pair[1] > 0), None)
 
 
 def _display_lut(dataset: Any, frame: int) -> tuple[np.ndarray, int, int] | None:
-    """The first VOI LUT that holds data: its entries, the value that the first stands for, and what is white."""
+    """Returns the first VOI LUT with data: its entries, the input value of the first entry, and the white level."""
     for item in _tag(dataset, "VOILUTSequence", frame) or ():
         descriptor, data = item.get("LUTDescriptor"), item.get("LUTData")
         if not descriptor or data is None or not len(data):
@@ -420,13 +420,13 @@ def _display_lut(dataset: Any, frame: int) -> tuple[np.ndarray, int, int] | None
         table, first = _table(descriptor, data, dataset)
         used = max(int(table.max()).bit_length(), 1)
         declared = int(descriptor[2])
-        # Entries that leave the upper bits of their declared range unused would give a picture that is nearly black.
+        # If entries do not use the upper bits of their declared range, the image would be nearly black.
         return table, first, 2 ** (declared if used <= declared <= used + 1 else used) - 1
     return None
 
 
 def _padding(dataset: Any, stored: np.ndarray) -> np.ndarray:
-    """(H, W) bool: the pixels that hold no measurement, such as those outside a CT's circle."""
+    """Returns an (H, W) bool mask of pixels without a measurement, such as those outside a CT's circle."""
     prefix = {"f4": "Float", "f8": "DoubleFloat"}.get(stored.dtype.str[1:], "")
     ends = []
     for keyword in (f"{prefix}PixelPaddingValue", f"{prefix}PixelPaddingRangeLimit"):
@@ -440,7 +440,7 @@ def _padding(dataset: Any, stored: np.ndarray) -> np.ndarray:
 
 
 def _as_stored(value: int, dataset: Any) -> int:
-    """A padding value as pixels have it: some writers give it signed where they are unsigned, or the other way."""
+    """Returns a padding value in the pixels' type: some writers store it with the other signedness."""
     low, high = _stored_range(dataset)
     for period in (2**16, 2 ** _bits_stored(dataset)):
         wrapped = (value - low) % period + low
@@ -450,7 +450,7 @@ def _as_stored(value: int, dataset: Any) -> int:
 
 
 def _table(descriptor: Any, data: Any, dataset: Any) -> tuple[np.ndarray, int]:
-    """The entries of a LUT, and the value that the first of them stands for."""
+    """Returns the entries of a LUT and the input value of the first one."""
     count, first = (int(value) for value in descriptor[:2])
     count = count or 2**16
     if isinstance(data, bytes):
@@ -460,9 +460,9 @@ def _table(descriptor: Any, data: Any, dataset: Any) -> tuple[np.ndarray, int]:
 
 
 def _look_up(values: np.ndarray, table: np.ndarray, first: int) -> np.ndarray:
-    """Values through a LUT, as float64; those beyond its ends get the entries there.
+    """Applies a LUT to values, as float64; values beyond its ends get the first or last entry.
 
-    pydicom's own functions index in the type of the entries, so that tables of 8 bits with more than 256 of them wrap.
+    pydicom's own functions index with the type of the entries, so that 8-bit tables with more than 256 of them wrap.
     """
     if first > values.max():  # a negative start, read as unsigned because the stored pixels are
         first -= 2**16
@@ -470,15 +470,13 @@ def _look_up(values: np.ndarray, table: np.ndarray, first: int) -> np.ndarray:
     return entries.astype(np.float64)
 
 
-def _apply_own_window(
-    values: np.ndarray, centre: float, width: float, function: str, whole_numbers: bool
-) -> np.ndarray:
-    """The file's window by PS3.3 C.11.2.1.2 and C.11.2.1.3, in 0..1."""
+def _apply_own_window(values: np.ndarray, centre: float, width: float, function: str, integers: bool) -> np.ndarray:
+    """Applies the file's window by PS3.3 C.11.2.1.2 and C.11.2.1.3; returns values in 0..1."""
     if function == "SIGMOID":
         sigmoid: np.ndarray = 1 / (1 + np.exp((-4 * (values - centre) / width).clip(-700, 700)))
         return sigmoid
-    # The standard's linear function counts whole numbers, and knows no width below 1.
-    if function == "LINEAR_EXACT" or width < 1 or (width == 1 and not whole_numbers):
+    # The standard's linear function is for integers and has no width below 1.
+    if function == "LINEAR_EXACT" or width < 1 or (width == 1 and not integers):
         return apply_windows(values, [(centre, width)])
     if width == 1:
         return (values > centre - 0.5).astype(np.float64)
@@ -498,7 +496,7 @@ def _palette(dataset: Any, stored: np.ndarray) -> np.ndarray:
         for colour in ("Red", "Green", "Blue")
     ]
     colours = np.stack([_look_up(stored, *table) for table in tables], axis=-1)
-    # Some writers put 8-bit colours into tables of 16 bits.
+    # Some writers store 8-bit colours in 16-bit tables.
     return to_uint8_or_float32(colours, 255 if max(table.max() for table, _ in tables) <= 255 else 2**16 - 1)
 
 
@@ -511,7 +509,7 @@ def _spacing(dataset: Any, frame: int) -> tuple[float, float] | None:
         for region in dataset.get("SequenceOfUltrasoundRegions") or []
         if region.get("PhysicalUnitsXDirection") == region.get("PhysicalUnitsYDirection") == _CENTIMETRES
     }
-    if len(regions) == 1:  # pictures side by side may differ in scale
+    if len(regions) == 1:  # adjacent images may differ in scale
         candidates += [[abs(delta) * 10 for delta in pair] for pair in regions]
     for pair in candidates:
         if len(pair) == 2 and min(pair) > 0 and math.isfinite(sum(pair)):

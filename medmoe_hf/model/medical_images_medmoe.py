@@ -23,10 +23,14 @@ _NIFTI_NAMES = (".nii", ".nii.gz")
 
 
 def is_medical_image(source: Any) -> bool:
-    """Whether `read_medical_image` is the reader for this. Reads at most the first kilobyte of a file.
+    """Returns whether this is an input for `read_medical_image`. Reads at most the first kilobyte of a file.
 
-    True for existing files that are DICOM or NIfTI by their first bytes or by name (.dcm, .dicom, .nii, .nii.gz), for
-    bytes of such files, `pydicom` datasets and `nibabel` images. Neither package is needed to tell.
+    Args:
+        source: A path, bytes, or any object.
+
+    Returns:
+        True for existing files that are DICOM or NIfTI by their first bytes or by name (.dcm, .dicom, .nii, .nii.gz),
+        for bytes of such files, `pydicom` datasets and `nibabel` images. Files are recognised without either package.
     """
     return _kind(source) is not None
 
@@ -38,53 +42,64 @@ def read_medical_image(
     *,
     max_pixels: int = MAX_PIXELS,
 ) -> MedicalImage:
-    """Read one picture of a DICOM or NIfTI file, upright, with its contrast as a radiologist would set it.
+    """Reads one image of a DICOM or NIfTI file, upright, with the contrast that a radiologist would set.
 
     Gray DICOM goes through the modality LUT (or rescale slope and intercept) and then, without `window`: MR by
     percentiles; others by the file's own VOI LUT or window (the first usable one); CT without one by `"mediastinum"`;
-    pictures of 8 bits or less as they are; the rest by percentiles. Percentiles are the 1st and 99th of the frame,
-    padding left out. MONOCHROME1 is inverted after that, and padding is black. Palettes and YBR become RGB, and no
+    images of 8 bits or less unchanged; the rest by percentiles. Percentiles are the 1st and 99th of the frame,
+    without padding. MONOCHROME1 is inverted after that, and padding is black. Palettes and YBR become RGB, and no
     window changes colours.
 
     Where headers contradict the standard or themselves:
 
     - Screenshots and scanned films with Modality CT (Secondary Capture or 8 bits, without rescale) hold no Hounsfield
-      units: they are shown like any other picture, and windows by name do not apply.
+      units: they are shown like any other image, and windows by name do not apply.
     - RescaleSlope 0 would make every pixel equal: slope and intercept are ignored, and windows by name do not apply.
-    - PhotometricInterpretation alone decides whether a picture is inverted. A PresentationLUTShape that contradicts it
-      (INVERSE with MONOCHROME2) is ignored: the standard allows no such pair, and it is mostly left behind by software
+    - PhotometricInterpretation alone decides whether an image is inverted. A PresentationLUTShape that contradicts it
+      (INVERSE with MONOCHROME2) is ignored: the standard forbids this combination, and it mostly remains from software
       that inverted the pixels.
     - Without PhotometricInterpretation, one sample per pixel is MONOCHROME2 and three are RGB (YBR_FULL_422 in JPEG).
     - A linear window narrower than 1 spreads from centre - width/2 to centre + width/2, and so does one of width 1
       with a fractional RescaleSlope; the standard's formula, meant for integers, would make it a threshold.
-    - A VOI LUT whose entries use less than a quarter of their declared range is shown by the range that they use.
-    - Empty and unreadable numbers are taken for missing, and a decimal comma is read as a point.
+    - A VOI LUT whose entries use less than a quarter of their declared range is scaled to the range that they use.
+    - Empty and unreadable numbers are treated as missing, and a decimal comma is read as a point.
 
-    Slices are turned as radiologists look at them, by DICOM's ImageOrientationPatient and NIfTI's affine: head (of
-    axial slices: front) on top, the patient's right (of sagittal slices: front) on the left. So are frontal
-    radiographs, by PatientOrientation. Everything else stays as stored.
+    Slices are turned to the orientation in which radiologists view them, by DICOM's ImageOrientationPatient and the
+    affine of NIfTI: head (of axial slices: front) at the top, the patient's right (of sagittal slices: front) on the
+    left. So are frontal radiographs, by PatientOrientation. Everything else stays as stored.
 
     NIfTI: an axial slice, or the only one of a volume of one slice; the first volume of a series. Without `window` by
     the header's display range (`cal_min`, `cal_max`), else by percentiles.
 
     Args:
-        source: a path, the bytes of a file, a `pydicom` dataset or a `nibabel` image; files need no particular name.
-        frame: which frame of a multi-frame DICOM file (of a tiled slide: which tile) or which axial slice, from 0;
-            None for the middle one.
-        window: centre and width, such as `(40, 400)`, in the file's own units (after the modality LUT): values from
-            centre - width/2 to centre + width/2 spread from black to white. Or a name of `WINDOWS`: these are in
-            Hounsfield units and hold for CT and NIfTI, while other DICOM is read as with None. Or three of either,
-            for three channels.
-        max_pixels: a picture with more pixels is refused before it is decoded, and so is a compressed file (.nii.gz,
-            deflated or run-length encoded DICOM) that inflates to more than 16 bytes for each of them.
+        source: A path, the bytes of a file, a `pydicom` dataset or a `nibabel` image; files need no particular name.
+        frame: Index of the frame of a multi-frame DICOM file (of a tiled slide: of the tile) or of the axial slice,
+            from 0; None for the middle one.
+        window: Centre and width, such as `(40, 400)`, in the file's own units (after the modality LUT): values from
+            centre - width/2 to centre + width/2 are mapped from black to white. Or a name of `WINDOWS`: these are in
+            Hounsfield units and apply to CT and NIfTI, while other DICOM is read as with None. Or three of either, for
+            three channels.
+        max_pixels: An image with more pixels is rejected before it is decoded, and so is a compressed file (.nii.gz,
+            deflated or run-length encoded DICOM) that inflates to more than 16 bytes per allowed pixel.
+
+    Returns:
+        The image with its modality and pixel spacing.
 
     Raises:
-        ImportError: the package that reads the format, or this file's compression, is missing.
-        OSError: the file is missing or may not be read.
-        ImageTooLargeError: the picture or what its file inflates to exceeds `max_pixels`.
-        MedicalImageError: a file that is neither DICOM nor NIfTI, damaged, cut off or without pixels, or a frame that
-            it does not have.
-        ValueError: an unknown window.
+        ImportError: The package that reads the format, or this file's compression, is missing.
+        OSError: The file is missing or cannot be accessed.
+        ImageTooLargeError: The image or the inflated file exceeds `max_pixels`.
+        MedicalImageError: The file is neither DICOM nor NIfTI, damaged, truncated or without pixels, or does not have
+            this frame.
+        ValueError: The window is unknown.
+
+    Example:
+        >>> import nibabel, numpy as np
+        >>> from medmoe_hf.model import read_medical_image
+        >>> volume = nibabel.Nifti1Image(np.random.default_rng(0).normal(size=(32, 48, 10)), np.diag([0.7, 0.7, 3, 1]))
+        >>> image = read_medical_image(volume, window=(0, 4))
+        >>> image.pixels.shape, image.frame
+        ((48, 32), 5)
     """
     windows, named = _windows(window)
     name = _name(source)
@@ -103,7 +118,7 @@ def read_medical_image(
             return read_dicom(source, name, frame, windows, named, max_pixels)
     except (ImageError, ImportError, FileNotFoundError, PermissionError):
         raise
-    except Exception as error:  # parsers raise a dozen types, and their messages quote the header: so no `from error`
+    except Exception as error:  # parsers raise many types, and their messages quote the header: hence no `from error`
         raise MedicalImageError(
             f"{name} cannot be read as {'DICOM' if kind == 'dicom' else 'NIfTI'} ({type(error).__name__}): "
             "it is damaged or cut off; export or copy it again"
@@ -142,7 +157,7 @@ def _kind_of_bytes(head: bytes) -> str | None:
 
 
 def _windows(window: Any) -> tuple[Windows, bool]:
-    """The windows asked for, one or three or none, and whether there is one by name among them."""
+    """Returns the requested windows (none, one or three), and whether one of them is given by name."""
     if window is None:
         return [], False
     if not hasattr(window, "__len__"):

@@ -20,9 +20,9 @@ WINDOWS: dict[str, tuple[float, float]] = {
 """Centre and width of the usual CT windows, in Hounsfield units."""
 
 MAX_PIXELS = 100_000_000
-"""Pixels of the largest image that is decoded by default; a larger one is taken for a decompression bomb.
+"""Default limit of the pixels of an image; a larger one is treated as a decompression bomb.
 
-It also limits what a compressed file may inflate to: 16 bytes for each of these pixels, thus 1.6 GB."""
+It also limits the inflated size of a compressed file: 16 bytes per pixel, thus 1.6 GB."""
 
 BYTES_PER_PIXEL = 16  # the widest that any format stores: complex numbers of two float64
 
@@ -34,18 +34,26 @@ Windows = list[tuple[float, float]]
 
 @dataclass(eq=False)
 class MedicalImage:
-    """One picture of a medical file.
+    """One image of a medical file.
 
     Args:
-        pixels: gray (H, W) float32 in 0..1; (H, W, 3) float32 in 0..1 for three windows and for colours of more than
-            8 bits; (H, W, 3) uint8 RGB for colours of 8 bits. Upright, so rows and columns may be turned against those
-            stored: heat-maps of the picture lie on these pixels. Black is 0, also in MONOCHROME1 files.
-        modality: `"xray"`, `"ct"`, `"mri"`, `"ultrasound"`, `"histopathology"` or `"fundus"` by the header's Modality;
-            None where that is another one or missing, and for NIfTI, which has none.
-        spacing: millimetres per pixel, from row to row and from column to column; None where the file does not tell.
-            For projection images without a calibration it is that of the detector.
-        frame: which frame (NIfTI: axial slice, counted from the feet) this is, from 0.
-        frames: how many the file has.
+        pixels: Gray `(H, W)` float32 in 0..1; `(H, W, 3)` float32 in 0..1 for three windows and for colours of more
+            than 8 bits; `(H, W, 3)` uint8 RGB for colours of 8 bits. Upright: rows and columns may be swapped or
+            flipped relative to the file, and heat maps of the image match these pixels. Black is 0, also for
+            MONOCHROME1.
+        modality: `"xray"`, `"ct"`, `"mri"`, `"ultrasound"`, `"histopathology"` or `"fundus"`, from the header's
+            Modality; None where that is another one or missing, and for NIfTI, which has none.
+        spacing: Millimetres per pixel between rows and between columns; None where the file does not specify it. For
+            projection images without a calibration it is that of the detector.
+        frame: Index of this frame (NIfTI: of the axial slice, counted from the feet), from 0.
+        frames: Number of frames in the file.
+
+    Example:
+        >>> import numpy as np
+        >>> from medmoe_hf.model import MedicalImage
+        >>> image = MedicalImage(np.zeros((512, 512), np.float32), "ct", (0.7, 0.7), frame=0, frames=1)
+        >>> image.modality, image.pixels.shape
+        ('ct', (512, 512))
     """
 
     pixels: np.ndarray
@@ -56,7 +64,17 @@ class MedicalImage:
 
 
 def check_size(width: int, height: int, name: str, max_pixels: int) -> None:
-    """Raises `ImageTooLargeError` for an image with more than `max_pixels` pixels."""
+    """Checks the size of an image before it is decoded.
+
+    Args:
+        width: In pixels.
+        height: In pixels.
+        name: How the error message names the image.
+        max_pixels: Maximum of width times height.
+
+    Raises:
+        ImageTooLargeError: The image has more pixels.
+    """
     if width * height > max_pixels:
         raise ImageTooLargeError(
             f"{name} has {width} x {height} pixels, more than `max_pixels` {max_pixels} allows; "
@@ -84,29 +102,32 @@ def choose_frame(frame: int | None, frames: int, name: str) -> int:
 
 
 def apply_windows(values: np.ndarray, windows: Windows) -> np.ndarray:
-    """Values (H, W) as (H, W) or, for three windows, (H, W, 3), in 0..1."""
+    """Applies windows to values (H, W); returns (H, W), or (H, W, 3) for three windows, in 0..1."""
     channels = [((values - centre) / width + 0.5).clip(0, 1) for centre, width in windows]
     return channels[0] if len(channels) == 1 else np.stack(channels, axis=-1)
 
 
 def apply_percentiles(values: np.ndarray, keep: np.ndarray | None = None) -> np.ndarray:
-    """Values (H, W) in 0..1, from percentile to percentile of the finite ones and those to keep; constant ones: 0."""
+    """Scales values (H, W) to 0..1 between percentiles 1 and 99 of the finite values to keep; constant values to 0."""
     counted = np.isfinite(values) if keep is None else np.isfinite(values) & keep
     if not counted.any():
         return np.zeros_like(values)
     low, high = np.percentile(values[counted], _PERCENTILES)
-    if low == high:  # a small mark on a plain ground
+    if low == high:  # a small mark on a plain background
         low, high = values[counted].min(), values[counted].max()
     return np.zeros_like(values) if low == high else ((values - low) / (high - low)).clip(0, 1)
 
 
 def turn_upright(plane: np.ndarray, axes: Sequence[int], signs: Sequence[float]) -> tuple[np.ndarray, bool]:
-    """A picture (H, W, ...) as radiologists look at it, and whether rows became columns for that.
+    """Turns an image to the orientation in which radiologists view it.
 
     Args:
-        plane: any picture.
-        axes: of the patient, that growing rows and growing columns run along: 0 for right, 1 front, 2 head.
-        signs: above 0 where they run to that side, below 0 where they run to the other.
+        plane: `(H, W, ...)`.
+        axes: Axes of the patient along which rows and columns increase: 0 for right, 1 for front, 2 for head.
+        signs: Positive where they increase towards that side, negative where towards the other.
+
+    Returns:
+        The image, and whether rows and columns have been swapped.
     """
     turned = axes[0] < axes[1]
     if turned:
@@ -114,9 +135,9 @@ def turn_upright(plane: np.ndarray, axes: Sequence[int], signs: Sequence[float])
     return np.flip(plane, tuple(axis for axis in range(2) if signs[axis] > 0)), turned
 
 
-def to_float32(picture: np.ndarray) -> np.ndarray:
+def to_float32(image: np.ndarray) -> np.ndarray:
     # NIfTI writers mark what lies outside the body with NaN.
-    return np.ascontiguousarray(np.nan_to_num(picture, nan=0.0), dtype=np.float32)
+    return np.ascontiguousarray(np.nan_to_num(image, nan=0.0), dtype=np.float32)
 
 
 def to_uint8_or_float32(colours: np.ndarray, white: int) -> np.ndarray:

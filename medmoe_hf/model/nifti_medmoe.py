@@ -63,8 +63,8 @@ def read_nifti(source: Any, name: str, frame: int | None, windows: Windows, max_
         shape = (*image.shape[:3], 1, 1)[:3]
         if 0 in image.shape:
             raise MedicalImageError(f"{name} holds no voxels")
-        # For each stored axis the axis of the patient that it runs along (0 to the right, 1 to the front, 2 to the
-        # head), and -1 where it runs the other way. Only the slice is read, so the volume is not turned as a whole.
+        # For each stored axis the axis of the patient (0 right, 1 front, 2 head), and -1 where it is reversed. Only
+        # the slice is read, so the volume itself is not turned.
         axes, signs = nibabel.io_orientation(image.affine).T
         if not np.isfinite(axes).all():
             raise MedicalImageError(f"{name} has no valid orientation: its affine matrix is singular; mend the header")
@@ -89,14 +89,14 @@ def read_nifti(source: Any, name: str, frame: int | None, windows: Windows, max_
         pixels = to_uint8_or_float32(np.stack([plane[colour] for colour in "RGB"], axis=-1), 255)
         return MedicalImage(pixels, None, spacing, chosen, frames)
     if plane.dtype.kind not in "buif":
-        raise MedicalImageError(f"{name} holds numbers of type {plane.dtype}, which are no gray values")
+        raise MedicalImageError(f"{name} holds numbers of type {plane.dtype}, which are not gray values")
     values = plane.astype(np.float64)
     header: Any = image.header if isinstance(image, nibabel.Nifti1Pair) else {}  # other formats have no such range
     low, high = (float(header.get(key, 0)) for key in ("cal_min", "cal_max"))
     if not windows and high > low and math.isfinite(high - low):
         windows = [((low + high) / 2, high - low)]
-    picture = apply_windows(values, windows) if windows else apply_percentiles(values)
-    return MedicalImage(to_float32(picture), None, spacing, chosen, frames)
+    image = apply_windows(values, windows) if windows else apply_percentiles(values)
+    return MedicalImage(to_float32(image), None, spacing, chosen, frames)
 
 
 def _unit(image: Any) -> str:
@@ -105,7 +105,7 @@ def _unit(image: Any) -> str:
 
 @contextlib.contextmanager
 def _open_nifti(source: Any, name: str, limit: int) -> Iterator[Any]:
-    """A `nibabel` image whose voxels are read from the file when they are asked for.
+    """Opens a `nibabel` image whose voxels are read from the file when they are accessed.
 
     A compressed file is inflated once and in parts, to its end, where its checksum is.
     """
@@ -126,7 +126,7 @@ def _open_nifti(source: Any, name: str, limit: int) -> Iterator[Any]:
         kind: Any = nibabel.Nifti2Image if head[4:8] == b"n+2\0" else nibabel.Nifti1Image
         header = kind.header_class(head[: kind.header_class.template_dtype.itemsize], check=False)
         if int(header["intent_code"]) in _CIFTI:
-            raise MedicalImageError(f"{name} is a CIFTI file: values on a surface, which are no picture")
+            raise MedicalImageError(f"{name} is a CIFTI file: values on a surface, not an image")
         voxels = math.prod(int(size) for size in header.get_data_shape()) * header.get_data_dtype().itemsize
         if compressed and header.get_data_offset() + voxels > limit:
             raise too_many_bytes(name, limit)
@@ -137,7 +137,7 @@ def _open_nifti(source: Any, name: str, limit: int) -> Iterator[Any]:
 
 
 def _check_gzip_file(image: Any, name: str, limit: int) -> None:
-    """Checks the compressed file of an image whose voxels are not read yet."""
+    """Checks the compressed file of an image whose voxels have not been read yet."""
     path = getattr(image.file_map.get("image"), "filename", None)
     if path is None or not nibabel.is_proxy(image.dataobj) or not os.path.isfile(path):
         return
@@ -148,9 +148,9 @@ def _check_gzip_file(image: Any, name: str, limit: int) -> None:
 
 
 class _GzipReader(io.IOBase):
-    """What a gzip file inflates to, read forwards in little memory, up to a limit and with its checksums checked.
+    """The content of a gzip file, read forwards with little memory, up to a limit and with its checksums verified.
 
-    `gzip.GzipFile` inflates by a few kilobytes, which costs a sixth more time.
+    `gzip.GzipFile` inflates a few kilobytes at a time, which takes a sixth longer.
     """
 
     def __init__(self, file: Any, name: str, limit: int) -> None:
@@ -165,9 +165,9 @@ class _GzipReader(io.IOBase):
         self._inflated = 0
 
     def _inflate(self) -> bool:
-        """Makes the next part ready; False at the end."""
+        """Inflates the next part; returns False at the end."""
         while True:
-            if self._inflater.eof:  # one of several members, or zeros that fill a block
+            if self._inflater.eof:  # one of several members, or zero padding
                 self._compressed = self._inflater.unused_data.lstrip(b"\0")
                 while not self._compressed:
                     part = self._file.read(CHUNK_BYTES)
@@ -203,7 +203,7 @@ class _GzipReader(io.IOBase):
 
     def seek(self, position: int, whence: int = 0) -> int:
         if whence:
-            raise ValueError("only positions from the beginning are known")
+            raise ValueError("only positions from the beginning are supported")
         if position < self.tell():
             self._restart()
         while position > self._inflated and self._inflate():
@@ -212,6 +212,6 @@ class _GzipReader(io.IOBase):
         return self.tell()
 
     def finish(self) -> None:
-        """Inflates what is left, for the checksum at the end."""
+        """Inflates the rest, to verify the checksum at the end."""
         while self._inflate():
             pass

@@ -372,7 +372,7 @@ def test_numbers_that_are_none():
         np.testing.assert_allclose(shown(file), between(RAMP + intercept, -160, 240), atol=1e-6)
     for text, spacing in (("0.5,0.25", (0.5, 0.25)), ("0,5\\0,25", (0.5, 0.25)), ("none", None), ("0.5 ", None)):
         assert read_medical_image(with_text(dicom(RAMP, "CT"), "PixelSpacing", text)).spacing == spacing
-    with pytest.raises(MedicalImageError, match="its RescaleSlope is no number"):
+    with pytest.raises(MedicalImageError, match="its RescaleSlope is not a number"):
         read_medical_image(with_text(dicom(RAMP, "CT"), "RescaleSlope", "none"))
     np.testing.assert_allclose(
         shown(with_text(dicom(RAMP, "CR"), "WindowWidth", "none")), by_percentiles(RAMP), atol=1e-6
@@ -995,7 +995,7 @@ def test_errors_of_nifti(tmp_path):
     for name in ("cut.nii.gz", "text.nii"):
         with pytest.raises(MedicalImageError, match=f"{name}' cannot be read as NIfTI .*damaged or cut off"):
             read_medical_image(tmp_path / name)
-    with pytest.raises(MedicalImageError, match="complex128, which are no gray values"):
+    with pytest.raises(MedicalImageError, match="complex128, which are not gray values"):
         read_medical_image(nibabel.Nifti1Image(np.ones((3, 3, 3), complex), np.eye(4)))
     with pytest.raises(MedicalImageError, match="affine matrix is singular"):
         read_medical_image(nibabel.spatialimages.SpatialImage(np.ones((3, 3, 3)), np.diag([1.0, 0, 1, 1])))
