@@ -51,8 +51,8 @@ class Overlap:
     def __str__(self) -> str:
         share = len({pair[1] for pair in self.exact} | {pair[1] for pair in self.near})
         lines = [
-            f"{self.first} and {self.second} images ({self.skipped} could not be read): {len(self.exact)} pairs are "
-            f"equal, {len(self.near)} look alike; {share} images of the second list are affected."
+            f"{self.first} and {self.second} images ({self.skipped} could not be read): {len(self.exact)} exact "
+            f"and {len(self.near)} near duplicates; {share} images of the second list are affected."
         ]
         lines += [f"  equal      {one}  =  {two}" for one, two in self.exact]
         lines += [f"  {distance:>2} bits    {one}  ~  {two}" for one, two, distance in self.near]

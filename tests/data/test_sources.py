@@ -165,7 +165,7 @@ def test_a_run_that_contradicts_itself_is_told_in_a_line(tmp_path):
         TrainConfig.from_dict({**content, "batch_size": 1})
     assert str(error.value) == (
         "the configuration cannot be used:\n"
-        "  a pair needs another one to be contrasted with: raise `batch_size` to 2 or more"
+        "  a pair needs another one to be contrasted with: set `batch_size` to 2 or more"
     )
     # one source or a list of them: only the form that was meant is spoken of
     with pytest.raises(ConfigError) as error:

@@ -421,8 +421,8 @@ def write_report(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
         noun = pick(phrases.sized if rng.random() < 0.7 else phrases.plain).format(size=size)
         side = _SIDE_WORDS[scene.modality][(scene.side + 1) // 2]
         level = phrases.levels[(scene.level + 1) // 2] if phrases.levels else ""
-        place = pick(phrases.where).format(side=side, level=level)
-        text = _sentence(pick(style.templates), view=view, finding=f"{noun} {place}")
+        location = pick(phrases.where).format(side=side, level=level)
+        text = _sentence(pick(style.templates), view=view, finding=f"{noun} {location}")
     extra = pick(style.extras)
     if rng.random() < 0.5 and len(_words(f"{text} {extra}")) <= _MAX_REPORT_WORDS:
         text = f"{text} {extra}"
@@ -463,9 +463,9 @@ def zero_shot_prompts(modality: str) -> dict[str, list[str]]:
             prompts[finding] = [_sentence(text, view=view) for text in style.normal for view in views[:3]]
             continue
         nouns = [noun.format(size=size) for size in phrases.sizes for noun in phrases.sized] + list(phrases.plain)
-        places = [
-            place.format(side=side, level=level)
-            for place in phrases.where
+        locations = [
+            where.format(side=side, level=level)
+            for where in phrases.where
             for side in _SIDE_WORDS[modality]
             for level in phrases.levels or ("",)
         ]
@@ -474,9 +474,9 @@ def zero_shot_prompts(modality: str) -> dict[str, list[str]]:
             _sentence(
                 style.templates[k % len(style.templates)],
                 view=views[k % len(views)],
-                finding=f"{nouns[k % len(nouns)]} {places[k % len(places)]}",
+                finding=f"{nouns[k % len(nouns)]} {locations[k % len(locations)]}",
             )
-            for k in range(max(len(nouns), len(places), len(style.templates)))
+            for k in range(max(len(nouns), len(locations), len(style.templates)))
         ]
     return prompts
 
