@@ -1,7 +1,7 @@
 """Decoding of images: one path for the image processors and for the streams of `medmoe_hf.data`.
 
-Pillow's own conversions lose what medical images hold (16-bit colours, unsigned 32 bits, the polarity of wide TIFFs),
-and nothing in it limits what is downloaded or which kind of file is opened. `load_image` does both.
+Pillow's own conversions lose information of medical images (16-bit colours, unsigned 32 bits, the polarity of wide
+TIFFs), and it limits neither downloads nor the kinds of files that are opened. `load_image` does.
 """
 
 import base64
@@ -31,7 +31,7 @@ _SECONDS_PER_READ = 10
 _BYTES_PER_READ = 2**16
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _WEB = ("http://", "https://")
-# Read in the other byte order, colours of 16 bits give the low bytes, of which Pillow keeps the high ones only.
+# Pillow keeps only the high bytes of 16-bit colours; read in the other byte order, these are the low bytes.
 _OTHER_BYTE_ORDER = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
 # Tags of TIFF, and two of their values.
 _PHOTOMETRIC, _PLANES, _SAMPLE_FORMAT, _BITS, _TILE_WIDTH, _TILE_HEIGHT = 262, 284, 339, 258, 322, 323
@@ -47,32 +47,42 @@ def load_image(
     max_pixels: int = MAX_PIXELS,
     allow_urls: bool = False,
 ) -> tuple[Image.Image | np.ndarray, str | None]:
-    """Decode one image, upright by its EXIF orientation, without loss of precision.
+    """Decodes one image, upright by its EXIF orientation, without loss of precision.
 
     Args:
-        source: a path; the bytes of a file; a base64 string or `data:` URI; an http(s) address if `allow_urls`; a PIL
-            image; or what `read_medical_image` takes (DICOM and NIfTI as paths or bytes, `pydicom` datasets, `nibabel`
-            images, and `MedicalImage` itself).
-        window: for DICOM and NIfTI, see `read_medical_image`.
-        frame: for DICOM and NIfTI, see `read_medical_image`.
-        draft: side in pixels that the image will be resized to: JPEGs are decoded at a reduced scale that is no
-            smaller. None decodes them whole.
-        max_pixels: an image with more pixels is refused before it is decoded, and so is a file that inflates to more
+        source: A path; the bytes of a file; a base64 string or `data:` URI; an http(s) address if `allow_urls`; a PIL
+            image; an input of `read_medical_image` (DICOM and NIfTI as paths or bytes, `pydicom` datasets and
+            `nibabel` images); or a `MedicalImage`.
+        window: For DICOM and NIfTI, see `read_medical_image`.
+        frame: For DICOM and NIfTI, see `read_medical_image`.
+        draft: Side in pixels to which the image will be resized: JPEGs are decoded at a reduced scale that is not
+            smaller. None decodes them at full size.
+        max_pixels: An image with more pixels is rejected before it is decoded, and so is a file that inflates to more
             than 16 bytes per allowed pixel.
-        allow_urls: whether http(s) addresses are fetched. Only public addresses are, redirects included, in at most
+        allow_urls: Whether http(s) addresses are fetched. Only public addresses are, redirects included, in at most
             60 seconds, and at most one byte per allowed pixel.
 
     Returns:
-        The image and the modality by a DICOM header (None for everything else). The image is a PIL image in its
-        stored mode; or an array (H, W), (H, W, 3) or (H, W, 4), channels last: float32 in 0..1 or uint8 RGB for
-        medical files, uint16 for colours of 16 bits, and any type where Pillow's modes do not hold the stored values.
+        The image, and the modality from a DICOM header (None for everything else). The image is a PIL image in its
+        stored mode; or an array `(H, W)`, `(H, W, 3)` or `(H, W, 4)`: float32 in 0..1 or uint8 RGB for medical files,
+        uint16 for 16-bit colours, and any dtype where Pillow's modes cannot represent the stored values.
 
     Raises:
-        FileNotFoundError: a path that does not exist, and a string that is no image.
-        ImageTooLargeError: the image or its inflated file exceeds `max_pixels`.
-        ImageError: an image that cannot be decoded; not a regular file; an address that must not be fetched.
-        ImportError: a DICOM or NIfTI file without the packages that read it.
-        TypeError: an object that is not an image.
+        FileNotFoundError: The path does not exist, or the string is not an image.
+        ImageTooLargeError: The image or its inflated file exceeds `max_pixels`.
+        ImageError: The image cannot be decoded, is not a regular file, or is at an address that must not be fetched.
+        ImportError: The packages that read DICOM or NIfTI are missing.
+        TypeError: The object is not an image.
+
+    Example:
+        >>> import io
+        >>> from PIL import Image
+        >>> from medmoe_hf.model import load_image
+        >>> file = io.BytesIO()
+        >>> Image.new("L", (64, 48)).save(file, format="PNG")
+        >>> image, modality = load_image(file.getvalue())
+        >>> image.size, modality
+        ((64, 48), None)
     """
     if isinstance(source, Image.Image):
         return _decode(lambda: source, "the PIL image", draft, max_pixels), None
@@ -98,14 +108,14 @@ def load_image(
 
 
 def _located(name: str, max_pixels: int, allow_urls: bool) -> str | bytes:
-    """The path of a regular file, or the bytes that a string stands for."""
+    """Returns the path of a regular file, or the bytes that a string encodes or refers to."""
     if name.startswith(_WEB):
         if not allow_urls:
             raise ImageError(f"{_shortened(name)!r} is not fetched: http(s) addresses are not allowed here")
         return _fetched(name, max_pixels)
     try:
         mode = os.stat(name).st_mode
-    except (OSError, ValueError):  # absent, or base64, which is too long for a name or holds what no name may
+    except (OSError, ValueError):  # missing, or base64, which is too long or invalid as a file name
         return _from_base64(name)
     if not stat.S_ISREG(mode):
         what = "a folder" if stat.S_ISDIR(mode) else "a device, pipe or socket"
@@ -120,10 +130,10 @@ def _from_base64(name: str) -> bytes:
         if not is_medical_image(content):
             Image.open(io.BytesIO(content)).verify()
     except Image.DecompressionBombError:
-        pass  # an image, and refused where it is decoded
+        pass  # it is an image, and will be rejected when it is decoded
     except Exception:
         raise PathNotFoundError(
-            f"{_shortened(name)!r} is no image file, no http(s) address and no base64 image"
+            f"{_shortened(name)!r} is neither an image file nor an http(s) address nor a base64 image"
         ) from None
     return content
 
@@ -136,12 +146,12 @@ def _shortened(name: str) -> str:
 
 
 def _decode(opened: Callable[[], Image.Image], name: str, draft: int | None, max_pixels: int) -> Any:
-    """Any image that Pillow opens; `opened` may be called twice."""
+    """Decodes an image that Pillow opens; `opened` may be called twice."""
     try:
         image = opened()
         _check_image(image, name, max_pixels)
         if draft is not None:
-            # Lets the JPEG decoder leave out resolution that a resize would throw away.
+            # Lets the JPEG decoder skip resolution that a resize would discard.
             image.draft(None, (draft, draft))
         return _exact(image, opened, name)
     except (ImageError, FileNotFoundError, PermissionError):
@@ -152,21 +162,21 @@ def _decode(opened: Callable[[], Image.Image], name: str, draft: int | None, max
         ) from None
     except UnidentifiedImageError:
         raise ImageError(
-            f"cannot read {name}: it is no DICOM, NIfTI or image file in a format that Pillow reads"
+            f"cannot read {name}: it is not DICOM, NIfTI or an image file in a format that Pillow reads"
         ) from None
-    except Exception as error:  # Pillow's decoders raise a dozen types, SyntaxError and struct.error among them
+    except Exception as error:  # Pillow's decoders raise many types, such as SyntaxError and struct.error
         raise ImageError(f"cannot read {name}: {error}") from error
 
 
 def _check_image(image: Image.Image, name: str, max_pixels: int) -> None:
     tags = getattr(image, "tag_v2", {})
-    # A tile of a TIFF is decoded whole, also where it is larger than the image.
+    # A tile of a TIFF is decoded completely, even where it is larger than the image.
     for width, height in (image.size, (tags.get(_TILE_WIDTH, 0), tags.get(_TILE_HEIGHT, 0))):
         check_size(width, height, name, max_pixels)
 
 
 def _exact(image: Image.Image, opened: Callable[[], Image.Image], name: str) -> Image.Image | np.ndarray:
-    """The upright image, as an array where Pillow's modes do not hold the stored values."""
+    """Returns the upright image, as an array where Pillow's modes cannot represent the stored values."""
     tags = getattr(image, "tag_v2", {})
     pending = getattr(image, "tile", [])
     rawmode = pending[0].args if pending else ""
@@ -190,7 +200,7 @@ def _exact(image: Image.Image, opened: Callable[[], Image.Image], name: str) -> 
 
 
 def _reopened(image: Any, opened: Callable[[], Image.Image]) -> tuple[Callable[[], Image.Image], int]:
-    """How to open the image once more, and which frame of it to take."""
+    """Returns a function that opens the image again, and the index of its frame."""
     again: Any = opened()
     if again is image:  # opened by the caller, and not decoded yet
         image.fp.seek(0)
@@ -202,13 +212,13 @@ def _reopened(image: Any, opened: Callable[[], Image.Image]) -> tuple[Callable[[
 def _upright(image: Image.Image) -> Image.Image:
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # a damaged header holds no orientation, and the pixels are whole
+    except Exception:  # a damaged header has no orientation, but the pixels are intact
         return image
     return image if orientation == 1 else ImageOps.exif_transpose(image)
 
 
 def _colours_of_16_bits(opened: Callable[[], Image.Image], frame: int, rawmode: str) -> np.ndarray:
-    """(H, W, 3 or 4) uint16: the file is decoded once for the high bytes and once more for the low ones."""
+    """Decodes `(H, W, 3 or 4)` uint16: once for the high bytes and once for the low ones."""
 
     def decoded(rawmode: str) -> np.ndarray:
         image: Any = opened()
@@ -224,7 +234,7 @@ def _colours_of_16_bits(opened: Callable[[], Image.Image], frame: int, rawmode: 
     if layout == "LA":  # two channels of two bytes are decoded as four channels of one
         gray, alpha = decoded("RGBA").view(">u2").transpose(2, 0, 1).astype(np.uint16)
         return np.stack([gray, gray, gray, alpha], axis=-1)
-    premultiplied = layout == "RGBa"  # is laid on black already
+    premultiplied = layout == "RGBa"  # already blended with black
     layout = layout.upper()
     high, low = (decoded(f"{layout};16{end}") for end in (order, _OTHER_BYTE_ORDER[order]))
     colours: np.ndarray = high.astype(np.uint16) << 8 | low
@@ -232,7 +242,7 @@ def _colours_of_16_bits(opened: Callable[[], Image.Image], frame: int, rawmode: 
 
 
 def _wide_tiff(image: Image.Image, tags: Any) -> Image.Image | np.ndarray:
-    """Undoes what Pillow leaves out for pixels of more than 8 bits: unsigned 32 bits, and white at zero."""
+    """Corrects pixels of more than 8 bits where Pillow does not: unsigned 32 bits, and white at zero."""
     bits = (*_numbers(tags.get(_BITS)), 1)[0]
     unsigned = (*_numbers(tags.get(_SAMPLE_FORMAT)), _UNSIGNED)[0] == _UNSIGNED
     inverted = tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
@@ -254,10 +264,10 @@ def _numbers(value: Any) -> tuple[int, ...]:
 
 
 def _fetched(address: str, max_bytes: int) -> bytes:
-    """The content behind a public address.
+    """Downloads the content of a public address.
 
     Raises:
-        ImageError: for an address in a private network, and where size or time run out.
+        ImageError: The address is in a private network, or the size or time limit is exceeded.
     """
     shown = repr(_shortened(address))
     download = _Download()
@@ -265,7 +275,7 @@ def _fetched(address: str, max_bytes: int) -> bytes:
     watchdog.daemon = True
     watchdog.start()
     try:
-        # Servers refuse urllib's own name; huggingface_hub's client would refuse to work in its offline mode.
+        # Servers reject urllib's own user agent; huggingface_hub's client would not work in its offline mode.
         request = urllib.request.Request(address, headers={"User-Agent": "medmoe_hf"})
         with download.opener.open(request, timeout=_SECONDS_PER_READ) as response:
             content: bytes = response.read(max_bytes + 1)
@@ -284,7 +294,7 @@ def _fetched(address: str, max_bytes: int) -> bytes:
 
 
 class _Download:
-    """An opener that connects to public addresses only, and can be stopped from another thread."""
+    """An opener that only connects to public addresses, and can be stopped from another thread."""
 
     def __init__(self) -> None:
         self.stopped = False
@@ -299,7 +309,7 @@ class _Download:
             def https_open(self, request: Any) -> Any:
                 return self.do_open(_connection(http.client.HTTPSConnection, connect), request)
 
-        # No proxy, for what it connects to cannot be checked; no `file:` or `ftp:`, which a redirect might name.
+        # No proxy, whose connections cannot be checked; no `file:` or `ftp:`, to which a redirect might lead.
         self.opener = urllib.request.OpenerDirector()
         for handler in (
             Http,
@@ -323,7 +333,7 @@ class _Download:
         for number in found:
             if not _is_public(number):
                 raise ImageError(f"{host} is an address of a private network")
-        # To the number that was checked: a second look-up might give another one.
+        # To the address that was checked: a second look-up might return another one.
         for number in found[:-1]:
             with contextlib.suppress(OSError):
                 return self._kept(socket.create_connection((number, port), timeout, source_address))

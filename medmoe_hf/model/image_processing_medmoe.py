@@ -1,9 +1,9 @@
-"""Image processors of MedMoE: any picture in, `pixel_values` (B, 3, H, W) out; torchvision and PIL backends."""
+"""Image processors of MedMoE: any image in, `pixel_values` (B, 3, H, W) out; torchvision and PIL backends."""
 
 # mypy: allow-subclassing-any
 # transformers is untyped.
 
-# First, for with older releases of transformers it stops, and says so.
+# First, because it raises a clear error with older releases of transformers.
 from .configuration_medmoe import REQUIRED_TRANSFORMERS as REQUIRED_TRANSFORMERS
 from .configuration_medmoe import attach_to_package
 
@@ -36,10 +36,17 @@ _TORCH_FILTERS = {PILImageResampling.BILINEAR: "bilinear", PILImageResampling.BI
 
 
 def smooth_heatmaps(heatmaps: torch.Tensor, sigma: float) -> torch.Tensor:
-    """Gaussian smoothing of maps (..., h, w) to the same shape in float32; `sigma` in cells, 0 for none.
+    """Smooths heat maps with a Gaussian.
 
-    A single hot cell is mostly noise; peaks that neighbours share are what a finding leaves. Borders are repeated, so
-    that a constant map stays constant.
+    A single hot cell is mostly noise; findings produce peaks that neighbours share. Borders are repeated, so that a
+    constant map stays constant.
+
+    Args:
+        heatmaps: `(..., h, w)`.
+        sigma: Standard deviation in cells; 0 for no smoothing.
+
+    Returns:
+        `(..., h, w)` float32.
     """
     maps = heatmaps.to(torch.float32)
     reach = math.ceil(3 * sigma)
@@ -54,21 +61,22 @@ def smooth_heatmaps(heatmaps: torch.Tensor, sigma: float) -> torch.Tensor:
 
 
 def _square_margins(height: int, width: int) -> tuple[int, int]:
-    """Rows above and columns left of a picture that is centred in a square; what is odd goes below and right."""
+    """Returns the margins above and left of an image centred in a square; an odd pixel goes below and right."""
     side = max(height, width)
     return (side - height) // 2, (side - width) // 2
 
 
 def resize_heatmaps(heatmaps: torch.Tensor, size: tuple[int, int], pad_to_square: bool = False) -> torch.Tensor:
-    """Stretch maps over an image: the inverse of the image processors' geometry.
+    """Resizes heat maps to an image: the inverse of the image processors' geometry.
 
     Args:
-        heatmaps: (..., h, w), any float type and any range.
-        size: height and width of the image, in pixels.
-        pad_to_square: whether the image was padded to a square: then the maps cover that, and its margins are cut off.
+        heatmaps: `(..., h, w)`, any float dtype and range.
+        size: Height and width of the image, in pixels.
+        pad_to_square: Whether the image was padded to a square: the maps then cover the square, whose margins are
+            removed.
 
     Returns:
-        (..., height, width) float32, bilinear between the centres of the cells (`align_corners=False`).
+        `(..., height, width)` float32, bilinear between the centres of cells (`align_corners=False`).
     """
     height, width = size
     if pad_to_square:
@@ -83,7 +91,7 @@ def resize_heatmaps(heatmaps: torch.Tensor, size: tuple[int, int], pad_to_square
 
 
 def _pil_pixels(image: Image.Image) -> tuple[np.ndarray, bool]:
-    """Pixels (H, W) or (H, W, 3 or 4) of a picture, and whether their range must be stretched to 0..255."""
+    """Returns the pixels (H, W) or (H, W, 3 or 4) of an image, and whether to rescale their range to 0..255."""
     mode = image.mode
     if mode == "F" or mode.startswith("I"):
         return np.array(image), True
@@ -97,9 +105,9 @@ def _pil_pixels(image: Image.Image) -> tuple[np.ndarray, bool]:
 
 
 def _array_pixels(array: np.ndarray) -> np.ndarray:
-    """The array as one that torch can take without a copy, or a copy where it cannot."""
+    """Returns the array in a form that torch can share, copied where necessary."""
     if array.dtype.kind not in "buif":
-        raise ValueError(f"numpy type {array.dtype} holds no pixel values")
+        raise ValueError(f"numpy dtype {array.dtype} is not one of pixel values")
     if array.dtype.itemsize > 8:
         array = array.astype(np.float64)
     if not array.dtype.isnative:
@@ -111,14 +119,14 @@ def _array_pixels(array: np.ndarray) -> np.ndarray:
 
 def _range(values: torch.Tensor) -> tuple[float, float]:
     low, high = (bound.item() for bound in torch.aminmax(values))
-    # NaN survives aminmax, and the difference is infinite when either bound is, or when float64 cannot hold it.
+    # aminmax propagates NaN, and the difference is infinite if a bound is, or if it exceeds float64.
     if not math.isfinite(high - low):
         raise ValueError("the image holds NaN or infinite values")
     return low, high
 
 
 def _eight_bit_range(values: torch.Tensor, stretch: bool, keep_floats: bool) -> torch.Tensor:
-    """Values in 0..255: uint8 where they were 8-bit or bool, float32 otherwise. `stretch`: min-max also on floats."""
+    """Scales values to 0..255: uint8 for 8-bit or bool, else float32. `stretch`: floats by minimum and maximum too."""
     if values.dtype == torch.uint8:
         return values
     if values.dtype == torch.bool:
@@ -141,7 +149,7 @@ def _eight_bit_range(values: torch.Tensor, stretch: bool, keep_floats: bool) -> 
 
 
 def _opacity(alpha: torch.Tensor) -> torch.Tensor:
-    """An alpha channel as float32 in 0..1; its scale is that of its type, never its own range."""
+    """Returns an alpha channel as float32 in 0..1, scaled by the range of its dtype, never by its own."""
     if alpha.dtype == torch.bool:
         return alpha.to(torch.float32)
     scale = 1 if alpha.is_floating_point() else torch.iinfo(alpha.dtype).max
@@ -161,20 +169,20 @@ def to_rgb(
     device: str | torch.device | None = None,
     keep_floats: bool = False,
 ) -> torch.Tensor:
-    """One picture as RGB in 0..255, by the rules that `MedMoEImageProcessor` documents.
+    """Converts one image to RGB in 0..255, by the rules that `MedMoEImageProcessor` documents.
 
     Args:
-        image: a PIL image, or an array or tensor (H, W), (H, W, C) or (C, H, W) with C in 1, 3, 4.
-        input_data_format: `"channels_first"` or `"channels_last"` for arrays; guessed from the shape when None.
-        do_convert_rgb: False refuses, with a `ValueError`, pictures that do not have exactly three channels.
-        device: where the result lives; None keeps a tensor where it is.
-        keep_floats: whether the values of float arrays and tensors stay as they are.
+        image: A PIL image, or an array or tensor `(H, W)`, `(H, W, C)` or `(C, H, W)` with C in 1, 3, 4.
+        input_data_format: `"channels_first"` or `"channels_last"` for arrays; inferred from the shape if None.
+        do_convert_rgb: False rejects images that do not have exactly three channels.
+        device: Device of the result; None keeps that of a tensor.
+        keep_floats: Whether the values of float arrays and tensors are kept.
 
     Returns:
-        (3, H, W), uint8 when the picture has 8 bits (or 1) per channel, float32 otherwise.
+        `(3, H, W)`, uint8 if the image has 8 bits (or 1) per channel, float32 otherwise.
 
     Raises:
-        ValueError: NaN or infinite values, no pixels, a shape without a channel axis, values that are no pixels.
+        ValueError: There are NaN or infinite values, no pixels, no channel axis, or values that are not pixels.
     """
     stretch = False
     channels_last: bool | None = None
@@ -185,7 +193,7 @@ def to_rgb(
         pixels = torch.from_numpy(_array_pixels(image))
     elif isinstance(image, torch.Tensor):
         if image.is_complex():
-            raise ValueError(f"tensor type {image.dtype} holds no pixel values")
+            raise ValueError(f"tensor dtype {image.dtype} is not one of pixel values")
         pixels = image
     else:
         raise ValueError(f"{type(image).__name__} is not a PIL image, numpy array or torch tensor")
@@ -230,7 +238,7 @@ def _channels_last(pixels: torch.Tensor, input_data_format: str | ChannelDimensi
 
 
 def _single_images(images: Any) -> list[Any]:
-    """Nested lists, batches and single images as one flat list of single images."""
+    """Flattens nested lists, batches and single images to a list of single images."""
     if isinstance(images, (list, tuple)):
         return [single for item in images for single in _single_images(item)]
     if getattr(images, "ndim", 0) == 4 and not is_medical_image(images):
@@ -243,7 +251,7 @@ def _is_in_eight_bit_range(image: Any) -> bool:
 
 
 def _padded_to_square(image: Any) -> Any:
-    """A tensor or array (3, H, W) in the middle of black ones, (3, side, side)."""
+    """Pads a tensor or array (3, H, W) with black to (3, side, side), centred."""
     height, width = image.shape[-2:]
     side, (top, left) = max(height, width), _square_margins(height, width)
     below, right = side - height - top, side - width - left
@@ -253,7 +261,16 @@ def _padded_to_square(image: Any) -> Any:
 
 
 class MedMoEImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
-    """Arguments of a call (and of the construction) beside those of every image processor; see there."""
+    """Arguments of a call (and of the constructor) in addition to those of every image processor.
+
+    Args:
+        window: For DICOM and NIfTI, see `read_medical_image`.
+        frame: For DICOM and NIfTI, see `read_medical_image`.
+        pad_to_square: Whether images are padded to squares before they are resized.
+        return_modality: Whether the output has an entry `modality`.
+        max_pixels: Maximum number of pixels of an image.
+        allow_urls: Whether http(s) addresses are fetched.
+    """
 
     window: str | list[Any] | tuple[Any, ...] | None
     frame: int | None
@@ -264,7 +281,7 @@ class MedMoEImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
 
 
 class _MedMoEImages:
-    """What the two backends share; stands before the backend among the base classes."""
+    """Common code of the two backends; it precedes the backend among the base classes."""
 
     valid_kwargs = MedMoEImagesKwargs
     resample = PILImageResampling.BICUBIC
@@ -283,14 +300,20 @@ class _MedMoEImages:
     allow_urls = True
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Read what `load_image` reads, in any nesting; leave arrays and tensors as they are.
+        """Reads the inputs of `load_image`, in any nesting; arrays and tensors are returned unchanged.
 
-        DICOM and NIfTI are left as they are too: how to read them is told by the arguments of the call.
+        DICOM and NIfTI are returned unchanged too: the arguments of a call determine how they are read.
+
+        Args:
+            image_url_or_urls: An input of `load_image`, an array or a tensor, or nested lists of them.
+
+        Returns:
+            Images in the same nesting.
 
         Raises:
-            ImageError: a file that cannot be decoded; the message names it.
-            FileNotFoundError: a file that does not exist.
-            TypeError: an object that is neither a source nor an image.
+            ImageError: A file cannot be decoded; the message names it.
+            FileNotFoundError: A file does not exist.
+            TypeError: An object is neither a source nor an image.
         """
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(item) for item in image_url_or_urls]
@@ -323,7 +346,7 @@ class _MedMoEImages:
         allow_urls: bool | None = None,
         **kwargs: Any,
     ) -> list[tuple[Any, str | None]]:
-        """Each picture in the backend's format, with its modality where a medical file gives one."""
+        """Returns each image in the backend's format, with its modality where a medical file specifies one."""
         singles = _single_images(images)
         if not singles:
             raise ValueError("there are no images in the batch")
@@ -339,7 +362,7 @@ class _MedMoEImages:
                         max_pixels=max_pixels or MAX_PIXELS,
                         allow_urls=bool(allow_urls),
                     )
-                    # What a caller says about the arrays of the batch does not hold for what was read here.
+                    # Options for the arrays of the batch do not apply to images that were read here.
                     arguments = {**kwargs, "input_data_format": ChannelDimension.LAST, "do_rescale": True}
                 prepared.append((self.process_image(image, *args, **arguments), modality))  # type: ignore[attr-defined]
             except ImageError as error:
@@ -365,12 +388,12 @@ class _MedMoEImages:
         if pad_to_square:
             images = [_padded_to_square(image) for image in images]
         if kwargs.get("do_resize") and not kwargs.get("do_rescale"):
-            # Floats of a scale of their own: `resize` would clamp them to 0..255.
+            # Floats on another scale: `resize` would clamp them to 0..255.
             images = [
-                image if _is_in_eight_bit_range(image) else self._stretched(image, kwargs["size"], kwargs["resample"])  # type: ignore[attr-defined]
+                image if _is_in_eight_bit_range(image) else self._resize_raw(image, kwargs["size"], kwargs["resample"])  # type: ignore[attr-defined]
                 for image in images
             ]
-        # Stacking would turn an 8-bit picture into floats when its neighbour is one: its result must not depend on it.
+        # Stacking would convert 8-bit images to float if another one is float; results must not depend on the batch.
         if len({image.dtype for image in images}) > 1:
             disable_grouping = True
         features = super()._preprocess(  # type: ignore[misc]
@@ -383,7 +406,7 @@ class _MedMoEImages:
         return BatchFeature(features, tensor_type=return_tensors)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings, JSON-ready; `auto_map` names the classes of both backends."""
+        """Returns the settings for JSON; `auto_map` names the classes of both backends."""
         output: dict[str, Any] = super().to_dict()  # type: ignore[misc]
         if "AutoImageProcessor" in output.get("auto_map", {}):
             module = __name__.rsplit(".", 1)[-1]
@@ -396,51 +419,66 @@ class _MedMoEImages:
 
 
 class MedMoEImageProcessor(_MedMoEImages, TorchvisionBackend):
-    """Turns pictures of any kind into `pixel_values` (B, 3, H, W) float32. Torchvision backend.
+    """Converts images of any kind to `pixel_values` (B, 3, H, W) float32; torchvision backend.
 
-    By default a picture is stretched to 224x224 (bicubic with antialiasing), divided by 255 and normalised with
-    ImageNet's mean and standard deviation. Every default can be changed at construction or per call; `size` is
-    `{"height": ..., "width": ...}` or an int. The geometry is a plain stretch, so `resize_heatmaps` leads back. With
-    `pad_to_square=True` the shorter side is first padded with black, centrally, so that proportions are kept.
+    By default an image is resized to 224x224 (bicubic with antialiasing, ignoring the aspect ratio), divided by 255
+    and normalised with ImageNet's mean and standard deviation. Defaults can be changed in the constructor or per call.
 
-    Input: one or a (nested) list, mixed at will, of PIL images of any mode; numpy arrays and torch tensors (H, W),
-    (H, W, C), (C, H, W) with C in 1, 3, 4, or batches of these with four dimensions; file names (str or Path),
-    http(s) addresses, base64 strings and bytes of files, all read by `load_image`: files and PIL images are turned
-    upright by their EXIF tag, and an image with more than `max_pixels` pixels is refused before it is decoded.
-    `input_data_format` tells the layout of arrays; without it a first axis of 1, 3 or 4 is the channels, else the
-    last. `allow_urls=False` refuses addresses; others are fetched from public hosts only, within 60 seconds, and no
-    more than one byte for each pixel of `max_pixels`. Programs that take strings from strangers should refuse them.
+    **Input**: an image or (nested) lists of images of mixed kinds: PIL images of any mode; numpy arrays and torch
+    tensors (H, W), (H, W, C), (C, H, W) with C in 1, 3, 4, or batches of these with four dimensions; file names (str
+    or Path), http(s) addresses, base64 strings and bytes of files, which `load_image` reads. Files and PIL images are
+    turned upright by their EXIF tag. Without `input_data_format` a first axis of 1, 3 or 4 is taken as the channels of
+    an array, otherwise the last axis.
 
-    DICOM and NIfTI (names and bytes of files, `pydicom` datasets, `nibabel` images, and each `MedicalImage`) stand
-    among them as any other picture; `read_medical_image` says how they are read. `window` (a name such as `"lung"`,
-    `(centre, width)`, or three of these for three channels) and `frame` are for them alone. With
-    `return_modality=True` the output also has `modality`, for the model's argument of that name: for each picture of
-    the batch `"ct"`, `"xray"`, ... as the DICOM header says, or None; there is no such entry when none says it.
+    **DICOM and NIfTI** (names and bytes of files, `pydicom` datasets, `nibabel` images, and `MedicalImage`) are inputs
+    like any other image; see `read_medical_image`. With `return_modality=True` the output also has `modality`, for the
+    model's argument of that name: `"ct"`, `"xray"`, ... from the DICOM header, or None, for each image; there is no
+    such entry if no header specifies it.
 
-    Every picture is first brought to RGB in 0..255, without saturation and without a loss of precision:
+    **Values**: every image is first converted to RGB in 0..255, without saturation or loss of precision:
 
-    - 8 bits per channel: as they are. Gray is repeated, palettes are looked up, CMYK and the like are converted by
+    - 8 bits per channel: unchanged. Gray is repeated, palettes are applied, CMYK and similar modes are converted by
       Pillow.
     - bool and PIL mode `1`: 0 and 255.
-    - every other integer type (PNG and TIFF files with colours of 16 bits among them), and the PIL modes `I`, `I;16`,
-      `I;16B`, `F`: the picture's own minimum to 0 and its own maximum to 255, linearly, over all colour channels
-      together. A constant picture becomes zeros.
-    - float arrays: within [0, 1] times 255; within [0, 255] as they are; anything else by minimum and maximum. With
-      `do_rescale=False` they are left as they are, whatever their range, as by other image processors.
-    - transparency (RGBA, LA, palettes and colour keys with transparency, arrays of 4 channels) is laid on black.
-      Integer alpha is a fraction of its type's largest value, float alpha lies in 0..1 or 0..255.
+    - every other integer dtype (including PNG and TIFF files with 16-bit colours), and the PIL modes `I`, `I;16`,
+      `I;16B`, `F`: the image's own minimum to 0 and maximum to 255, linearly, over all colour channels together. A
+      constant image becomes zeros.
+    - float arrays: within [0, 1] times 255; within [0, 255] unchanged; otherwise by minimum and maximum. With
+      `do_rescale=False` they are unchanged, whatever their range, as in other image processors.
+    - transparency (RGBA, LA, palettes and colour keys with transparency, arrays of 4 channels) is blended with black.
+      Integer alpha is a fraction of its dtype's maximum, float alpha is in 0..1 or 0..255.
 
-    8-bit pictures are resized in 8 bits, all others in float32 and then clamped to 0..255 as 8-bit resizing does;
-    floats that `do_rescale=False` left on another scale are not clamped.
+    8-bit images are resized in 8 bits, all others in float32 and then clamped to 0..255 like 8-bit resizing; floats
+    that `do_rescale=False` keeps on another scale are not clamped.
+
+    Args:
+        size: `{"height": ..., "width": ...}` or an int; 224 by default.
+        pad_to_square: Whether the shorter side is first padded with black on both sides, which keeps the aspect ratio.
+        window: For DICOM and NIfTI: a name such as `"lung"`, `(centre, width)`, or three of these for three channels.
+        frame: For DICOM and NIfTI: index of the frame; None for the middle one.
+        return_modality: Whether the output has an entry `modality`.
+        max_pixels: An image with more pixels is rejected before it is decoded.
+        allow_urls: Whether http(s) addresses are fetched, from public hosts only, within 60 seconds, and at most one
+            byte per pixel of `max_pixels`. Programs that accept untrusted strings should pass False.
+        **kwargs: The arguments of every image processor: `resample`, `do_resize`, `do_rescale`, `do_normalize`,
+            `image_mean`, `image_std`, `do_convert_rgb`, `input_data_format`, `return_tensors`.
 
     Raises:
-        ValueError: NaN, infinite values, an empty picture, a shape without a channel axis (the message gives the
-            position in the batch); a `size` without height or width; an unknown window; a DICOM or NIfTI file that
-            is damaged, without pixels or without the frame asked for (the message gives its name).
-        ImageError: a file that cannot be read or is no regular file, an address that must not be fetched; as
-            `ImageTooLargeError` one that exceeds `max_pixels` (the message gives name and position).
-        FileNotFoundError: a file that does not exist.
-        ImportError: a DICOM or NIfTI file without the packages of `pip install "medmoe_hf[dicom]"`.
+        ValueError: NaN, infinite values, an empty image, a shape without a channel axis (the message contains the
+            position in the batch); a `size` without height or width; an unknown window; a DICOM or NIfTI file that is
+            damaged, without pixels or without the requested frame (the message contains its name).
+        ImageError: A file cannot be read or is not a regular file, or an address must not be fetched; as
+            `ImageTooLargeError` an image exceeds `max_pixels` (the message contains name and position).
+        FileNotFoundError: A file does not exist.
+        ImportError: DICOM or NIfTI without the packages of `pip install "medmoe_hf[dicom]"`.
+
+    Example:
+        >>> import numpy as np
+        >>> from medmoe_hf.model import MedMoEImageProcessor
+        >>> processor = MedMoEImageProcessor(size=64, pad_to_square=True)
+        >>> images = [np.zeros((300, 200), np.uint16), np.zeros((3, 80, 80), np.float32)]
+        >>> processor(images, return_tensors="pt").pixel_values.shape
+        torch.Size([2, 3, 64, 64])
     """
 
     def process_image(
@@ -452,28 +490,34 @@ class MedMoEImageProcessor(_MedMoEImages, TorchvisionBackend):
         do_rescale: bool | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """One picture as a tensor (3, H, W) in 0..255, by `to_rgb`; without rescaling floats are left as they are."""
+        """Converts one image to a tensor (3, H, W) in 0..255 with `to_rgb`; `do_rescale=False` keeps floats."""
         return to_rgb(image, input_data_format, do_convert_rgb is not False, device, keep_floats=do_rescale is False)
 
     def resize(
         self, image: torch.Tensor, size: SizeDict, resample: Any = None, antialias: bool = True, **kwargs: Any
     ) -> torch.Tensor:
-        """Stretch (..., 3, h, w) to `size`, within 0..255."""
+        """Resizes (..., 3, h, w) to `size`, clamped to 0..255."""
         if image.shape[-2:] == (size.height, size.width):
             return image
-        resized = self._stretched(image, size, resample, antialias, **kwargs)
+        resized = self._resize_raw(image, size, resample, antialias, **kwargs)
         return resized.clamp(0, 255) if resized.is_floating_point() else resized
 
-    def _stretched(self, image: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _resize_raw(self, image: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         stretched: torch.Tensor = super().resize(image, *args, **kwargs)
         return stretched
 
 
 class MedMoEImageProcessorPil(_MedMoEImages, PilBackend):
-    """`MedMoEImageProcessor` for machines without torchvision: the same input, rules, defaults and output.
+    """`MedMoEImageProcessor` without torchvision: the same arguments, rules, defaults and output.
 
-    Bilinear and bicubic resizing use torch's own kernels, those that torchvision calls: Pillow's differ by up to two
-    gray levels on smooth 8-bit pictures. All other filters are Pillow's.
+    Bilinear and bicubic resizing use torch's own kernels, which torchvision calls too: Pillow's differ by up to two
+    gray levels on smooth 8-bit images. All other filters are Pillow's.
+
+    Example:
+        >>> import numpy as np
+        >>> from medmoe_hf.model import MedMoEImageProcessorPil
+        >>> MedMoEImageProcessorPil(size=64)(np.zeros((300, 200), np.uint8), return_tensors="np").pixel_values.shape
+        (1, 3, 64, 64)
     """
 
     def process_image(
@@ -484,20 +528,20 @@ class MedMoEImageProcessorPil(_MedMoEImages, PilBackend):
         do_rescale: bool | None = None,
         **kwargs: Any,
     ) -> np.ndarray:
-        """One picture as an array (3, H, W) in 0..255, by `to_rgb`; without rescaling floats are left as they are."""
+        """Converts one image to an array (3, H, W) in 0..255 with `to_rgb`; `do_rescale=False` keeps floats."""
         rgb = to_rgb(image, input_data_format, do_convert_rgb is not False, keep_floats=do_rescale is False)
         return rgb.detach().cpu().numpy()
 
     def resize(
         self, image: np.ndarray, size: SizeDict, resample: Any = None, reducing_gap: int | None = None, **kwargs: Any
     ) -> np.ndarray:
-        """Stretch (3, h, w) to `size`, within 0..255."""
+        """Resizes (3, h, w) to `size`, clamped to 0..255."""
         if image.shape[-2:] == (int(size["height"]), int(size["width"])):
             return image
-        resized = self._stretched(image, size, resample, reducing_gap, **kwargs)
+        resized = self._resize_raw(image, size, resample, reducing_gap, **kwargs)
         return resized if resized.dtype == np.uint8 else resized.clip(0, 255)
 
-    def _stretched(
+    def _resize_raw(
         self, image: np.ndarray, size: SizeDict, resample: Any = None, reducing_gap: int | None = None, **kwargs: Any
     ) -> np.ndarray:
         target = (int(size["height"]), int(size["width"]))

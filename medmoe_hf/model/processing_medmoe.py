@@ -1,4 +1,4 @@
-"""Processor of MedMoE: images and texts in, the model's inputs out, and heat-maps back onto the images."""
+"""Processor of MedMoE: converts images and texts to the model's inputs, and heat maps back to the images."""
 
 # mypy: allow-subclassing-any
 # transformers is untyped.
@@ -15,21 +15,32 @@ from .tokenization_medmoe import MedMoETokenizer
 
 
 class MedMoEProcessor(ProcessorMixin):
-    """An image processor and a tokenizer behind one call.
+    """An image processor and a tokenizer in one call.
 
-    `processor(images=..., text=..., return_tensors="pt")` takes images, texts or both (as many of each as you like)
-    and gives `pixel_values` (B, 3, H, W) float32, `input_ids`, `attention_mask`, `word_ids` (T, L) and, where the
-    tokenizer has them, `token_type_ids`; with `return_modality=True` also `modality` where DICOM files tell it. Texts
-    are padded to the longest and truncated unless the call says otherwise.
+    `processor(images=..., text=..., return_tensors="pt")` takes images, texts or both (their numbers may differ) and
+    returns `pixel_values` (B, 3, H, W) float32, `input_ids`, `attention_mask`, `word_ids` (N, L) and, where the
+    tokenizer has them, `token_type_ids`; with `return_modality=True` also `modality` where DICOM files specify it.
+    Texts are padded to the longest and truncated by default.
 
     Args:
         image_processor: `MedMoEImageProcessor` or `MedMoEImageProcessorPil`.
-        tokenizer: a `MedMoETokenizer`; any other fast tokenizer is wrapped into one.
-        max_length: pieces, special tokens included, that texts are truncated to; saved with the processor. None means
-            the tokenizer's `model_max_length`.
+        tokenizer: A `MedMoETokenizer`; any other fast tokenizer is wrapped in one.
+        max_length: Number of tokens, including special ones, to which texts are truncated; saved with the processor.
+            None means the tokenizer's `model_max_length`.
+        **kwargs: Other arguments of `ProcessorMixin`.
 
     Raises:
         ValueError: `max_length` is not positive or exceeds the tokenizer's `model_max_length`.
+
+    Example:
+        >>> import numpy as np
+        >>> from medmoe_hf.model import MedMoEImageProcessor, MedMoEProcessor, MedMoETokenizer
+        >>> tokenizer = MedMoETokenizer.from_words(["pleural effusion"], max_length=16)
+        >>> processor = MedMoEProcessor(MedMoEImageProcessor(size=64), tokenizer)
+        >>> image = np.zeros((80, 80), np.uint8)
+        >>> inputs = processor(images=image, text=["effusion", "pleural effusion"], return_tensors="pt")
+        >>> inputs["pixel_values"].shape, inputs["word_ids"].tolist()
+        (torch.Size([1, 3, 64, 64]), [[-1, 0, -1, -1], [-1, 0, 1, -1]])
     """
 
     text_kwargs: dict[str, Any] = {"padding": True, "truncation": True}
@@ -56,25 +67,32 @@ class MedMoEProcessor(ProcessorMixin):
         sigma: float = 0.0,
         pad_to_square: bool | None = None,
     ) -> list[torch.Tensor]:
-        """Bring word heat-maps to the pixels of the original images.
+        """Resizes word heat maps to the original images.
 
         Args:
-            heatmaps: similarities (B, W, h, w), or a model output with such an attribute `heatmaps` and optionally
-                `word_mask` (B, W), true where a word is real.
-            target_sizes: height and width of each original image, in pixels: B pairs or a tensor (B, 2). None means
+            heatmaps: Heat maps `(B, L, h, w)`, or a model output with this attribute and optionally `word_mask`
+                `(B, L)`, True where there is a word.
+            target_sizes: Height and width of each original image, in pixels: B pairs or a tensor `(B, 2)`. None means
                 the image processor's `size`.
-            sigma: width of a Gaussian that the maps are smoothed with first, in cells of the map; 0 leaves them as
-                they are, 1 to 2 steadies the place of the peak.
-            pad_to_square: whether the images were padded to squares, as the call of the image processor was told;
-                None means its setting. Without `target_sizes` the maps cover the padded images.
+            sigma: Standard deviation in cells of a Gaussian with which the maps are smoothed first; 0 for no
+                smoothing, 1 to 2 for a stable peak.
+            pad_to_square: Whether the images were padded to squares, as passed to the image processor; None means its
+                setting. Without `target_sizes` the maps cover the padded images.
 
         Returns:
-            For each image a tensor (W_i, height, width) float32, bilinear between the cells. W_i counts the real
-            words when there is a `word_mask`, else it is W. `tokenizer.words(text, max_length=processor.max_length)`
-            gives the labels.
+            B tensors `(W_i, height, width)` float32, bilinear between cells. W_i is the number of words if there is a
+            `word_mask`, otherwise L. `tokenizer.words(text, max_length=processor.max_length)` returns the labels.
 
         Raises:
-            ValueError: shapes or counts do not fit together.
+            ValueError: Shapes or counts do not match.
+
+        Example:
+            >>> import torch
+            >>> from medmoe_hf.model import MedMoEImageProcessor, MedMoEProcessor, MedMoETokenizer
+            >>> processor = MedMoEProcessor(MedMoEImageProcessor(), MedMoETokenizer.from_words(["lung"]))
+            >>> maps = processor.post_process_grounding(torch.rand(1, 2, 16, 16), target_sizes=[(480, 640)], sigma=1.5)
+            >>> maps[0].shape
+            torch.Size([2, 480, 640])
         """
         maps = heatmaps if isinstance(heatmaps, torch.Tensor) else getattr(heatmaps, "heatmaps", None)
         mask = None if isinstance(heatmaps, torch.Tensor) else getattr(heatmaps, "word_mask", None)

@@ -1,9 +1,9 @@
-"""Tokenizer of MedMoE: any fast tokenizer, plus the word that every piece belongs to."""
+"""Tokenizer of MedMoE: any fast tokenizer, with the word of each token as an additional output."""
 
 # mypy: allow-subclassing-any
 # transformers is untyped.
 
-# First, for with older releases of transformers it stops, and says so.
+# First, because it raises a clear error with older releases of transformers.
 from .configuration_medmoe import REQUIRED_TRANSFORMERS as REQUIRED_TRANSFORMERS
 from .configuration_medmoe import attach_to_package
 
@@ -21,7 +21,7 @@ from transformers.utils import cached_file, logging
 
 logger = logging.get_logger(__name__)
 
-# The special tokens of a tokenizer.json that comes without tokenizer_config.json, by what BERT and RoBERTa call them.
+# The special tokens of a tokenizer.json without tokenizer_config.json, by their names in BERT and RoBERTa.
 _SPECIAL_TOKEN_NAMES = {
     "pad_token": ("[PAD]", "<pad>"),
     "unk_token": ("[UNK]", "<unk>"),
@@ -36,13 +36,13 @@ _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "r
 
 
 def _word_keys(encoding: Any) -> list[tuple[int, int] | None]:
-    """For each piece of a `tokenizers.Encoding` the text (0, or 1 in a pair) and word it belongs to, or None."""
+    """Returns the text (0, or 1 in a pair) and word of each token of a `tokenizers.Encoding`, or None."""
     pieces = zip(encoding.sequence_ids, encoding.word_ids, strict=True)
     return [None if word is None else (sequence, word) for sequence, word in pieces]
 
 
 def _complete(tokenizer: TokenizersBackend) -> None:
-    """Add to what a bare tokenizer.json gives the special tokens and input names that it implies but does not say."""
+    """Adds the special tokens and input names that a bare tokenizer.json implies but does not specify."""
     vocabulary = tokenizer.get_vocab()
     for role, names in _SPECIAL_TOKEN_NAMES.items():
         known = [name for name in names if name in vocabulary]
@@ -53,25 +53,30 @@ def _complete(tokenizer: TokenizersBackend) -> None:
 
 
 class MedMoETokenizer(TokenizersBackend):
-    """Any fast tokenizer that also emits `word_ids`, and pads and truncates unless told otherwise.
+    """Any fast tokenizer that also returns `word_ids`, and pads and truncates by default.
 
-    A call returns, beside the wrapped tokenizer's outputs, `word_ids`: (B, L) integers, for each piece the index of
-    its word within the row, and -1 for padding and for the special tokens that the tokenizer adds. Words are what the
-    tokenizer's pre-tokenizer makes of the text (for BERT: runs between spaces, and each punctuation mark alone; for
-    byte-level BPE a further space between two words is a word too), or the items of the list with
-    `is_split_into_words`. A row counts its words 0, 1, 2, ... without gaps, in order of appearance: the words of a
-    text pair go on counting in the second text, and what truncation removed is not counted. Special tokens that the
-    text itself contains are words.
+    In addition to the outputs of the wrapped tokenizer, a call returns `word_ids`: (B, L) integers, for each token the
+    index of its word within the text, and -1 for padding and for the special tokens that the tokenizer adds. Words are
+    those of the tokenizer's pre-tokenizer (for BERT: runs between spaces, and single punctuation marks; for byte-level
+    BPE additional spaces between two words are words too), or the items of the list with `is_split_into_words`. Words
+    are numbered 0, 1, 2, ... without gaps, in order of appearance: in a text pair the second text continues the
+    numbers of the first, and truncated words are not counted. Special tokens within the text itself are words.
 
-    `padding=True` and `truncation=True` (at `model_max_length`) are the defaults of a call, because stock pipelines
-    do not truncate; explicit arguments win. `encode` and `tokenize` are the stock ones. In a `BatchEncoding`,
-    `encoding["word_ids"]` is this output, while `encoding.word_ids(i)` is transformers' method.
+    `padding=True` and `truncation=True` (at `model_max_length`) are the defaults of a call, because the pipelines of
+    transformers do not truncate. `encode` and `tokenize` are unchanged. In a `BatchEncoding`, `encoding["word_ids"]`
+    is this output, while `encoding.word_ids(i)` is transformers' method.
 
-    Construct with `from_pretrained` (a folder or Hub id of this class or of any fast tokenizer), `from_tokenizer` or
+    Create one with `from_pretrained` (a folder or Hub id of this class or of any fast tokenizer), `from_tokenizer` or
     `from_words`.
+
+    Example:
+        >>> from medmoe_hf.model import MedMoETokenizer
+        >>> tokenizer = MedMoETokenizer.from_words(["pleural effusion"])
+        >>> tokenizer(["effusion", "pleural effusion"])["word_ids"]
+        [[-1, 0, -1, -1], [-1, 0, 1, -1]]
     """
 
-    # An `__init__` here would make from_pretrained rebuild the backend from its vocabulary alone, without merges,
+    # With an `__init__` here from_pretrained would rebuild the backend from its vocabulary alone, without merges,
     # normalizer and pre-tokenizer (`TokenizersBackend.convert_to_native_format`).
     model_input_names = ["input_ids", "attention_mask", "word_ids"]
 
@@ -79,18 +84,30 @@ class MedMoETokenizer(TokenizersBackend):
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *init_inputs: Any, **kwargs: Any
     ) -> "MedMoETokenizer":
-        """Load a saved `MedMoETokenizer`, or wrap any other fast tokenizer.
+        """Loads a saved `MedMoETokenizer`, or wraps any other fast tokenizer.
 
         Args:
-            pretrained_model_name_or_path: a folder or a Hub id. Whatever `AutoTokenizer` can load, and also folders
-                with nothing but `tokenizer.json` or BERT's `vocab.txt`.
-            kwargs: as for every tokenizer; `model_max_length=...` sets the length that calls truncate to, which a
-                bare `vocab.txt` or `tokenizer.json` does not say.
+            pretrained_model_name_or_path: A folder or a Hub id: anything that `AutoTokenizer` can load, and folders
+                with only `tokenizer.json` or BERT's `vocab.txt`.
+            *init_inputs: As for every tokenizer.
+            **kwargs: As for every tokenizer; `model_max_length` sets the length to which calls truncate, which a bare
+                `vocab.txt` or `tokenizer.json` does not specify.
+
+        Returns:
+            The tokenizer.
 
         Raises:
-            ValueError: there is no tokenizer, or it is not a fast one.
+            ValueError: There is no tokenizer, or it is not a fast one.
+
+        Example:
+            >>> import tempfile
+            >>> from medmoe_hf.model import MedMoETokenizer
+            >>> folder = tempfile.mkdtemp()
+            >>> files = MedMoETokenizer.from_words(["effusion"], max_length=16).save_pretrained(folder)
+            >>> MedMoETokenizer.from_pretrained(folder).model_max_length
+            16
         """
-        kwargs.pop("backend", None)  # AutoProcessor hands the image processor's choice to the tokenizer as well
+        kwargs.pop("backend", None)  # AutoProcessor passes the option of the image processor to the tokenizer too
         hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
         saved = get_tokenizer_config(pretrained_model_name_or_path, **hub)
         if "word_ids" in saved.get("model_input_names", ()) or saved.get("tokenizer_class") == cls.__name__:
@@ -106,7 +123,7 @@ class MedMoETokenizer(TokenizersBackend):
         config = {}
         if has("config.json"):
             config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub)
-        # A config of MedMoE would lead AutoTokenizer back here, one of an unknown kind to an error.
+        # With a config of MedMoE AutoTokenizer would call this method again, with an unknown one it would fail.
         named = saved.get("tokenizer_class") or saved.get("auto_map") or config.get("tokenizer_class")
         if named or config.get("model_type") in TOKENIZER_MAPPING_NAMES:
             wrapped = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, *init_inputs, **kwargs)
@@ -127,20 +144,30 @@ class MedMoETokenizer(TokenizersBackend):
 
     @classmethod
     def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> "MedMoETokenizer":
-        """Wrap a copy of a fast tokenizer: same ids, special tokens, sides and post-processing.
+        """Wraps a copy of a fast tokenizer: same ids, special tokens, sides and post-processing.
 
         Args:
-            tokenizer: any fast tokenizer.
-            max_length: the `model_max_length` of the result, in pieces including the special tokens; None keeps the
+            tokenizer: Any fast tokenizer.
+            max_length: The `model_max_length` of the result, in tokens including special ones; None keeps the
                 tokenizer's own.
 
+        Returns:
+            The tokenizer.
+
         Raises:
-            ValueError: the tokenizer is not a fast one, or the length leaves no room for text.
+            ValueError: The tokenizer is not a fast one, or the length leaves no room for text.
+
+        Example:
+            >>> from medmoe_hf.model import MedMoETokenizer
+            >>> from transformers import BertTokenizer
+            >>> vocabulary = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4, "chest": 5}
+            >>> MedMoETokenizer.from_tokenizer(BertTokenizer(vocab=vocabulary), max_length=16)("chest")["input_ids"]
+            [2, 5, 3]
         """
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(f"MedMoETokenizer wraps fast tokenizers only, got {type(tokenizer).__name__}")
         backend = copy.deepcopy(tokenizer.backend_tokenizer)
-        # What the last call or a tokenizer.json left there would become defaults of the new object.
+        # Settings of the last call or of a tokenizer.json would become defaults of the new object.
         backend.no_truncation()
         backend.no_padding()
         limit = tokenizer.model_max_length if max_length is None else max_length
@@ -166,18 +193,27 @@ class MedMoETokenizer(TokenizersBackend):
 
     @classmethod
     def from_words(cls, words: Sequence[str], max_length: int = 512) -> "MedMoETokenizer":
-        """A lower-casing BERT WordPiece tokenizer whose whole-word entries are the given words.
+        """Creates a lower-casing BERT WordPiece tokenizer with the given words as entries.
 
-        The vocabulary is `[PAD]`, `[UNK]`, `[CLS]`, `[SEP]`, `[MASK]`, then a-z, 0-9 and ASCII punctuation, the same
-        again with `##`, then the words in their order, split as BERT splits text and without repeats. So ASCII words
-        that are not in the list fall into single characters and never become `[UNK]` (up to 1000 characters per word).
+        The vocabulary is `[PAD]`, `[UNK]`, `[CLS]`, `[SEP]`, `[MASK]`, then a-z, 0-9 and ASCII punctuation, these
+        again with `##`, then the words in their order, split as BERT splits text and without duplicates. ASCII words
+        that are not in the list are thus split into characters and never become `[UNK]` (up to 1000 characters per
+        word).
 
         Args:
-            words: words or whole texts; case is ignored.
-            max_length: `model_max_length`, in pieces including `[CLS]` and `[SEP]`; at least 3.
+            words: Words or texts; case is ignored.
+            max_length: `model_max_length`, in tokens including `[CLS]` and `[SEP]`; at least 3.
+
+        Returns:
+            The tokenizer.
 
         Raises:
-            ValueError: `max_length` is below 3.
+            ValueError: `max_length` is less than 3.
+
+        Example:
+            >>> from medmoe_hf.model import MedMoETokenizer
+            >>> MedMoETokenizer.from_words(["pleural effusion"]).tokenize("No effusion")
+            ['n', '##o', 'effusion']
         """
         characters = string.ascii_lowercase + string.digits + string.punctuation
         vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters, *(f"##{c}" for c in characters)]
@@ -199,16 +235,19 @@ class MedMoETokenizer(TokenizersBackend):
         truncation: Any = None,
         **kwargs: Any,
     ) -> BatchEncoding:
-        """Encode one text or a list; the arguments are those of every fast tokenizer.
+        """Encodes one text or a list; the arguments are those of every fast tokenizer.
 
         Args:
-            text: a text or a list of texts (lists of words with `is_split_into_words=True`).
-            padding: True when not given.
-            truncation: True when not given, at `max_length` or else `model_max_length`.
+            text: A text or a list of texts (lists of words with `is_split_into_words=True`).
+            text_pair: A second text for each text, or None.
+            *args: As for every fast tokenizer.
+            padding: True by default.
+            truncation: True by default, at `max_length` or else `model_max_length`.
+            **kwargs: As for every fast tokenizer.
 
         Returns:
             `input_ids`, `attention_mask`, `word_ids` and, where the wrapped tokenizer has them, `token_type_ids`,
-            each (B, L); lists, or what `return_tensors` says. One text without `return_tensors` gives (L,).
+            each `(B, L)`, as lists or in the format of `return_tensors`; `(L,)` for one text without it.
         """
         return super().__call__(
             text,
@@ -220,15 +259,22 @@ class MedMoETokenizer(TokenizersBackend):
         )
 
     def words(self, text: Any, text_pair: Any = None, **kwargs: Any) -> list[str] | list[list[str]]:
-        """The words that `word_ids` count, as they stand in the text: labels for heat-maps.
+        """Returns the words to which `word_ids` refer, as written in the text: labels for heat maps.
 
         Args:
-            text: as in a call, with the call's further arguments (`max_length`, `is_split_into_words`, ...), so that
-                the words are those of that call.
+            text: As in a call.
+            text_pair: As in a call.
+            **kwargs: The other arguments of the call (`max_length`, `is_split_into_words`, ...), so that the words are
+                the same.
 
         Returns:
-            For one text a list whose item i is the word with index i; for a list of texts a list of these. A word that
-            truncation cut is given in full, words that it removed are missing.
+            For one text a list whose item i is the word with index i; for a list of texts a list of such lists. A word
+            that was cut by truncation is returned in full, words that were removed are missing.
+
+        Example:
+            >>> from medmoe_hf.model import MedMoETokenizer
+            >>> MedMoETokenizer.from_words(["pleural effusion"]).words("Small pleural effusion.")
+            ['Small', 'pleural', 'effusion', '.']
         """
         kwargs = {**kwargs, "padding": False, "return_tensors": None, "return_overflowing_tokens": False}
         split = kwargs.get("is_split_into_words", False)
@@ -236,23 +282,23 @@ class MedMoETokenizer(TokenizersBackend):
         encodings = self(text, text_pair, **kwargs).encodings or []
         texts = list(text) if batched else [text]
         pairs = list(text_pair) if batched and text_pair is not None else [text_pair] * len(texts)
-        rows = [self._surface(*row, split) for row in zip(encodings, texts, pairs, strict=True)]
+        rows = [self._written_words(*row, split) for row in zip(encodings, texts, pairs, strict=True)]
         return rows if batched else rows[0]
 
     @staticmethod
-    def _surface(encoding: Any, text: Any, text_pair: Any, split: bool) -> list[str]:
+    def _written_words(encoding: Any, text: Any, text_pair: Any, split: bool) -> list[str]:
         kept = [key for key in dict.fromkeys(_word_keys(encoding)) if key is not None]
         spans: dict[Any, tuple[int, int]] = {}
         for part in (encoding, *encoding.overflowing):
             for key, (start, end) in zip(_word_keys(part), part.offsets, strict=True):
                 first, last = spans.get(key, (start, end))
                 spans[key] = (min(first, start), max(last, end))
-        surface = []
+        words = []
         for sequence, word in kept:
             source = text_pair if sequence else text
             start, end = spans[sequence, word]
-            surface.append(source[word] if split else source[start:end].strip())
-        return surface
+            words.append(source[word] if split else source[start:end].strip())
+        return words
 
     def _convert_encoding(self, encoding: Any, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], list[Any]]:
         outputs, encodings = super()._convert_encoding(encoding, *args, **kwargs)
@@ -272,8 +318,8 @@ class MedMoETokenizer(TokenizersBackend):
         return padded
 
     def _save_pretrained(self, *args: Any, **kwargs: Any) -> tuple[str, ...]:
-        # tokenizer.json would otherwise carry the padding and truncation of the last call, and from_pretrained would
-        # take them for settings.
+        # Otherwise tokenizer.json would contain the padding and truncation of the last call, and from_pretrained would
+        # read them as settings.
         self.backend_tokenizer.no_truncation()
         self.backend_tokenizer.no_padding()
         files: tuple[str, ...] = super()._save_pretrained(*args, **kwargs)

@@ -264,7 +264,9 @@ def test_addresses_are_off_by_default():
 
 
 def test_unreadable_bytes_say_why():
-    with pytest.raises(ImageError, match="cannot read the image given as bytes: it is no DICOM, NIfTI or image file"):
+    with pytest.raises(
+        ImageError, match="cannot read the image given as bytes: it is not DICOM, NIfTI or an image file"
+    ):
         load_image(b"no picture")
     whole = eight_bit_png(Image.fromarray(draw(40, 50, dtype="u1")))
     with pytest.raises(ImageError, match=r"cannot read the image given as bytes: .*truncated"):

@@ -481,7 +481,7 @@ def test_unreadable_files_are_named(processor, photo, tmp_path):
     for name in ("text.png", "cut.png"):
         with pytest.raises(OSError, match=f"cannot read the image .*{name}"):
             processor([photo, tmp_path / name])
-    with pytest.raises(FileNotFoundError, match=r"absent\.png' is no image file"):
+    with pytest.raises(FileNotFoundError, match=r"absent\.png' is neither an image file"):
         processor(str(tmp_path / "absent.png"))
 
 
