@@ -7,6 +7,7 @@ The output may be an SVG or a PNG file.
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -37,7 +38,7 @@ def box(
 
 def arrow(axes: Axes, *points: tuple[float, float], colour: str = INK, dashed: bool = False) -> None:
     """Draw a line through points, with an arrowhead at the last one."""
-    style = {"color": colour, "lw": 1.2, "linestyle": (0, (4, 2)) if dashed else "-"}
+    style: dict[str, Any] = {"color": colour, "lw": 1.2, "linestyle": (0, (4, 2)) if dashed else "-"}
     if len(points) > 2:
         axes.plot(*zip(*points[:-1], strict=True), solid_joinstyle="round", solid_capstyle="butt", **style)
     axes.add_patch(FancyArrowPatch(*points[-2:], arrowstyle="-|>", mutation_scale=11, shrinkA=0, shrinkB=0, **style))

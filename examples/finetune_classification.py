@@ -7,11 +7,18 @@ FOLDER contains one folder of images per class (the `imagefolder` layout).
 """
 
 import argparse
+from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    EvalPrediction,
+    Trainer,
+    TrainingArguments,
+)
 
 from medmoe_hf.data import FINDINGS, phantom_sample
 
@@ -60,11 +67,11 @@ def main() -> None:
         freeze_vision_model=arguments.freeze,
     )
 
-    def collate(rows: list[dict]) -> dict:
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
         batch = processor(images=[row["image"] for row in rows], return_tensors="pt")
         return {"pixel_values": batch["pixel_values"], "labels": torch.tensor([row["label"] for row in rows])}
 
-    def accuracy(prediction) -> dict:
+    def accuracy(prediction: EvalPrediction) -> dict[str, float]:
         return {"accuracy": float(np.mean(prediction.predictions.argmax(-1) == prediction.label_ids))}
 
     trainer = Trainer(

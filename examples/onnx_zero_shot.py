@@ -10,6 +10,7 @@
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -29,14 +30,13 @@ def read_image(path: Path) -> Image.Image:
     return image.convert("RGB")
 
 
-def pixel_values(images: list[Image.Image], settings: dict) -> np.ndarray:
+def pixel_values(images: list[Image.Image], settings: dict[str, Any]) -> np.ndarray:
     """Preprocess images as `export.json` describes; returns (B, 3, H, W) float32."""
     rows = []
     for image in images:
         if settings["pad_to_square"]:
-            side = max(image.size)
-            square = Image.new("RGB", (side, side))
-            square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+            square = Image.new("RGB", (max(image.size), max(image.size)))
+            square.paste(image, ((square.width - image.width) // 2, (square.height - image.height) // 2))
             image = square
         image = image.resize((settings["width"], settings["height"]), Image.Resampling[settings["resample"].upper()])
         values = np.asarray(image, dtype=np.float32) * settings["rescale_factor"]
@@ -83,7 +83,7 @@ def pytorch_probabilities(folder: str, images: list[Image.Image], labels: list[s
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     with torch.no_grad():
         outputs = model(**processor(images=images, text=labels, return_tensors="pt"))
-    return outputs.logits_per_image.softmax(dim=1).numpy()
+    return np.asarray(outputs.logits_per_image.softmax(dim=1))
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from medmoe_hf.common.console import hide_foreign_bars
 from medmoe_hf.data import FINDINGS, write_webdataset, zero_shot_prompts
@@ -72,7 +73,7 @@ def main() -> None:
     print_table(report)
 
 
-def print_table(report: dict) -> None:
+def print_table(report: dict[str, Any]) -> None:
     """Print the content of `report.json` as a table."""
     count = report["unseen_phantoms"]
     training = report["training"]

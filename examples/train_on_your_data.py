@@ -57,7 +57,7 @@ def make_export(folder: Path, copies: int = 12) -> Path:
         image = Image.open(Path(skimage.__file__).parent / "data" / name).convert("RGB")
         for copy in range(copies):
             side = int(0.8 * min(image.size))
-            x, y = rng.integers(0, image.width - side), rng.integers(0, image.height - side)
+            x, y = int(rng.integers(0, image.width - side)), int(rng.integers(0, image.height - side))
             rows.append((f"images/{modality}-{copy}.png", REPORTS[modality][copy % 2], modality, f"{modality}-{copy}"))
             image.crop((x, y, x + side, y + side)).resize((256, 256)).save(folder / rows[-1][0])
     with open(folder / "reports.csv", "w", newline="") as file:

@@ -327,7 +327,10 @@ def measure(model: MedMoEModel, collator: ContrastiveCollator, samples: list[dic
     if output.report_router_logits is not None:
         result["routing_report"] = accuracy(output.report_router_logits.argmax(dim=-1), labels)
 
-    zero_shot, hits, nonsense_hits, weights = [], [], [], []
+    zero_shot: list[float] = []
+    hits: list[float] = []
+    nonsense_hits: list[float] = []
+    weights: list[torch.Tensor] = []
     for number, modality in enumerate(MODALITIES):
         rows = [row for row, sample in enumerate(samples) if sample["modality"] == number]
         prompts = zero_shot_prompts(modality)

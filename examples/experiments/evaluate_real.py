@@ -215,7 +215,8 @@ def presence(mask: np.ndarray, ids: Sequence[int], pixel_area: float) -> np.ndar
     Returns:
         (Z,) bool.
     """
-    return np.isin(mask, ids).sum(axis=(0, 1)) * pixel_area >= SMALLEST
+    areas = pixel_area * np.isin(mask, ids).sum(axis=(0, 1))
+    return np.asarray(areas >= SMALLEST)
 
 
 def split_in_blocks(count: int, block: int, gap: int) -> tuple[np.ndarray, np.ndarray]:
@@ -238,7 +239,7 @@ def is_measurable(present: np.ndarray, parts: np.ndarray, least: int = LEAST) ->
     counts = [
         (found & (parts == part)).sum() for part in ("train", "test") for found in (present, np.logical_not(present))
     ]
-    return min(counts) >= least
+    return bool(min(counts) >= least)
 
 
 def package_file(package: str, path: str) -> Path | None:

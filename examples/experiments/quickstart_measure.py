@@ -8,9 +8,11 @@ folder (or its repository on the Hub) only.
 
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-sys.modules["medmoe_hf"] = None  # from here on `import medmoe_hf` fails, installed or not
+sys.modules["medmoe_hf"] = None  # type: ignore[assignment]  # from here on `import medmoe_hf` fails, installed or not
 
 import datasets
 import matplotlib
@@ -25,6 +27,9 @@ from transformers import AutoModel, AutoProcessor
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.patches import Rectangle
+
+Sample = dict[str, Any]
+Prompts = dict[str, dict[str, list[str]]]
 
 NONSENSE = ("glorbix", "quandle", "zwyvex")
 BATCH = 50
@@ -56,7 +61,7 @@ def main(folder: Path) -> None:
     draw_heatmaps(model, processor, samples, prompts, folder / "heatmaps.png")
 
 
-def read_sample(sample: dict) -> dict:
+def read_sample(sample: dict[str, Any]) -> dict[str, Any]:
     """Return the image, caption, modality id, finding, the word that names it and its box in pixels."""
     facts = sample["json"]
     return {
@@ -69,14 +74,14 @@ def read_sample(sample: dict) -> dict:
     }
 
 
-def batches(samples: list, description: str):
+def batches(samples: list[Any], description: str) -> Iterator[list[Any]]:
     """Yield batches of `BATCH` samples, with a progress bar."""
     parts = [samples[start : start + BATCH] for start in range(0, len(samples), BATCH)]
     yield from tqdm(parts, desc=description, leave=False)
 
 
 @torch.no_grad()
-def image_embeddings(model, processor, samples: list) -> tuple:
+def image_embeddings(model: Any, processor: Any, samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (N, D) embeddings of unit length and the (N,) experts that the image router selects."""
     embeds, experts = [], []
     for batch in batches(samples, "measuring: images"):
@@ -88,7 +93,7 @@ def image_embeddings(model, processor, samples: list) -> tuple:
 
 
 @torch.no_grad()
-def text_embeddings(model, processor, texts: list) -> torch.Tensor:
+def text_embeddings(model: Any, processor: Any, texts: list[str]) -> torch.Tensor:
     """Return (N, D) embeddings of unit length."""
     parts = [
         model.get_text_features(**processor(text=batch, return_tensors="pt"))
@@ -97,7 +102,7 @@ def text_embeddings(model, processor, texts: list) -> torch.Tensor:
     return torch.nn.functional.normalize(torch.cat([part.pooler_output for part in parts]), dim=-1)
 
 
-def measure_pairs(model, processor, samples: list) -> dict:
+def measure_pairs(model: Any, processor: Any, samples: list[Sample]) -> dict[str, Any]:
     """Measure routing by image and by report, and retrieval among all unseen pairs."""
     truth = torch.tensor([sample["modality"] for sample in samples])
     captions = [sample["caption"] for sample in samples]
@@ -127,7 +132,7 @@ def measure_pairs(model, processor, samples: list) -> dict:
     }
 
 
-def measure_zero_shot(model, processor, samples: list, prompts: dict) -> dict:
+def measure_zero_shot(model: Any, processor: Any, samples: list[Sample], prompts: Prompts) -> dict[str, Any]:
     """Measure accuracy over the findings of each modality; the prompts of a finding are averaged to one embedding."""
     names = list(model.config.modalities.values())
     result = {}
@@ -146,12 +151,14 @@ def measure_zero_shot(model, processor, samples: list, prompts: dict) -> dict:
 
 
 @torch.no_grad()
-def word_heatmaps(model, processor, samples: list, words: list, prompts: dict) -> list:
+def word_heatmaps(
+    model: Any, processor: Any, samples: list[Sample], words: Sequence[str], prompts: Prompts
+) -> list[np.ndarray]:
     """Return the (H, W) heat-map of one word per sample, in the pixels of its image.
 
     The map shows what makes the image more similar to the word than to normal reports of its modality.
     """
-    heatmaps = [None] * len(samples)
+    heatmaps: list[Any] = [None] * len(samples)
     for number, name in model.config.modalities.items():
         rows = [row for row, sample in enumerate(samples) if sample["modality"] == number]
         normal = processor(text=prompts[name]["normal"], return_tensors="pt")
@@ -166,18 +173,18 @@ def word_heatmaps(model, processor, samples: list, words: list, prompts: dict) -
     return heatmaps
 
 
-def is_hit(heatmap: np.ndarray, box: list) -> bool:
+def is_hit(heatmap: np.ndarray, box: list[float]) -> bool:
     """Return whether the hottest pixel is inside the box."""
     y, x = np.unravel_index(heatmap.argmax(), heatmap.shape)
     left, top, right, bottom = box
     return bool(left <= x < right and top <= y < bottom)
 
 
-def measure_pointing(model, processor, samples: list, prompts: dict) -> dict:
+def measure_pointing(model: Any, processor: Any, samples: list[Sample], prompts: Prompts) -> dict[str, Any]:
     """Measure how often the hottest pixel is inside the finding's box, for its word and for nonsense words."""
     chosen = [sample for sample in samples if sample["word"]]
 
-    def hits(words: list) -> list:
+    def hits(words: Sequence[str]) -> list[bool]:
         maps = word_heatmaps(model, processor, chosen, words, prompts)
         return [is_hit(heatmap, sample["box"]) for heatmap, sample in zip(maps, chosen, strict=True)]
 
@@ -200,7 +207,7 @@ def measure_pointing(model, processor, samples: list, prompts: dict) -> dict:
     }
 
 
-def real_images() -> list:
+def real_images() -> list[tuple[str, str, Any]]:
     """Return (name, modality, image) of two DICOM files from pydicom and a retina photograph from scikit-image."""
     ct = pydicom.dcmread(pydicom.data.get_testdata_file("CT_small.dcm"))
     hounsfield = ct.pixel_array * float(ct.RescaleSlope) + float(ct.RescaleIntercept)
@@ -215,7 +222,7 @@ def real_images() -> list:
     ]
 
 
-def route_real_images(model, processor) -> list:
+def route_real_images(model: Any, processor: Any) -> list[dict[str, Any]]:
     """Return the router's probabilities for each of the real images."""
     report = []
     for name, modality, image in real_images():
@@ -233,7 +240,7 @@ def route_real_images(model, processor) -> list:
     return report
 
 
-def draw_heatmaps(model, processor, samples: list, prompts: dict, path: Path) -> None:
+def draw_heatmaps(model: Any, processor: Any, samples: list[Sample], prompts: Prompts, path: Path) -> None:
     """Draw a row per modality: the image with the finding's box, the word's heat-map and the control's."""
     names = list(model.config.modalities.values())
     chosen = [next(s for s in samples if s["modality"] == number and s["word"]) for number in range(len(names))]

@@ -32,7 +32,7 @@ def multiply_adds(model: nn.Module, forward: Callable[[torch.Tensor], Any]) -> i
     # The counter does not support fused attention on CPUs; SDPBackend.MATH uses matrix products, which it counts.
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         forward(torch.zeros(1, 3, SIDE, SIDE))
-    return counter.get_total_flops() // 2
+    return int(counter.get_total_flops()) // 2
 
 
 def medmoe_rows(preset: str) -> list[dict[str, Any]]:
