@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm.auto import tqdm
 
@@ -39,8 +39,15 @@ def set_up_logging(verbose: bool = False, quiet: bool = False) -> None:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
 
-class _ConsoleHandler(logging.Handler):
-    """Prints above the progress bars."""
+class _ConsoleHandler(logging.StreamHandler[TextIO]):
+    """Prints above the progress bars, on the standard error of the moment."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stderr
 
     def emit(self, record: logging.LogRecord) -> None:
         try:

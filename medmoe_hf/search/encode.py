@@ -30,7 +30,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
-from tqdm.auto import tqdm
 
 from medmoe_hf.common.console import progress
 from medmoe_hf.common.files import atomic_write
@@ -435,9 +434,12 @@ def _run(
     started = time.monotonic()
     samples = iter(stream)
     process = encoder.accelerator
-    with tqdm(
-        desc="encode" if process.num_processes == 1 else f"encode (process 1 of {process.num_processes})",
+    with progress(
+        None,
+        "encode" if process.num_processes == 1 else f"encode (process 1 of {process.num_processes})",
         unit="pair",
+        delay=0,
+        leave=True,
         initial=state["stream"]["faults"]["good"] if state is not None else 0,
         disable=not process.is_main_process,
     ) as bar:

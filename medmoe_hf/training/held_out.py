@@ -1,19 +1,22 @@
 """Held-out pairs of a training run: read once before the first step, evaluated on during training."""
 
+import logging
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from medmoe_hf.common.console import progress
 from medmoe_hf.data.collate import ContrastiveCollator
 from medmoe_hf.data.reading import Sample
 from medmoe_hf.data.stream import SampleStream
 from medmoe_hf.errors import StreamError, TrainingError
 from medmoe_hf.evaluation.validation import RECALLS, validate
 from medmoe_hf.training.negatives import gather_rows, max_over_processes
+
+logger = logging.getLogger(__name__)
 
 
 def to_device(batch: dict[str, Any], accelerator: Accelerator) -> dict[str, Any]:
@@ -66,9 +69,7 @@ class HeldOutData:
         error: Exception | None = None
         try:
             pairs = islice(self.stream, self._samples)
-            samples += tqdm(
-                pairs, desc="held-out data", total=self._samples, unit="pair", leave=False, disable=not main
-            )
+            samples += progress(pairs, "held-out data", "pair", self._samples, delay=0, disable=not main)
         except StreamError as problem:
             error = problem
         if max_over_processes(error is not None, accelerator.device):
@@ -90,9 +91,9 @@ class HeldOutData:
             self._batches.append((batch, number < len(starts)))
         if main:
             if self.stream.faults.bad:
-                tqdm.write(f"held-out data: {self.stream.faults}")
+                logger.warning("held-out data: %s", self.stream.faults)
             for line in _limits(len(samples), size):
-                tqdm.write(line)
+                logger.warning(line)
 
     def evaluate(self, model: Any, step: int) -> dict[str, float]:
         """The metrics of `medmoe_hf.evaluation.validate` on all held-out pairs. Every process must call this.
@@ -104,11 +105,11 @@ class HeldOutData:
         self.read()
         assert self._batches is not None
         accelerator = self._accelerator
-        batches = tqdm(
+        batches = progress(
             self._batches,
-            desc=f"evaluating at step {step}",
-            unit="batch",
-            leave=False,
+            f"evaluating at step {step}",
+            "batch",
+            delay=0,
             disable=not accelerator.is_main_process,
         )
         with accelerator.autocast():

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
-from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from medmoe_hf.common.console import progress
 from medmoe_hf.data.reading import Sample
 from medmoe_hf.errors import Interrupted, StreamError, TrainingError
 from medmoe_hf.evaluation.validation import LOSS_PARTS, describe
@@ -28,6 +28,8 @@ from medmoe_hf.training.negatives import gather_rows, max_over_processes
 from medmoe_hf.training.optimizer import train_mode
 from medmoe_hf.training.record import TrainingRecord
 from medmoe_hf.training.run_state import RunState
+
+logger = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig, resume: str | Path | None = None) -> TrainingRecord:
@@ -128,7 +130,7 @@ class TrainingRun(RunState):
             if problem is None and self.collator.positives == "label":
                 problem = preflight.missing_labels(self._streams())
             for warning in self.stream.order_warnings():
-                tqdm.write(f"training data: {warning}")
+                logger.warning("training data: %s", warning)
         if self._any_process(problem is not None):
             raise StreamError(f"Training data: {problem or 'unusable; the message of the main process says why.'}")
         if self.held_out is not None:
@@ -161,11 +163,14 @@ class TrainingRun(RunState):
             checkpoints.clean(self.folder)
         self.check_data()
         self._start_trackers()
-        bar = tqdm(
-            total=config.max_steps,
+        bar = progress(
+            None,
+            "train",
+            "step",
+            config.max_steps,
+            delay=0,
+            leave=True,
             initial=record.steps,
-            desc="train",
-            unit="step",
             disable=not accelerator.is_main_process,
         )
         try:
@@ -179,7 +184,7 @@ class TrainingRun(RunState):
             raise
         record.skipped = {f"{source}: {cause}": count for (source, cause), count in self.stream.faults.counts.items()}
         if record.skipped and accelerator.is_main_process:
-            tqdm.write(f"training data: {self.stream.faults}")
+            logger.warning("training data: %s", self.stream.faults)
         state_dict = self._state_dict()
         with self._main_process_writes("The model", fall_back=True):
             if accelerator.is_main_process:
@@ -335,7 +340,7 @@ class TrainingRun(RunState):
             self._save_step_start()
             saved = f" The state after {self.record.steps} steps is saved in {self._checkpoint_path()}."
         if error is not None and not isinstance(error, (TrainingError, StreamError)):
-            tqdm.write("The training data cannot be read any further:")
+            logger.error("The training data cannot be read any further:")
             raise error
         kind = TrainingError if isinstance(error, TrainingError) else StreamError
         raise kind(f"Training data: {error or 'another process cannot read its data.'}{saved}") from error
@@ -367,11 +372,16 @@ class TrainingRun(RunState):
             try:
                 self._save_step_start()
             except Exception as second:
-                self.accelerator.print(f"{type(error).__name__}, and no checkpoint could be written: {second}")
+                if self.accelerator.is_main_process:
+                    logger.error("%s, and no checkpoint could be written: %s", type(error).__name__, second)
                 return
-        self.accelerator.print(
-            f"{type(error).__name__}: the run ends; the state after {steps} steps is saved in "
-            f"{self._checkpoint_path()}."
+        if not self.accelerator.is_main_process:
+            return
+        logger.error(
+            "%s: the run ends; the state after %d steps is saved in %s",
+            type(error).__name__,
+            steps,
+            self._checkpoint_path(),
         )
 
     def _save_step_start(self, rotate: bool = True) -> None:

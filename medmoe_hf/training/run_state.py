@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import time
 import warnings
 from collections.abc import Iterator
@@ -34,6 +35,8 @@ from medmoe_hf.training.negatives import max_over_processes
 from medmoe_hf.training.optimizer import freeze, parameter_groups
 from medmoe_hf.training.record import TrainingRecord
 from medmoe_hf.training.streams import held_out_stream, training_stream
+
+logger = logging.getLogger(__name__)
 
 
 class RunState:
@@ -76,10 +79,10 @@ class RunState:
         preflight.limit_threads(accelerator, config.data.num_workers)
         preflight.check_strategy(config, accelerator.distributed_type)
         self._check_folders()
-        for problem in damaged:
-            accelerator.print(f"Skipped: {problem}")
-        if damaged:
-            accelerator.print(f"Resuming from {checkpoint}, the newest complete checkpoint.")
+        if damaged and accelerator.is_main_process:
+            for problem in damaged:
+                logger.warning("Skipped: %s", problem)
+            logger.warning("Resuming from %s, the newest complete checkpoint.", checkpoint)
         set_seed(config.seed)
         state: dict[str, Any] | None = None
         tensors: dict[str, dict[str, Tensor]] = {}

@@ -69,7 +69,7 @@ def test_a_column_that_is_not_there_is_found_before_the_first_step(tmp_path):
     assert nothing_begun(tmp_path)
 
 
-def test_tars_that_are_sorted_by_class_are_said_before_the_first_step(tmp_path, capsys):
+def test_tars_that_are_sorted_by_class_are_said_before_the_first_step(tmp_path, caplog):
     for modality in MODALITIES[:2]:
         write_webdataset(tmp_path / modality, shards=2, samples_per_shard=12, image_size=64, modalities=[modality])
     files = [str(tmp_path / modality / "*.tar") for modality in MODALITIES[:2]]
@@ -77,8 +77,9 @@ def test_tars_that_are_sorted_by_class_are_said_before_the_first_step(tmp_path, 
         data = {"train": {"kind": "webdataset", "files": files, "name": "mine"}, "shuffle_buffer": buffer}
         data["num_workers"] = 0
         train(config(tmp_path / f"out{buffer}", data=data, max_steps=1))
-        found = "training data: mine: the first 4 samples are not like the rest" in capsys.readouterr().out
+        found = "training data: mine: the first 4 samples are not like the rest" in caplog.text
         assert found == said
+        caplog.clear()
 
 
 @pytest.mark.parametrize("where", ["output_dir", "run_dir"])
@@ -133,7 +134,7 @@ def straight(tmp_path_factory):
 
 @pytest.mark.parametrize(("where", "step"), [("evaluation", 3), ("forward", 2), ("reading", 2), ("tracker", 2)])
 def test_whatever_fails_leaves_a_checkpoint_that_goes_on_to_the_same_weights(
-    tmp_path, monkeypatch, straight, where, step, capsys
+    tmp_path, monkeypatch, straight, where, step, caplog
 ):
     """The failure comes after random numbers, running statistics and the stream have moved on."""
     part = TrainingRun(run_of(tmp_path / "out", PHANTOMS, **CHANGES))
@@ -150,7 +151,7 @@ def test_whatever_fails_leaves_a_checkpoint_that_goes_on_to_the_same_weights(
             part.train()
     newest = find_checkpoints(tmp_path / "out-run" / "checkpoints")[-1]
     assert newest.name == f"step-0000000{step}"
-    said = capsys.readouterr().out
+    said = caplog.text
     assert f"RuntimeError: the run ends; the state after {step} steps is saved in {newest}" in said
     resumed = train(run_of(tmp_path / "out", PHANTOMS, **CHANGES), "auto")
     record, expected = straight

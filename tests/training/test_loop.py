@@ -120,15 +120,13 @@ def bad_table(folder, good, bad):
     return {"kind": "csv", "files": [str(folder / "t.csv")], "image": "path", "name": "mine"}
 
 
-def test_bad_samples_are_skipped_counted_and_reported(tmp_path, capsys):
+def test_bad_samples_are_skipped_counted_and_reported(tmp_path, caplog):
     source = bad_table(tmp_path, good=24, bad=1)
     record = train(config(tmp_path / "out", data={"train": source, "num_workers": 0}, max_steps=4))
     assert record.samples == 24
     assert record.skipped == {"mine: missing image": 1}
     assert json.loads((tmp_path / "out" / "training.json").read_text())["skipped"] == record.skipped
-    assert re.search(
-        r"training data: 24 samples, 1 skipped\n  mine: 1 missing image \(.*none0.png\)", capsys.readouterr().out
-    )
+    assert re.search(r"training data: 24 samples, 1 skipped\n  mine: 1 missing image \(.*none0.png\)", caplog.text)
 
 
 def test_too_many_bad_samples_stop_the_run_with_a_checkpoint(tmp_path):

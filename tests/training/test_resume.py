@@ -272,11 +272,11 @@ def test_a_damaged_checkpoint_is_refused_by_name(copied, damage):
     assert re.search(said, problems[0])
 
 
-def test_auto_uses_the_newest_complete_checkpoint_and_reports_it(copied, capsys):
+def test_auto_uses_the_newest_complete_checkpoint_and_reports_it(copied, caplog):
     run, _, newest, expected = copied
     said = damaged(newest, "no average")
     assert train(run, "auto").resumed == [2]
-    out = capsys.readouterr().out
+    out = caplog.text
     assert re.search(f"Skipped: .*{said}", out)
     assert re.search("Resuming from .*step-00000002, the newest complete checkpoint", out)
     assert_same(weights(run.output_dir), expected)

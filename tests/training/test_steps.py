@@ -117,7 +117,7 @@ def test_what_is_measured_is_what_is_saved_in_batches_of_the_training_size(tmp_p
 
 
 @pytest.mark.parametrize("left_over", [1, 3])
-def test_pairs_left_over_do_not_change_the_held_out_loss(tmp_path, capsys, left_over):
+def test_pairs_left_over_do_not_change_the_held_out_loss(tmp_path, caplog, capsys, left_over):
     """Twelve pairs and thirteen, six at a time: one loss; a lone pair's would be 0."""
     evaluated = [
         train(config(tmp_path / f"{pairs}", max_steps=1, evaluation_samples=pairs)).evaluations[0]
@@ -126,14 +126,14 @@ def test_pairs_left_over_do_not_change_the_held_out_loss(tmp_path, capsys, left_
     assert evaluated[1]["loss"] == evaluated[0]["loss"]
     assert [one["pairs"] for one in evaluated] == [12, 12 + left_over]
     assert [one["loss_pairs"] for one in evaluated] == [12, 12]
-    said = capsys.readouterr().out
+    said = caplog.text
     assert f"held-out data: {12 + left_over} pairs, of which the loss leaves out {left_over}" in said
-    assert "(12 pairs, 6 at a time), routing_image 0" in said
+    assert "(12 pairs, 6 at a time), routing_image 0" in capsys.readouterr().out
 
 
-def test_a_held_out_part_that_is_too_small_is_said(tmp_path, capsys):
+def test_a_held_out_part_that_is_too_small_is_said(tmp_path, caplog):
     train(config(tmp_path / "out", max_steps=1, evaluation_samples=4))
-    said = capsys.readouterr().out
+    said = caplog.text
     assert "held-out data: 4 pairs, fewer than `batch_size` 6" in said
     assert "held-out data: 4 pairs are too few for R@5 and R@10, which would always be 1" in said
 
