@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
@@ -306,7 +306,7 @@ def common_facts(
         "prompts": short_hash(json.dumps(list(texts))) if texts else None,
         "seed": seed,
         "resamples": resamples,
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {name: found for name in PACKAGES if (found := _version(name)) is not None},
     }
 
 
@@ -324,6 +324,13 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # scikit-learn is optional
+        return None
 
 
 def metric_name(metric: str) -> str:
