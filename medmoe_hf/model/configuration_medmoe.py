@@ -282,7 +282,7 @@ class MedMoEVisionConfig(PreTrainedConfig):
         if len(ids) == 1:
             ids = ids * batch_size
         if len(ids) != batch_size:
-            raise ValueError(f"`modality` has {len(ids)} entries for {batch_size} images; give one, or one per image.")
+            raise ValueError(f"`modality` has {len(ids)} entries for {batch_size} images; pass one, or one per image.")
         return ids
 
     def validate_sizes(self) -> None:
@@ -312,11 +312,11 @@ class MedMoEVisionConfig(PreTrainedConfig):
                 f"`modalities` must number at least one expert 0, 1, ... without a gap, got {_shown(self.modalities)}."
             )
         if len({name.lower() for name in names}) != len(names) or not all(name.strip() for name in names):
-            raise ValueError(f"`modalities` must give each expert a name of its own, got {names}.")
+            raise ValueError(f"`modalities` must have a unique name per expert, got {names}.")
 
     def validate_out_indices(self) -> None:
         if self.out_indices is not None and self.swin_config is not None:
-            raise ValueError("`out_indices` chooses levels of a timm backbone; the Swin gives all of its stages.")
+            raise ValueError("`out_indices` chooses levels of a timm backbone; the Swin uses all of its stages.")
 
 
 @strict

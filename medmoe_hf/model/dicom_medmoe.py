@@ -204,7 +204,7 @@ def _stored(dataset: Any, name: str, frame: int, photometric: str, max_pixels: i
         raise MissingPackageError(f"{name} is stored as {syntax.name}; {missing_package('that', 'pylibjpeg')}")
     check_size(int(dataset.get("Columns") or 0), int(dataset.get("Rows") or 0), name, max_pixels)
     # Decoder options that replace missing or misspelt values of the header.
-    told: dict[str, Any] = {
+    options: dict[str, Any] = {
         "samples_per_pixel": int(dataset.get("SamplesPerPixel") or 1),
         "photometric_interpretation": photometric,
         "planar_configuration": int(dataset.get("PlanarConfiguration") or 0),
@@ -214,13 +214,13 @@ def _stored(dataset: Any, name: str, frame: int, photometric: str, max_pixels: i
     # In old files the pixels occupy the upper of the allocated bits.
     above = 0
     if "PixelData" in dataset and (not syntax.is_encapsulated or syntax == pydicom.uid.RLELossless):
-        above = int(dataset.get("HighBit") or 0) + 1 - told["bits_stored"]
-        above = above if 0 < above <= int(dataset.get("BitsAllocated") or 0) - told["bits_stored"] else 0
+        above = int(dataset.get("HighBit") or 0) + 1 - options["bits_stored"]
+        above = above if 0 < above <= int(dataset.get("BitsAllocated") or 0) - options["bits_stored"] else 0
     try:
         if syntax.is_encapsulated:
             _check_compressed(dataset, name, frame, max_pixels)
         stored: np.ndarray = pydicom.pixels.pixel_array(
-            dataset, index=frame, **{**told, "bits_stored": told["bits_stored"] + above}
+            dataset, index=frame, **{**options, "bits_stored": options["bits_stored"] + above}
         )
     except ImageError:
         raise

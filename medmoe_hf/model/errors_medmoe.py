@@ -39,4 +39,4 @@ class ImageTooLargeError(ImageError):
 
 
 class MedicalImageError(ImageError):
-    """A DICOM or NIfTI file that holds no usable picture."""
+    """A DICOM or NIfTI file without a usable image."""

@@ -374,7 +374,7 @@ class _MedMoEImages:
     def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
         size = kwargs.get("size")
         if kwargs.get("do_resize") and size is not None and not (size.height and size.width):
-            raise ValueError(f"size must give a height and a width, got {dict(size)}")
+            raise ValueError(f"size must have a height and a width, got {dict(size)}")
         super()._validate_preprocess_kwargs(**kwargs)  # type: ignore[misc]
 
     def _preprocess(

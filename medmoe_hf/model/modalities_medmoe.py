@@ -1,4 +1,4 @@
-"""The six default modalities: their order, the other names that people and DICOM have for them, and their ids."""
+"""The six default modalities: names, order, aliases, DICOM codes and ids."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 from .errors_medmoe import ArgumentError
 
 UNKNOWN_MODALITY = -100
-"""The id of an unknown modality: ignored by the auxiliary loss, left to the router by the image tower."""
+"""The id of an unknown modality: ignored by the auxiliary loss; the image tower uses its router instead."""
 
 DICOM_CODES: dict[str, tuple[str, ...]] = {
     "xray": ("CR", "DX", "MG", "RG", "IO", "PX", "XA", "RF"),
@@ -17,9 +17,9 @@ DICOM_CODES: dict[str, tuple[str, ...]] = {
     "histopathology": ("SM", "GM"),
     "fundus": ("OP",),
 }
-"""Name -> the codes of DICOM's Modality (PS3.3 C.7.3.1.1.1). Those of other kinds (PT, NM, OT, SEG) stay unknown."""
+"""Name -> codes of DICOM's Modality (PS3.3 C.7.3.1.1.1). Other codes (PT, NM, OT, SEG) are unknown."""
 
-_SPOKEN: dict[str, tuple[str, ...]] = {
+_COMMON_ALIASES: dict[str, tuple[str, ...]] = {
     "xray": ("x-ray", "x ray", "radiograph", "cxr", "xr"),
     "ct": ("computed tomography", "cat"),
     "mri": ("magnetic resonance",),
@@ -29,39 +29,45 @@ _SPOKEN: dict[str, tuple[str, ...]] = {
 }
 
 MODALITIES: Any = tuple(DICOM_CODES)
-"""The names in expert order: the position is the id."""
+"""The names in the order of experts: the position is the id."""
 
 MODALITY_ALIASES: dict[str, tuple[str, ...]] = {
-    name: (*_SPOKEN[name], *(code.lower() for code in codes if code.lower() != name))
+    name: (*_COMMON_ALIASES[name], *(code.lower() for code in codes if code.lower() != name))
     for name, codes in DICOM_CODES.items()
 }
-"""Name -> all other names for it, in lower case."""
+"""Name -> all aliases, in lower case."""
 
 _CANONICAL = {
     **{name: name for name in MODALITIES},
     **{alias: name for name, aliases in MODALITY_ALIASES.items() for alias in aliases},
 }
-_OF_DICOM_CODE = {code: name for name, codes in DICOM_CODES.items() for code in codes}
+_NAME_BY_DICOM_CODE = {code: name for name, codes in DICOM_CODES.items() for code in codes}
 
 
 def modality_of_dicom(code: Any) -> str | None:
-    """The name that belongs to the value of DICOM's Modality; None for one of another kind, or an empty one."""
-    return _OF_DICOM_CODE.get(str(code or "").strip().upper())
+    """Returns the name of a value of DICOM's Modality; None if it is empty or of another kind."""
+    return _NAME_BY_DICOM_CODE.get(str(code or "").strip().upper())
 
 
 def modality_id(modality: Any, names: Sequence[str] | Mapping[int, str] = MODALITIES) -> int:
-    """The id of a modality, however it is named.
+    """Returns the id of a modality.
 
     Args:
-        modality: a name, an alias (`"cxr"`), DICOM's code (`"DX"`) or an id; in any case, and ids also as tables
-            hold them, `"2"` or 2.0. None, NaN, -100 and blank strings mean unknown.
-        names: the names that the ids stand for, as in a model's configuration; one of its own comes before an alias.
+        modality: A name, an alias (`"cxr"`), a DICOM code (`"DX"`) or an id; case is ignored, and ids may also be
+            strings or floats, as in tables (`"2"`, 2.0). None, NaN, -100 and blank strings mean unknown.
+        names: The names in the order of ids, or by id, as in a model's configuration; a name takes precedence over an
+            alias.
 
     Returns:
-        the id, or -100 where the modality is unknown.
+        The id, or -100 if the modality is unknown.
 
     Raises:
-        ValueError: for anything else, and for an alias that fits two of `names`.
+        ValueError: Anything else, and an alias that matches two of `names`.
+
+    Example:
+        >>> from medmoe_hf.model.modalities_medmoe import modality_id
+        >>> modality_id("CXR"), modality_id("MR"), modality_id(None)
+        (0, 2, -100)
     """
     known = dict(names) if isinstance(names, Mapping) else dict(enumerate(names))
     modality = modality.item() if hasattr(modality, "item") else modality
@@ -92,6 +98,6 @@ def modality_id(modality: Any, names: Sequence[str] | Mapping[int, str] = MODALI
         return item
     listed = ", ".join(f"{index}: {name}" for index, name in known.items())
     raise ArgumentError(
-        f"Unknown modality {modality!r}. Known are {{{listed}}}, their aliases and DICOM's codes, and "
+        f"Unknown modality {modality!r}. Known are {{{listed}}}, their aliases and DICOM codes, and "
         f"{UNKNOWN_MODALITY} = unknown."
     )
