@@ -9,9 +9,6 @@ ROOT = Path(__file__).resolve().parent.parent
 # modeling_medmoe.py stays one file, as in transformers. Others are to be split.
 LONG = {
     "model/modeling_medmoe.py",
-    "data/phantom.py",
-    "data/stream.py",
-    "model/configuration_medmoe.py",
     "search/encode.py",
 }
 

@@ -1,4 +1,4 @@
-"""Files and folders that are written atomically, and records without the paths of a machine."""
+"""Atomic writing of files and folders, and removal of directory names from records."""
 
 import os
 import shutil
@@ -13,9 +13,18 @@ from medmoe_hf.errors import PathExistsError
 
 @contextmanager
 def atomic_write(target: str | Path) -> Iterator[Path]:
-    """Gives a path beside `target` to write to, which takes its name when the block ends well.
+    """Yields a temporary path to write to, and renames it to `target` when the block ends without an exception.
 
-    What is there already stays until then, and is replaced. An interruption leaves at most `.NAME.partial`.
+    An existing file is kept until then and replaced. A crash leaves at most `.NAME.partial`.
+
+    Args:
+        target: The file's final path.
+
+    Example:
+        ```python
+        with atomic_write("results.json") as path:
+            path.write_text("{}")
+        ```
     """
     target = Path(target)
     partial = target.with_name(f".{target.name}.partial")
@@ -30,14 +39,20 @@ def atomic_write(target: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_dir(target: str | Path, force: bool = False) -> Iterator[Path]:
-    """Gives a new folder beside `target` to write into, which takes its name when the block ends well.
+    """Yields a new folder to write into, and renames it to `target` when the block ends without an exception.
 
     Args:
-        target: the folder's final place; its parents are made.
-        force: whether a folder that is there already is replaced. It is moved aside until the new one is in place.
+        target: The folder's final path; its parents are created.
+        force: Replace an existing folder. It is moved aside until the new one is in place.
 
     Raises:
-        FileExistsError: if `target` exists and `force` is False, before anything is written.
+        PathExistsError: If `target` exists and `force` is False, before anything is written.
+
+    Example:
+        ```python
+        with atomic_dir("model") as folder:
+            model.save_pretrained(folder)
+        ```
     """
     target = Path(target)
     if target.exists() and not force:
@@ -65,16 +80,26 @@ def atomic_dir(target: str | Path, force: bool = False) -> Iterator[Path]:
 
 
 def _umask() -> int:
-    # mkdtemp makes folders for their owner only; there is no way to read the mask without setting it.
+    # mkdtemp creates folders for their owner only; the mask cannot be read without setting it.
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
 def redact_paths(value: Any) -> Any:
-    """The same dictionaries, lists and values, in which the last part is all that is left of an absolute path.
+    """Shortens absolute paths to their last part, so that records do not reveal directories of a machine.
 
-    Keys and patterns too, `::` between several included: `/home/me/shards/*.tar` becomes `*.tar`. Relative paths stay.
+    Keys, glob patterns and paths joined by `::` are shortened too. Relative paths stay.
+
+    Args:
+        value: Nested dictionaries, lists and values.
+
+    Returns:
+        A copy with shortened paths; keys that become equal are numbered.
+
+    Example:
+        >>> redact_paths({"files": ["/home/me/shards/*.tar"]})
+        {'files': ['*.tar']}
     """
     if isinstance(value, dict):
         found: dict[Any, Any] = {}

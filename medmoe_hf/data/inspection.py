@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
-from tqdm.auto import tqdm
 
+from medmoe_hf.common.console import progress
 from medmoe_hf.common.files import atomic_write
 from medmoe_hf.data.captions import detect_rule
 from medmoe_hf.data.faults import Fault
@@ -286,7 +286,7 @@ def _read_all(source: Any, report: SourceReport, share: float, num_workers: int)
         )
         shards = stream.shards[0]
         try:
-            for sample in tqdm(stream, desc=f"{report.name} ({title})", unit="pair", delay=5, leave=False):
+            for sample in progress(stream, f"{report.name} ({title})", "pair", delay=5):
                 digest, size = sample["image"]
                 sizes = _extremes([*(sizes or ()), size])
                 label, subject, caption = _label(sample), sample["subject"], hash(sample["caption"])

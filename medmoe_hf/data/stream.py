@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
+from medmoe_hf.common.console import progress
 from medmoe_hf.data.faults import Fault, FaultLog
 from medmoe_hf.data.fields import template_fields
 from medmoe_hf.data.parsing import fields_before_reading, modality_before_reading, modality_of_source
@@ -168,12 +168,11 @@ class SampleStream:
         if source not in self._labels:
             model, fields = self.sources[source], fields_before_reading(self.sources[source])
             labels: list[np.ndarray] = []
-            for shard in tqdm(
+            for shard in progress(
                 self.shards[source],
-                desc=f"modalities of {self.names[source]}",
-                unit="shard",
+                f"modalities of {self.names[source]}",
+                "shard",
                 delay=5,
-                leave=False,
                 disable=self.rank > 0,
             ):
                 found = np.full(self._length(source, len(labels)), UNKNOWN_MODALITY, dtype=np.int16)
