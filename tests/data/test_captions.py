@@ -1,4 +1,4 @@
-"""The caption rules against texts laid out as the table of UniMed's tags says."""
+"""Caption rules, on texts in the layouts of UniMed's tags."""
 
 import collections
 import itertools
@@ -31,7 +31,7 @@ def mimic(report):
     return [*sentences(10), "", report]
 
 
-def test_the_rules_are_those_of_the_table():
+def test_rules_match_unimeds_table():
     assert list(CAPTION_RULES) == [
         "plain",
         "radimagenet",
@@ -71,25 +71,25 @@ def test_the_rules_are_those_of_the_table():
         ("medicat", ["caption", "nothingpresent"], ["caption"]),
     ],
 )
-def test_what_is_drawn(rule, items, expected, trailing):
+def test_possible_captions(rule, items, expected, trailing):
     counts = drawn(rule, joined(rule, items, trailing))
     assert set(counts) == set(expected)
     share = DRAWS / len(expected)
     assert all(0.4 * share < count < 1.7 * share for count in counts.values())
 
 
-def test_plain_is_the_text_itself():
+def test_plain_returns_the_text():
     assert apply_rule("plain", "  Chest film.\nClear lungs. \n", random.Random(0)) == "Chest film.\nClear lungs."
 
 
-def test_items_are_stripped_and_blank_ones_never_drawn():
+def test_items_are_stripped_and_empty_ones_are_ignored():
     assert set(drawn("chexpert", " a _chexpert_ \n _chexpert_\tb\n_chexpert__chexpert_ ")) == {"a", "b"}
     assert set(drawn("mimiccxr", joined("mimiccxr", mimic(" noreportpresent\n")))) == set(sentences(10))
     assert set(drawn("mimiccxr", joined("mimiccxr", mimic(" ")))) == set(sentences(10))
     assert set(drawn("medicat", "caption_medicat__medicat_")) == {"caption"}
 
 
-def test_only_rng_decides():
+def test_choices_depend_on_the_generator_only():
     text = joined("dr", sentences(15))
 
     def draws(seed):
@@ -122,19 +122,19 @@ def test_only_rng_decides():
         ("medicat", joined("medicat", ["", "nothingpresent"]), "finds no caption among 2 items"),
     ],
 )
-def test_errors_give_counts_and_never_the_caption(rule, text, message):
+def test_errors_have_counts_and_never_the_caption(rule, text, message):
     with pytest.raises(CaptionError, match=message) as caught:
         apply_rule(rule, text, random.Random(0))
     assert "SECRET" not in str(caught.value)
 
 
-def test_an_unknown_rule_is_no_fault_of_the_caption():
+def test_an_unknown_rule_is_not_a_caption_error():
     with pytest.raises(ValueError, match="Unknown caption rule 'auto'; known rules are plain, radimagenet") as caught:
         apply_rule("auto", "text", random.Random(0))
     assert not isinstance(caught.value, CaptionError)
 
 
-def test_detection():
+def test_detect_rule():
     for rule, trailing in itertools.product(list(CAPTION_RULES)[1:], (True, False)):
         assert detect_rule(joined(rule, sentences(3), trailing)) == rule
     assert detect_rule("Axial CT of the dr.") == "plain"

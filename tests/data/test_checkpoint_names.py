@@ -1,4 +1,4 @@
-"""A folder that is not there is said at once, by whatever takes a folder or a Hub id; nothing asks the Hub first."""
+"""A missing folder is reported immediately wherever a folder or a Hub id is accepted, without asking the Hub."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +28,7 @@ def here(tmp_path, monkeypatch):
     "runs/modle", "./runs/modle", "../x", "~/modle", "runs/model/best/", "a/b/c", "modle", "two words", "runs\\model",
     Path("runs/modle"), "-",
 ])  # fmt: skip
-def test_what_is_no_folder_and_no_id(here, name):
+def test_neither_a_folder_nor_an_id(here, name):
     with pytest.raises(FileNotFoundError) as caught:
         refuse_missing_folder(name)
     assert f'no folder "{name}"' in str(caught.value)
@@ -36,7 +36,7 @@ def test_what_is_no_folder_and_no_id(here, name):
 
 
 @pytest.mark.parametrize("name", ["runs/model", "vocab.txt", "./runs", "someone/medmoe", Path("runs/model")])
-def test_what_is_there_or_may_be_an_id(here, name):
+def test_existing_paths_and_possible_ids(here, name):
     refuse_missing_folder(name)
 
 
@@ -53,13 +53,13 @@ def test_the_nearest_folder_is_suggested(here):
         refuse_missing_folder("ruins/of/model")
 
 
-def test_a_home_that_nobody_expanded(here, monkeypatch):
+def test_a_home_folder_that_is_not_expanded(here, monkeypatch):
     monkeypatch.setenv("HOME", str(here))
     with pytest.raises(FileNotFoundError, match=rf'Did you mean "{here}/runs/model"\?'):
         refuse_missing_folder("~/runs/model")
 
 
-def test_a_model_of_the_cache_whose_user_is_called_as_a_folder_here(here, monkeypatch):
+def test_a_cached_model_whose_user_has_the_name_of_a_local_folder(here, monkeypatch):
     config = here / "config.json"
     config.touch()
     cached = {"runs/a": str(config)}
@@ -102,7 +102,7 @@ def no_hub(monkeypatch):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_says_so_at_once(here, no_hub, command):
+def test_every_command_reports_a_missing_folder_immediately(here, no_hub, command):
     (here / "adapter").mkdir()
     (here / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     (here / "adapter" / "adapter_model.safetensors").touch()
@@ -128,6 +128,6 @@ def test_a_model_to_search_with(here, no_hub, monkeypatch):
         index.search("out", "effusion")
 
 
-def test_a_preset_that_is_nearly_known(here):
+def test_a_misspelled_preset(here):
     result = CliRunner().invoke(app, ["init", "out", "--preset", "tinny"])
     assert "Did you mean `tiny`?" in str(result.exception)

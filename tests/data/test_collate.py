@@ -1,4 +1,4 @@
-"""The three parts of a batch's making against the processor as a whole."""
+"""The three steps of collation, compared with the processor."""
 
 import hashlib
 
@@ -35,7 +35,7 @@ def pictures():
         (MedMoEImageProcessorPil, {}, False),
     ],
 )
-def test_the_parts_together_are_the_processor(kind, options, in_parts):
+def test_the_steps_together_equal_the_processor(kind, options, in_parts):
     whole = processor(kind, **options)
     collator = ContrastiveCollator(whole)
     assert collator.in_parts == in_parts
@@ -49,7 +49,7 @@ def test_the_parts_together_are_the_processor(kind, options, in_parts):
     assert batch["return_loss"] is True
 
 
-def test_eight_bit_images_travel_in_eight_bits():
+def test_8_bit_images_stay_in_8_bits_until_normalization():
     collator = ContrastiveCollator(processor())
     samples = [{"image": collator.prepare(image), "caption": "x", "modality": 0} for image in pictures()[:3]]
     assert collator.assemble(samples)["pixel_values"].dtype == torch.uint8
@@ -64,7 +64,7 @@ def groups_of(positives, samples):
 
 
 def partition(groups):
-    """[5, 7, 5, -1] to [0, 1, 0, -1]."""
+    """Numbers groups in order of appearance: [5, 7, 5, -1] becomes [0, 1, 0, -1]."""
     known = list(dict.fromkeys(group for group in groups if group != -1))
     return [-1 if group == -1 else known.index(group) for group in groups]
 
@@ -75,17 +75,17 @@ def test_batches_without_groups(positives):
     assert "positive_groups" not in ContrastiveCollator(processor(), positives)(samples)
 
 
-def test_pairs_of_equal_captions_are_a_group():
+def test_pairs_with_equal_captions_are_a_group():
     captions = ["Normal chest.", " normal\n chest", "NORMAL CHEST", "No normal chest", "...", "Normal  chest ."]
     groups = groups_of("caption", [{"caption": caption} for caption in captions])
     assert partition(groups) == [0, 0, 0, 1, -1, 0]
-    # The same number in every process and run, whatever Python's own hashes are.
+    # Equal in every process and run, unlike Python's own hashes.
     digest = hashlib.blake2b(b"caption\0normal chest", digest_size=8).digest()
     assert groups[0] == int.from_bytes(digest, "big") // 2 < 2**63
 
 
-def test_pairs_of_equal_labels_are_a_group():
-    """Within a modality; a number within its source; a `group` everywhere; unknown labels are nobody else's."""
+def test_pairs_with_equal_labels_are_a_group():
+    """Within a modality, numbers within a source, a `group` everywhere; unknown labels have no group."""
     samples = [
         {"label": "Pneumonia", "source": 0},
         {"label": "pneumonia ", "source": 1},
@@ -109,6 +109,6 @@ def test_pairs_of_equal_labels_are_a_group():
     assert partition(groups_of("label", samples)) == expected
 
 
-def test_labels_that_are_nowhere_are_an_error():
+def test_missing_labels_are_an_error():
     with pytest.raises(ValueError, match="no sample of the batch has a `label` or `group`"):
         groups_of("label", [{}, {}])

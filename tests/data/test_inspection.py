@@ -100,13 +100,13 @@ def test_a_table_of_problems_names_sources_that_cannot_be_read(tmp_path):
     ]
 
 
-def test_without_a_folder_for_the_table_nothing_is_read(tmp_path, export):
+def test_a_missing_folder_for_the_table_is_reported_before_reading(tmp_path, export):
     result = run([tmp_path / "sources.yaml", "--problems", tmp_path / "none" / "p.csv"])
     assert result.exit_code == 1
     assert "The folder of" in result.output + str(result.exception)
 
 
-def test_what_is_held_out_is_counted_as_training_splits_it(tmp_path, export):
+def test_counts_of_the_split_match_training(tmp_path, export):
     share = 0.4
     export[32]["path"] = "2.png"  # another pair of the same patient and modality
     table(tmp_path, export)
@@ -133,7 +133,7 @@ def test_what_is_held_out_is_counted_as_training_splits_it(tmp_path, export):
     assert set(parts) <= {"training", "validation"}
 
 
-def test_a_modality_that_is_not_held_out_is_told(tmp_path):
+def test_a_modality_missing_from_the_validation_set_is_reported(tmp_path):
     rows = []
     for index in range(20):
         picture(tmp_path / f"{index}.png", index)
@@ -143,14 +143,14 @@ def test_a_modality_that_is_not_held_out_is_told(tmp_path):
     rows[3]["patient"] = ""
     table(tmp_path, rows)
     (tmp_path / "s.yaml").write_text(f"- {{kind: csv, files: ['{tmp_path}/t.csv'], subject: patient}}\n")
-    # One patient alone has an ultrasound, so that one part lacks it; a share decides which one.
+    # Only one patient has an ultrasound, so that one of the sets lacks the modality, depending on the share.
     digest = int.from_bytes(hashlib.blake2b(b"0", digest_size=8).digest(), "big") / 2**64
     (report,) = inspect_sources(load_sources(tmp_path / "s.yaml"), validation_share=digest - 1e-9)
     assert "modalities missing from the validation set: ultrasound" in report.warnings
     assert "without a subject, split by image: 1 pair" in report.warnings
 
 
-def test_duplicates_are_told(tmp_path):
+def test_duplicates_are_reported(tmp_path):
     for name, level in (("a", 1), ("b", 1), ("c", 2), ("d", 3)):
         picture(tmp_path / f"{name}.png", level)
     picture(tmp_path / "a.bmp", 1)  # the same pixels in another file format
@@ -158,10 +158,10 @@ def test_duplicates_are_told(tmp_path):
         {"path": path, "caption": caption, "patient": patient}
         for path, caption, patient in [
             ("a.png", "one", "p1"),
-            ("b.png", "one", "p1"),  # again, caption and all
-            ("a.bmp", "two", "p1"),  # another caption
+            ("b.png", "one", "p1"),  # a duplicate
+            ("a.bmp", "two", "p1"),  # a different caption
             ("c.png", "three", "p2"),
-            ("c.png", "four", "p3"),  # of two patients
+            ("c.png", "four", "p3"),  # with two patients
             ("d.png", "five", "p4"),
         ]
     ]
@@ -180,7 +180,7 @@ def test_duplicates_are_told(tmp_path):
     ]
 
 
-def test_no_contact_sheet_of_nothing(tmp_path):
+def test_no_contact_sheet_without_images(tmp_path):
     (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"image": f"{i}.png", "caption": "c"}) for i in range(3)))
     (tmp_path / "s.yaml").write_text(f"- {{kind: jsonl, files: ['{tmp_path}/t.jsonl']}}\n")
     result = run([tmp_path / "s.yaml", "--sheet", tmp_path / "sheet.png"])

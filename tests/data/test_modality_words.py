@@ -1,4 +1,4 @@
-"""The modality from words: sentences of ours, the phantom's captions and the reports of real chest radiographs."""
+"""The modality from words: on our sentences, captions of phantoms, and reports of real chest radiographs."""
 
 import importlib.util
 import tarfile
@@ -43,7 +43,7 @@ SENTENCES = [
     ("Histology of the gastric antrum.", HISTO),
     ("Fundus photograph of the right eye with drusen.", FUNDUS),
     ("Ultra-widefield retinal image with a tear at the equator.", FUNDUS),
-    # only what is shown tells
+    # only findings specific to a technique
     ("The cardiomediastinal silhouette is normal, the costophrenic angles are sharp.", XRAY),
     ("A lesion of 60 HU in the adrenal gland.", CT),
     ("Hypodense lesion in segment IV.", CT),
@@ -54,11 +54,11 @@ SENTENCES = [
     ("Brown staining of the basal cells.", HISTO),
     ("Severe diabetic retinopathy with macular edema and retinal hemorrhages.", FUNDUS),
     ("Cup-to-disc ratio of 0.8.", FUNDUS),
-    # a name counts more than what is shown
+    # a named technique takes precedence
     ("CT of the orbit in a patient with retinal detachment.", CT),
     ("Ultrasound of the eye: the retina is detached.", US),
     ("MRI with an isointense mass, hypodense in part.", MRI),
-    # another study is not this one
+    # mentions of other studies
     ("Chest radiograph. Compared with the previous CT the nodule has grown.", XRAY),
     ("Correlate with ultrasound. The chest x-ray is otherwise normal.", XRAY),
     ("Radiograph of the hip; further evaluation with MRI is suggested.", XRAY),
@@ -82,7 +82,7 @@ SENTENCES = [
     ("CT-guided biopsy of the lung, post procedure radiograph.", XRAY),
     ("History of retinal detachment. Chest pain.", None),
     ("The prior PET-CT is not at hand.", None),
-    # neither one nor the other
+    # ambiguous
     ("(A) CT and (B) MRI of the same lesion.", None),
     ("OCT of the macula with subretinal fluid.", None),
     ("PET/CT with an avid node.", None),
@@ -109,7 +109,7 @@ def test_sentences(text, expected):
 
 
 def test_phantom_captions():
-    """All right; so were all of the first 3,000 when the rules were written."""
+    """All are correct, as were the first 3,000 when the rules were written."""
     samples = [phantom_sample(5, i, image_size=48) for i in range(300)]
     found = [modality_from_text(sample["caption"]) for sample in samples]
     assert found == [MODALITIES[sample["modality"]] for sample in samples]
@@ -129,7 +129,7 @@ def test_reports_of_chest_radiographs():
     found = [modality_from_text(text) for text in texts]
     answers = [modality for modality in found if modality]
     assert len(texts) == 3955
-    # When the rules were written: 1,903 of 1,905 answers right (0.9990), an answer for 0.4817 of the reports. Most of
-    # the rest name no technique. The rules were mended on these same reports: it is no estimate for others.
+    # When the rules were written: 1,903 of 1,905 answers correct (0.9990), for 0.4817 of the reports. Most of
+    # the rest name no technique. The rules were tuned on these reports, so this is no estimate for others.
     assert answers.count("xray") / len(answers) >= 0.998
     assert len(answers) / len(texts) >= 0.48

@@ -1,4 +1,4 @@
-"""Phantoms: what reports say is what is drawn."""
+"""Phantoms: reports match the drawings."""
 
 import collections
 import hashlib
@@ -40,7 +40,7 @@ def digest(sample):
 
 
 def contrast(sample):
-    """Mean intensity of the mask less that of a ring of 4 pixels around it (1 pixel apart, edges are soft)."""
+    """Mean intensity of the mask minus that of a ring of 4 pixels around it, 1 pixel away since edges are soft."""
     image = np.asarray(sample["image"].convert("L"), dtype=float)
     wide, tight = (np.asarray(sample["mask"].filter(ImageFilter.MaxFilter(size))) > 0 for size in (11, 3))
     return image[np.asarray(sample["mask"]) > 0].mean() - image[wide & ~tight].mean()
@@ -185,7 +185,7 @@ def test_size_words_agree_with_the_area(abnormal):
             assert sizes[2] > 1.05 * sizes[1], (modality, finding)
 
 
-def test_boxes_have_the_scale_of_their_modality_and_do_not_sit_in_the_centre(abnormal):
+def test_boxes_have_the_scale_of_their_modality_and_are_not_in_the_center(abnormal):
     areas, hits = collections.defaultdict(list), []
     for sample in abnormal:
         x0, y0, x1, y1 = sample["box"]
@@ -259,7 +259,7 @@ def test_vocabulary_is_exactly_what_reports_and_prompts_use(samples):
     prompts = [text for m in MODALITIES for texts in zero_shot_prompts(m).values() for text in texts]
     used = {word for text in [sample["caption"] for sample in samples] + prompts for word in bert_words(text)}
     assert used <= set(vocabulary)
-    # Nothing is left in the vocabulary that cannot come up: 2,000 reports use nearly all of it.
+    # The vocabulary has no unused words: 2,000 reports use nearly all of it.
     assert len(used) > 0.98 * len(vocabulary)
 
 
@@ -275,7 +275,7 @@ def test_prompts_name_their_own_finding_only():
                 assert words & set(bert_words(text)) == own
                 assert "{" not in text
             used = {word for text in texts for word in bert_words(text)}
-            assert set(PHRASES[modality][finding].sizes) <= used  # an ensemble goes through all of them
+            assert set(PHRASES[modality][finding].sizes) <= used  # prompts vary over all sizes
 
 
 def test_webdataset_round_trip(tmp_path, monkeypatch):

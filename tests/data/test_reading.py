@@ -1,4 +1,4 @@
-"""From a row to a pair or a fault: captions, labels, images, and the split before an image is read."""
+"""From a row to a sample or a fault: captions, labels, images, and the split before an image is read."""
 
 import hashlib
 import io
@@ -45,7 +45,7 @@ def picture(path, level=0):
 
 @pytest.fixture
 def lines(tmp_path):
-    """Writes a JSONL of rows and makes a stream of it that stops for no fault; `x.png` is there."""
+    """Writes a JSONL file and returns a stream of it that no fault stops; `x.png` exists."""
     picture(tmp_path / "x.png")
 
     def write(rows, stream=None, **fields):
@@ -65,20 +65,20 @@ class _Listing(SampleStream):
 # Images
 
 
-def test_pictures_are_upright_as_the_image_processor_makes_them():
+def test_exif_orientation_is_applied_as_by_the_image_processor():
     folder = case(11)
     table = source(kind="csv", files=[str(folder / "a.csv")])
     processor = MedMoEImageProcessor()
     stored = np.asarray(Image.open(folder / "a.jpg"))
     (sample,) = SampleStream([table])
-    # Orientation 6: the first row of what is stored is the right-hand column.
+    # Orientation 6: the first stored row is the right-hand column.
     assert np.array_equal(np.asarray(sample["image"]), np.rot90(stored, -1))
     (prepared,) = SampleStream([table], prepare=lambda image: processor(image)["pixel_values"][0])
     assert np.array_equal(prepared["image"], processor(str(folder / "a.jpg"))["pixel_values"][0])
 
 
 def bomb():
-    """A PNG of 40000 x 40000 pixels, so far as its header says."""
+    """A PNG whose header specifies 40000 x 40000 pixels."""
     chunks = [b"IHDR" + struct.pack(">IIBBBBB", 40_000, 40_000, 8, 0, 0, 0, 0), b"IDAT"]
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks
@@ -86,7 +86,7 @@ def bomb():
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_images_that_are_none_are_counted_with_a_reason(lines, tmp_path, workers):
+def test_invalid_images_are_counted_with_a_reason(lines, tmp_path, workers):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "bomb.png").write_bytes(bomb())
     (tmp_path / "text.png").write_text("no picture")
@@ -98,7 +98,7 @@ def test_images_that_are_none_are_counted_with_a_reason(lines, tmp_path, workers
         "/dev/zero": ("image is not a file", "a device, pipe or socket"),
         "folder": ("image is not a file", "is a folder"),
         "bomb.png": ("too many pixels", "1600000000 pixels"),
-        "text.png": ("unreadable image", "no DICOM, NIfTI or image file"),
+        "text.png": ("unreadable image", "not DICOM, NIfTI or an image file"),
         "a\0b.png": ("image is not a path", "characters that are not allowed"),
     }
     rows = [{"image": str(tmp_path / path), "caption": "c"} for path in wanted]
@@ -112,7 +112,7 @@ def test_images_that_are_none_are_counted_with_a_reason(lines, tmp_path, workers
     assert [fault.row for fault in stream.found] == list(range(len(wanted)))
 
 
-def test_an_address_in_a_folder_is_not_taken_for_a_missing_file(lines):
+def test_a_url_relative_to_a_folder_is_not_a_missing_file(lines):
     stream = lines([{"image": "http://example.org/x.png", "caption": "c"}])
     with pytest.raises(StreamError, match="image is a URL"):
         list(stream)
@@ -143,7 +143,7 @@ def test_an_unexpected_exception_is_counted_or_raised(lines, monkeypatch, worker
     assert "the text of a report" not in str(error.value)
 
 
-def test_a_reading_process_that_dies_is_a_stream_error(lines):
+def test_a_dead_reading_process_is_a_stream_error(lines):
     with pytest.raises(StreamError, match="A reading process died unexpectedly"):
         list(lines([{"image": "x.png", "caption": "c"}], {"prepare": _Dies(), "num_workers": 1}))
 
@@ -151,7 +151,7 @@ def test_a_reading_process_that_dies_is_a_stream_error(lines):
 # Captions
 
 
-def test_captions_that_are_no_text_are_faults_and_not_the_end():
+def test_captions_that_are_not_text_are_faults():
     folder = case(12)
     stream = SampleStream([source(kind="jsonl", files=[str(folder / "nan.jsonl")], name="t")], max_bad_fraction=1.0)
     assert len(list(stream)) == 2
@@ -188,7 +188,7 @@ EMPTY = [
 ]
 
 
-def test_words_for_nothing_are_no_captions(lines):
+def test_words_for_empty_cells_are_not_captions(lines):
     assert all(is_empty(value) for value in EMPTY)
     said = ["Normal.", "No finding", "0", "nan 1", "nonetheless", "正常", b"text", 0, 1.5, [], "null hypothesis"]
     assert not any(is_empty(value) for value in said)
@@ -200,14 +200,14 @@ def test_words_for_nothing_are_no_captions(lines):
     assert stream.faults.counts == {("t", "empty caption"): len(EMPTY)}
 
 
-def test_sentences_that_say_nothing_are_not_drawn(lines):
+def test_empty_sentences_are_never_chosen(lines):
     text = "_dr_".join(["n/a", "a retina", "nan", ""])
     assert {sample["caption"] for sample in lines([{"image": "x.png", "caption": text}] * 20, caption_rule="dr")} == {
         "a retina"
     }
 
 
-def test_templates_leave_empty_cells_out(lines):
+def test_templates_omit_empty_cells(lines):
     rows = [
         {"image": "x.png", "organ": "liver", "side": "left"},
         {"image": "x.png", "organ": "liver", "side": None},
@@ -219,7 +219,7 @@ def test_templates_leave_empty_cells_out(lines):
     assert stream.faults.counts == {("t", "empty caption"): 1, ("t", "no field side"): 1}
 
 
-def test_templates_of_tars_hold_text_and_no_bytes(tmp_path):
+def test_templates_of_tars_contain_text_not_bytes(tmp_path):
     import tarfile
 
     picture(tmp_path / "x.png")
@@ -235,7 +235,7 @@ def test_templates_of_tars_hold_text_and_no_bytes(tmp_path):
 # Modalities
 
 
-def test_labels_that_pandas_made_floats():
+def test_labels_that_pandas_converted_to_floats():
     folder = case(16)
     tables = [
         source(kind=kind, files=[str(folder / f"a.{kind}")], modality="field:modality") for kind in ("parquet", "csv")
@@ -244,7 +244,7 @@ def test_labels_that_pandas_made_floats():
     assert found == [[1, -100, 2], [1, -100]]
 
 
-def test_an_empty_label_is_an_unknown_one(lines):
+def test_an_empty_modality_is_unknown(lines):
     values = ["", None, "n/a", "-", "unknown", "CT", "XA", 3, "5.0"]
     rows = [{"image": "x.png", "caption": "c", "m": value} for value in [*values, "banana"]]
     stream = lines(rows, modality="field:m")
@@ -272,7 +272,7 @@ def test_a_list_of_modalities_is_tried_in_order(lines, tmp_path):
 
 
 def part_of(subject, share):
-    """By the documented rule, written out: BLAKE2b of the text, as a fraction of 2^64."""
+    """The documented rule: BLAKE2b of the text, as a fraction of 2^64."""
     digest = hashlib.blake2b(subject.encode(), digest_size=8, key=b"").digest()
     return "validation" if int.from_bytes(digest, "big") / 2**64 < share else "train"
 
@@ -294,7 +294,7 @@ def test_a_subject_decides_before_the_image_is_read(lines, tmp_path):
 
 
 @pytest.mark.parametrize("subject", [None, "patient"])
-def test_each_fault_is_in_one_part(lines, tmp_path, subject):
+def test_each_fault_is_in_one_part_of_the_split(lines, tmp_path, subject):
     """Absent files, rows without an image and rows without a subject."""
     rows = []
     for index in range(60):
@@ -316,7 +316,7 @@ def test_each_fault_is_in_one_part(lines, tmp_path, subject):
     assert min(faults.values()) > 2
 
 
-def test_a_subject_is_the_same_however_its_number_is_written(tmp_path):
+def test_numbers_of_subjects_are_normalized(tmp_path):
     for value in (7, 7.0, "7", " 7 ", "7.0", b"7"):
         assert reading.subject_of({"p": value}, "p") == "7", value
     assert reading.subject_of({"p": "7.5"}, "p") == "7.5"
@@ -324,7 +324,7 @@ def test_a_subject_is_the_same_however_its_number_is_written(tmp_path):
     assert [reading.subject_of({"p": value}, "p") for value in (None, float("nan"), "", "n/a")] == [None] * 4
 
 
-def test_images_that_nibabel_decodes_are_split_by_content(tmp_path):
+def test_nibabel_images_are_split_by_content(tmp_path):
     pytest.importorskip("nibabel")
     shutil.copytree(case(17), tmp_path / "case")
     subprocess.run([sys.executable, "make.py"], cwd=tmp_path / "case", check=True, capture_output=True)

@@ -1,4 +1,4 @@
-"""The ready-made YAML, through the whole stream: every caption rule on a shard in its layout."""
+"""Sources: the provided YAML files, tables, tars, folders, patterns, inspection, overlap and checksums."""
 
 import csv
 import io
@@ -71,8 +71,8 @@ def write(path, samples):
                 archive.addfile(member, io.BytesIO(content))
 
 
-def test_unimed_s_thirteen_sources(tmp_path, monkeypatch):
-    """PNG bytes under names that end in jpg, as in the real shards."""
+def test_the_thirteen_sources_of_unimed(tmp_path, monkeypatch):
+    """PNG bytes in files that are named jpg, as in the real shards."""
     for number, (name, (text, _, _)) in enumerate(LAYOUTS.items()):
         write(tmp_path / name / "dataset-000000.tar", [{"jpg": png(number), "txt": text.encode()}] * 40)
     monkeypatch.setenv("UNIMED", str(tmp_path))
@@ -89,11 +89,11 @@ def test_unimed_s_thirteen_sources(tmp_path, monkeypatch):
     for name, (_, captions, _) in LAYOUTS.items():
         assert sum(found[name].values()) == 40
         assert set(found[name]) <= set(captions), name
-        # Of ten equally likely ones, forty draws leave hardly any out.
+        # Forty draws from ten equally likely captions miss hardly any.
         assert len(found[name]) >= 0.7 * len(captions), name
 
 
-def test_inspection_says_when_a_rule_is_missing(tmp_path):
+def test_inspection_reports_a_missing_caption_rule(tmp_path):
     write(tmp_path / "a.tar", [{"jpg": png(1), "txt": LAYOUTS["dr"][0].encode()}])
     sources = load_sources_of(f"- {{kind: webdataset, files: ['{tmp_path}/a.tar']}}", tmp_path)
     assert inspect_sources(sources)[0].problems == [
@@ -144,7 +144,7 @@ def test_wrong_files_are_explained(tmp_path, content, message):
         ("- {kind: csv, files: [a], caption_rule: none}", r"  0: `caption_rule` must be one of [\w, ]+ or auto$"),
     ],
 )
-def test_wrong_sources_are_explained_shortly(tmp_path, content, message):
+def test_wrong_sources_are_explained_briefly(tmp_path, content, message):
     path = tmp_path / "sources.yaml"
     path.write_text(content)
     with pytest.raises(SourceError, match=message) as error:
@@ -152,14 +152,14 @@ def test_wrong_sources_are_explained_shortly(tmp_path, content, message):
     assert "Value error" not in str(error.value)
 
 
-def test_an_unknown_key_of_a_run_is_sent_to_its_section():
+def test_the_section_of_a_misplaced_key_is_suggested():
     """Case 24."""
     with pytest.raises(ConfigError) as error:
         TrainConfig.from_yaml(CASES / "24-unknown-key-that-suggests-itself" / "run.yaml")
     assert str(error.value).endswith("cannot be used:\n  num_workers: unknown key. It belongs under `data`.")
 
 
-def test_a_run_that_contradicts_itself_is_told_in_a_line(tmp_path):
+def test_a_contradictory_configuration_is_reported_in_one_line(tmp_path):
     content = {"output_dir": "x", "model": {"preset": "tiny"}, "data": {"train": {"kind": "phantom"}}, "max_steps": 1}
     with pytest.raises(ConfigError) as error:
         TrainConfig.from_dict({**content, "batch_size": 1})
@@ -167,7 +167,7 @@ def test_a_run_that_contradicts_itself_is_told_in_a_line(tmp_path):
         "the configuration cannot be used:\n"
         "  a pair needs another one to be contrasted with: set `batch_size` to 2 or more"
     )
-    # one source or a list of them: only the form that was meant is spoken of
+    # a source or a list: only errors of the intended form are reported
     with pytest.raises(ConfigError) as error:
         TrainConfig.from_dict({**content, "data": {"train": {"kind": "csv", "fils": ["a"]}}})
     assert str(error.value).split("\n")[1:] == [
@@ -176,7 +176,7 @@ def test_a_run_that_contradicts_itself_is_told_in_a_line(tmp_path):
     ]
 
 
-# Fields that are not there are told before anything is read
+# Missing fields are reported before anything is read
 
 
 def table(tmp_path, text, name="a.csv", encoding="utf-8"):
@@ -197,7 +197,7 @@ def table(tmp_path, text, name="a.csv", encoding="utf-8"):
         ("caption_template: 'a {lable} of {patient}'", "no column `lable` (`caption_template`)"),
     ],
 )
-def test_fields_that_are_not_there(tmp_path, kind, fields, message):
+def test_missing_fields(tmp_path, kind, fields, message):
     import datasets
 
     row = {"path": "x.png", "report": "r", "patient": "p"}
@@ -224,8 +224,8 @@ def test_fields_that_are_not_there(tmp_path, kind, fields, message):
     assert (result.exit_code, message in result.output) == (1, True)
 
 
-def test_fields_need_not_be_in_every_sample(tmp_path):
-    """In one row of a JSONL, or one of the tars, is enough; without a name, one of the usual ones."""
+def test_fields_may_be_missing_in_some_samples(tmp_path):
+    """One row of a JSONL file, or one of the tars, suffices; without a name, one of the defaults."""
     path = table(tmp_path, '{"image": "x.png", "text": "a"}\n{"path": "x.png", "text": "b", "site": 1}', "a.jsonl")
     sources = load_sources_of(f"- {{kind: jsonl, files: ['{path}'], modality: ['field:site']}}", tmp_path)
     assert [sample["caption"] for sample in SampleStream(sources, shuffle=False)] == ["a", "b"]
@@ -247,7 +247,7 @@ def test_fields_need_not_be_in_every_sample(tmp_path):
         ("image,caption,caption\nx.png,a,b", 'more than one column "caption"'),
     ],
 )
-def test_tables_that_cannot_be_a_source(tmp_path, text, message):
+def test_tables_that_cannot_be_used_as_a_source(tmp_path, text, message):
     path = table(tmp_path, text)
     with pytest.raises((SourceError, ShardError), match=message):
         SampleStream(load_sources_of(f"- {{kind: csv, files: ['{path}']}}", tmp_path))
@@ -276,7 +276,7 @@ RUSSIAN = "Рентгенография грудной клетки: выпот�
         (RUSSIAN, "cp1251"),
     ],
 )
-def test_delimiter_and_encoding_are_found_out(tmp_path, caplog, text, encoding, delimiter):
+def test_delimiter_and_encoding_are_detected(tmp_path, caplog, text, encoding, delimiter):
     """With decimal commas, and with the other delimiters in the reports."""
     rows = [
         ["image", "Größe" if "utf" in encoding else "size", "caption"],
@@ -290,7 +290,7 @@ def test_delimiter_and_encoding_are_found_out(tmp_path, caplog, text, encoding, 
     assert ("is not UTF-8 and was read as" in caplog.text) == ("utf" not in encoding)
 
 
-def test_delimiter_and_encoding_can_be_stated(tmp_path, caplog):
+def test_delimiter_and_encoding_can_be_specified(tmp_path, caplog):
     path = table(tmp_path, "image:caption\nx.png:größer, kleiner; gleich\n", encoding="cp850")
     text = f"- {{kind: csv, files: ['{path}'], delimiter: ':', encoding: cp850}}"
     assert [sample["caption"] for sample in SampleStream(load_sources_of(text, tmp_path))] == [
@@ -302,8 +302,8 @@ def test_delimiter_and_encoding_can_be_stated(tmp_path, caplog):
         SampleStream(load_sources_of(text, tmp_path))
 
 
-def test_a_semicolon_in_reports_is_no_delimiter(tmp_path):
-    """A header and rows of one cell too."""
+def test_a_semicolon_in_reports_is_not_a_delimiter(tmp_path):
+    """Nor is it in tables with one column."""
     path = table(tmp_path, 'image,caption\nx.png,"a; b; c"\nx.png,"d; e; f"\n')
     assert [row["caption"] for row in read_table(str(path))] == ["a; b; c", "d; e; f"]
     path = table(tmp_path, "image\nx;y.png\nx.png\n")
@@ -312,8 +312,8 @@ def test_a_semicolon_in_reports_is_no_delimiter(tmp_path):
     assert read_table(str(path)) == [{"image": "x.png", "caption": "a, b"}, {"image": "x.png", "caption": "c"}]
 
 
-def test_long_fields_and_the_reader_s_own_limit(tmp_path):
-    """Case 20; the limit of csv is the process's, and others may count on it."""
+def test_long_fields_and_the_limit_of_csv(tmp_path):
+    """Case 20. The limit of csv is global and must be restored."""
     csv.field_size_limit(2**17)
     report = "word " * 40000
     path = table(tmp_path, f'image,caption\nx.png,"{report}"\nx.png,short\n')
@@ -321,8 +321,8 @@ def test_long_fields_and_the_reader_s_own_limit(tmp_path):
     assert csv.field_size_limit() == 2**17
 
 
-def test_rows_that_cannot_be_trusted_are_counted(tmp_path):
-    """A comma without quotation marks cuts a report short, a mark that is not closed swallows the next rows."""
+def test_ambiguous_rows_are_counted(tmp_path):
+    """An unquoted comma would truncate a report, an unclosed quotation mark would absorb the next rows."""
     lines = ["image,caption", "x.png,no effusion, no oedema", "x.png,good,", 'x.png,"a 5" tube"', "x.png"]
     lines += ['x.png,"open', 'x.png,"closed"', "", "x.png,last"]
     path = table(tmp_path, "\n".join(lines))
@@ -332,7 +332,7 @@ def test_rows_that_cannot_be_trusted_are_counted(tmp_path):
     counts = Counter({cause: count for (_, cause), count in stream.faults.counts.items()})
     assert counts["row with more cells than columns"] == 1
     assert counts["row with a misplaced quotation mark"] == 2
-    assert sum(counts.values()) == 4  # and the row without a caption
+    assert sum(counts.values()) == 4  # including the row without a caption
     path = table(tmp_path, 'image,caption\nx.png,a\nx.png,"b\nx.png,c\n')
     with pytest.raises(
         ShardError, match=r"a\.csv cannot be read as a table: a quotation mark in line 3 or soon after is never closed"
@@ -341,8 +341,8 @@ def test_rows_that_cannot_be_trusted_are_counted(tmp_path):
 
 
 @pytest.mark.parametrize("root", [".", "a/b", "/", "./a", "a//b/"])
-def test_image_paths_are_joined_as_pathlib_does(root):
-    """`key`s of samples have always been such paths."""
+def test_image_paths_are_joined_as_by_pathlib(root):
+    """The `key` of a sample is such a path, and must not change."""
     for path in (
         "x.png",
         "d/x.png",
@@ -364,7 +364,7 @@ def test_image_paths_are_joined_as_pathlib_does(root):
     assert rows == [{"image": "https://h/x.png"}]
 
 
-def test_paths_of_windows_and_names_with_brackets(tmp_path):
+def test_windows_paths_and_names_with_brackets(tmp_path):
     folder = tmp_path / "study [1] {a}"
     (folder / "img").mkdir(parents=True)
     (folder / "img" / "1.png").write_bytes(png(1))
@@ -375,7 +375,7 @@ def test_paths_of_windows_and_names_with_brackets(tmp_path):
     path.rename(tmp_path / "study [1]" / "b.csv")
     path = tmp_path / "study [1]" / "b.csv"
     (tmp_path / "study 1").mkdir()
-    table(tmp_path / "study 1", "image,caption")  # what the brackets stand for elsewhere
+    table(tmp_path / "study 1", "image,caption")  # what the brackets would match as a pattern
     assert expand(f"{tmp_path}/study [1]/*.csv") == expand(f"{tmp_path}/study?[[]1]/b.csv") == [str(path)]
     for kind in ("csv", "jsonl"):
         if kind == "jsonl":
@@ -400,8 +400,8 @@ def test_patterns_out_of_bounds(pattern, message):
     assert len(str(error.value)) < 300
 
 
-def test_jsonl_names_its_image_row_by_row(tmp_path):
-    """Image keys that change, images in a dictionary, images that are no path (case 13), lines that are no object."""
+def test_the_image_field_of_jsonl_may_change_by_row(tmp_path):
+    """Changing image keys, images in a dictionary, images that are not paths (case 13), lines that are not objects."""
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "x.png").write_bytes(png(3))
     rows = [{"caption": "a"}, {"file_name": "d/x.png", "caption": "b"}, {"image": {"path": "d/x.png"}, "caption": "c"}]
@@ -436,26 +436,26 @@ def served(path, tmp_path):
 @pytest.mark.parametrize(
     ("names", "pairs", "faults"),
     [
-        # images first, then captions: no key comes twice
+        # images first, then captions: no key occurs twice
         ("a1.jpg b2.jpg a1.txt b2.txt", "1 2", 0),
-        # joined shards, next to each other or not, of the same extension or another
+        # concatenated shards, adjacent or not, with the same or different extensions
         ("a1.jpg a1.txt b2.jpg b2.txt a3.png a3.txt", "1 2 3", 0),
         ("a1.png a1.txt b2.jpg b2.txt a3.jpg a3.txt", "1 2 3", 0),
         ("a1.jpg a1.txt a2.jpg a2.txt", "1 2", 0),
         ("a1.png a1.txt a2.jpg a2.txt", "1 2", 0),
         ("a1.txt a1.png a2.txt a2.jpg", "1 2", 0),
-        # two images in a sample: the first one that is usually looked for, as without joining
+        # two images in a sample: the first default field, as without concatenation
         ("a1.jpg a8.png a1.txt", "1", 0),
         ("a1.jpg a8.png a1.txt a2.jpg a9.png a2.txt", "1 2", 0),
-        # something was lost on the way: counted, and nothing else is put in its place
+        # files were lost: counted, and not replaced by others
         ("a1.jpg b2.jpg b2.txt a3.jpg a3.txt", "2 3", 1),
         ("a1.jpg a1.txt b2.jpg b2.txt a3.txt", "1 2", 1),
         ("a1.png a1.txt b2.jpg b2.txt a3.jpg", "1 2", 1),
         ("a1.jpg a1.txt a2.png b3.jpg b3.txt a4.txt", "1 3", 1),
     ],
 )
-def test_pairs_of_a_tar_are_true_pairs(tmp_path, names, pairs, faults):
-    """`a1.jpg` is the image of number 1 under the key a, `a1.txt` the caption that belongs to it."""
+def test_images_and_captions_of_a_tar_belong_together(tmp_path, names, pairs, faults):
+    """`a1.jpg` is image 1 with the key a, `a1.txt` its caption."""
     files = []
     for name in names.split():
         number, extension = name[1:].split(".")
@@ -465,14 +465,14 @@ def test_pairs_of_a_tar_are_true_pairs(tmp_path, names, pairs, faults):
     assert served(tmp_path / "a.tar", tmp_path) == (expected, faults)
 
 
-def test_the_tar_of_two_joined_shards(tmp_path):
+def test_a_tar_of_two_concatenated_shards(tmp_path):
     """Case 14."""
     pairs, faults = served(CASES / "14-tar-keys-that-come-twice" / "a.tar", tmp_path)
     assert (sorted(pairs), faults) == ([("first", 10), ("second", 20), ("third", 30)], 0)
 
 
-def test_a_parquet_file_that_is_written_again(tmp_path):
-    """Case 18: the new rows under the old name, even with more of them."""
+def test_a_parquet_file_that_is_overwritten(tmp_path):
+    """Case 18: the new rows are read, also if there are more."""
     import datasets
 
     for texts in (["old"], ["new"], ["a", "b", "c"]):
@@ -484,7 +484,7 @@ def test_a_parquet_file_that_is_written_again(tmp_path):
 
 
 def test_nifti_columns_can_be_split(tmp_path):
-    """Case 17: by the file's bytes, as in a table with the same files."""
+    """Case 17: by the bytes of the file, as in a table with the same files."""
     datasets = pytest.importorskip("datasets", minversion="4.4")
     nibabel = pytest.importorskip("nibabel")
     names = []
@@ -504,8 +504,8 @@ def test_nifti_columns_can_be_split(tmp_path):
     assert all(found[0])
 
 
-def test_folders_of_images_as_they_lie_about(tmp_path, caplog):
-    """Case 21: other files are left out, links are followed and do not lead in circles; DICOM needs no suffix."""
+def test_real_world_folders_of_images(tmp_path, caplog):
+    """Case 21: other files are skipped, links are followed, also circular ones; DICOM requires no suffix."""
     pydicom = pytest.importorskip("pydicom")
     root, elsewhere = tmp_path / "f", tmp_path / "real"
     for folder in (root / "cyst" / ".hidden", root / "cyst" / "@eaDir", elsewhere):
@@ -538,7 +538,7 @@ def test_folders_of_images_as_they_lie_about(tmp_path, caplog):
 # medmoe data inspect
 
 
-def test_inspection_counts_and_shows_what_is_wrong(tmp_path):
+def test_inspection_counts_samples_and_lists_problems(tmp_path):
     write_webdataset(tmp_path / "good", shards=2, samples_per_shard=15, image_size=48)
     write(tmp_path / "bad.tar", [{"jpg": b"x", "txt": b"x"}, {"jpg": png(1), "txt": b"A chest radiograph."}])
     (tmp_path / "sources.yaml").write_text(
@@ -592,7 +592,7 @@ def test_overlap_finds_equal_and_similar_images(tmp_path):
 
 
 def test_overlap_equals_comparing_every_pair(tmp_path):
-    """The pieces of the hashes against a plain loop over all pairs."""
+    """The lookup by pieces of hashes, compared with a loop over all pairs."""
     import imagehash
 
     from medmoe_hf.data import phantom_sample
@@ -608,7 +608,7 @@ def test_overlap_equals_comparing_every_pair(tmp_path):
     for distance in (0, 6, 12):
         expected = Counter(one - two for one in hashes[0] for two in hashes[1] if one - two <= distance)
         assert Counter(bits for *_, bits in find_overlap(*sources, distance=distance).near) == expected
-    assert expected  # look-alikes there are
+    assert expected  # there are near duplicates
 
 
 def load_sources_of(text, folder):
@@ -616,11 +616,11 @@ def load_sources_of(text, folder):
     return load_sources(folder / "s.yaml")
 
 
-# What tells one content from another
+# Checksums
 
 
-def test_content_checksums_change_with_the_content_alone(tmp_path, monkeypatch):
-    """Files added, removed, swapped behind a pattern, cut or edited; not times, and not where the folder is."""
+def test_content_checksums_change_with_the_content_only(tmp_path, monkeypatch):
+    """Files added, removed, swapped, truncated or edited; not times, nor the location of the folder."""
     monkeypatch.chdir(tmp_path)
     for name, number in (("a", 1), ("b", 2)):
         write(tmp_path / "x" / f"{name}.tar", [{"jpg": png(number), "txt": b"c"}])
@@ -641,7 +641,7 @@ def test_content_checksums_change_with_the_content_alone(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("rows", [3, 5000])
-def test_content_checksums_of_tables_count_every_byte(tmp_path, rows):
+def test_content_checksums_of_tables_cover_every_byte(tmp_path, rows):
     lines = ["image,caption", *(f"{index}.png,a caption" for index in range(rows))]
     path = tmp_path / "a.csv"
     path.write_text("\n".join(lines))
@@ -654,7 +654,7 @@ def test_content_checksums_of_tables_count_every_byte(tmp_path, rows):
     assert changed[2] != first[0][2]
 
 
-def test_content_checksums_of_image_folders_and_saved_sets(tmp_path):
+def test_content_checksums_of_image_folders_and_saved_datasets(tmp_path):
     import datasets
 
     (tmp_path / "f" / "cyst").mkdir(parents=True)

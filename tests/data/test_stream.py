@@ -1,4 +1,4 @@
-"""The stream: every sample once, one order for any readers, exact resume, sources of every kind, and faults."""
+"""Streams: every sample once, in an order that does not depend on readers, exact resuming, all sources, and faults."""
 
 import csv
 import io
@@ -32,7 +32,7 @@ def source(**fields):
 
 
 def picture(number, format="PNG", size=(16, 12)):
-    """A picture whose top left pixel is (number % 256, number // 256, 7)."""
+    """An image whose top left pixel is (number % 256, number // 256, 7)."""
     pixels = np.full((size[1], size[0], 3), 128, np.uint8)
     pixels[:8, :8] = (number % 256, number // 256, 7)
     buffer = io.BytesIO()
@@ -41,7 +41,7 @@ def picture(number, format="PNG", size=(16, 12)):
 
 
 def write_tar(path, samples, end=True):
-    """Samples are dicts of extension -> bytes; `end=False` leaves the closing blocks of zeros out."""
+    """Writes samples (bytes by extension) as a tar; `end=False` omits the final blocks of zeros."""
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
         for index, sample in enumerate(samples):
             for extension, content in sample.items():
@@ -65,7 +65,7 @@ def pairs(start, count, label=None):
 
 @pytest.fixture
 def shards(tmp_path):
-    """Three shards; `equal` ones of 8 samples, `unequal` ones of 1, 17 and 6."""
+    """Three shards: of 8 samples each (`equal`), or of 1, 17 and 6 (`unequal`)."""
 
     def write(kind):
         sizes, start, paths = {"equal": (8, 8, 8), "unequal": (1, 17, 6)}[kind], 0, []
@@ -87,7 +87,7 @@ def number(sample):
     return red + 256 * green
 
 
-# Once an epoch, for any readers, in one order
+# Order
 
 
 def two_sources(files, **options):
@@ -99,7 +99,7 @@ def two_sources(files, **options):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("kind", ["equal", "unequal"])
-def test_every_sample_once_and_one_order_for_any_readers(shards, kind, ranks, workers):
+def test_every_sample_once_in_an_order_independent_of_readers(shards, kind, ranks, workers):
     files = shards(kind)
     alone = captions(two_sources(files))
     assert sorted(alone) == sorted(f"caption {index}" for index in range(24))
@@ -127,7 +127,7 @@ def test_image_caption_and_modality_belong_together(shards):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_resumed_at_ten_points_the_sequence_is_the_uninterrupted_one(shards, ranks, workers):
+def test_resuming_at_ten_positions_continues_the_sequence(shards, ranks, workers):
     files = shards("unequal")
     for rank in range(ranks):
         options = {"rank": rank, "world_size": ranks}
@@ -142,7 +142,7 @@ def test_resumed_at_ten_points_the_sequence_is_the_uninterrupted_one(shards, ran
                     states.append(json.loads(json.dumps(first.state_dict())))
                     if len(seen) == stop:
                         break
-            # another number of workers than before
+            # a different number of workers
             second = two_sources(files, **options, num_workers=2 - workers)
             second.load_state_dict(states[-1])
             rest = captions(second)
@@ -152,7 +152,7 @@ def test_resumed_at_ten_points_the_sequence_is_the_uninterrupted_one(shards, ran
             assert second.faults.good == len(expected)
 
 
-def test_a_state_of_another_configuration_is_refused(shards):
+def test_a_state_of_another_configuration_is_rejected(shards):
     files = shards("equal")
     state = two_sources(files).state_dict()
     for change in (
@@ -168,7 +168,7 @@ def test_a_state_of_another_configuration_is_refused(shards):
         two_sources(files[::-1]).load_state_dict(state)
 
 
-def test_data_that_have_changed_are_refused(tmp_path, table):
+def test_changed_data_are_rejected(tmp_path, table):
     fields = written_as("csv", table, tmp_path) | {"image": "path"}
     stream = SampleStream([source(**fields)])
     list(stream)
@@ -179,14 +179,14 @@ def test_data_that_have_changed_are_refused(tmp_path, table):
         SampleStream([source(**fields)]).load_state_dict(state)
 
 
-def test_states_of_other_versions_are_refused_by_name(shards):
+def test_states_of_other_versions_are_rejected(shards):
     stream = two_sources(shards("equal"))
     before = {"fingerprint": "0123456789abcdef", "rank": 0, "epoch": 1, "next": 3, "reported": [], "faults": {}}
     with pytest.raises(StreamError, match="saved by another version of medmoe_hf"):
         stream.load_state_dict(before)
 
 
-def test_sources_are_called_by_their_place(tmp_path):
+def test_default_names_of_sources(tmp_path):
     tars = [str(tmp_path / "a.tar"), str(tmp_path / "b.tar")]
     (tmp_path / "x.png").write_bytes(picture(0))
     made = [
@@ -201,10 +201,10 @@ def test_sources_are_called_by_their_place(tmp_path):
     assert SampleStream(made).names == names
 
 
-# Turns
+# Mixing
 
 
-def test_weights_are_kept_where_sources_begin_again(tmp_path):
+def test_weights_hold_when_sources_start_again(tmp_path):
     write_tar(tmp_path / "a.tar", pairs(0, 5))
     write_tar(tmp_path / "b.tar", pairs(100, 50))
     sources = [
@@ -216,7 +216,7 @@ def test_weights_are_kept_where_sources_begin_again(tmp_path):
     assert counts[0] / 2000 == pytest.approx(0.75, abs=0.03)
 
 
-def test_modalities_take_turns_equally(tmp_path):
+def test_modalities_are_equally_frequent(tmp_path):
     sources = [
         source(kind="phantom", image_size=48, modalities=["xray"], modality="xray"),
         source(kind="phantom", image_size=48, seed=1, modalities=["xray"], modality="xray", weight=3),
@@ -227,7 +227,7 @@ def test_modalities_take_turns_equally(tmp_path):
     assert [counts[index] / 1200 for index in range(3)] == pytest.approx([0.125, 0.375, 0.5], abs=0.04)
 
 
-def test_phantoms_come_in_their_own_order():
+def test_phantoms_are_not_shuffled():
     from medmoe_hf.data import phantom_sample
 
     stream = iter(SampleStream([source(kind="phantom", seed=3, image_size=48)]))
@@ -239,18 +239,18 @@ def test_phantoms_come_in_their_own_order():
 
 @pytest.fixture
 def small(tmp_path):
-    """The bytes of a picture that decodes at once, also as `x.png`."""
+    """The bytes of a small image, which also exists as `x.png`."""
     Image.new("L", (2, 2)).save(tmp_path / "x.png")
     return (tmp_path / "x.png").read_bytes()
 
 
 def drawn(stream, count):
-    """Shares of the first modalities of a stream."""
+    """Shares of the modalities among the first samples of a stream."""
     found = Counter(sample["modality"] for sample in islice(stream, count))
     return {modality: number / count for modality, number in sorted(found.items())}
 
 
-def test_modalities_are_one_however_they_are_spelt(monkeypatch):
+def test_aliases_of_a_modality_are_one_modality(monkeypatch):
     monkeypatch.chdir(next(CASES.glob("15-*")))
     stream = SampleStream(load_sources("sources.yaml"), mixing="modality", once=False, seed=1)
     assert drawn(stream, 2000) == pytest.approx({1: 0.5, 3: 0.5}, abs=0.04)
@@ -258,8 +258,8 @@ def test_modalities_are_one_however_they_are_spelt(monkeypatch):
 
 @pytest.mark.parametrize("way", ["field:kind", "caption", ["dicom", "field:kind"]])
 @pytest.mark.parametrize("kind", ["csv", "parquet", "saved", "webdataset"])
-def test_modalities_of_rows_take_turns_equally(tmp_path, small, kind, way):
-    """Nine of ten pairs are CT, one is an MRI, in one source; a second one holds ultrasound only."""
+def test_modalities_of_rows_are_equally_frequent(tmp_path, small, kind, way):
+    """One source has nine CT per MRI, a second one only ultrasound."""
     rows = [("ct", "Axial CT.") if index % 10 else ("MR", "Brain MRI.") for index in range(200)]
     if kind == "webdataset":
         samples = [{"png": small, "txt": text.encode(), "kind": label.encode()} for label, text in rows]
@@ -277,7 +277,7 @@ def test_modalities_of_rows_take_turns_equally(tmp_path, small, kind, way):
     assert drawn(stream, 900) == pytest.approx({1: 1 / 3, 2: 1 / 3, 3: 1 / 3}, abs=0.06)
     every = SampleStream(sources, mixing="modality", buffer=50)
     assert Counter(sample["modality"] for sample in every) == {1: 180, 2: 20, 3: 30}
-    # Until the smaller modalities come to their ends.
+    # Until the smaller modalities are exhausted.
     first = SampleStream(sources, mixing="modality", buffer=50, seed=2)
     assert drawn(first, 45) == pytest.approx({1: 1 / 3, 2: 1 / 3, 3: 1 / 3}, abs=0.2)
     counts = Counter()
@@ -293,8 +293,8 @@ def write_ultrasound(folder, small):
     return folder / "us.tar"
 
 
-def test_a_modality_that_has_ended_leaves_its_turns_to_the_others(tmp_path, small):
-    """Two sources of ultrasound, the heavier one short: the other one then has all turns of ultrasound."""
+def test_remaining_sources_take_over_the_share_of_an_exhausted_one(tmp_path, small):
+    """Of two ultrasound sources, the one with the larger weight ends first: the other then provides all ultrasound."""
     table = [{"path": "x.png", "caption": "c"}]
     for name, count in (("a", 5), ("b", 400), ("c", 400)):
         (tmp_path / name).mkdir()
@@ -308,7 +308,7 @@ def test_a_modality_that_has_ended_leaves_its_turns_to_the_others(tmp_path, smal
     assert drawn(stream, 600) == pytest.approx({1: 0.5, 3: 0.5}, abs=0.06)
 
 
-# Sources that know their length are permuted whole
+# Sources of known length are fully shuffled
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "saved", "imagefolder"])
@@ -331,11 +331,11 @@ def test_a_table_sorted_by_class_is_not_read_in_class_order(tmp_path, small, kin
     assert drawn(stream, 200) == pytest.approx({1: 0.5, 2: 0.5}, abs=0.12)
     again = [sample["row"] for sample in SampleStream([made], buffer=99)]
     assert sorted(again) == list(range(count))
-    # As far from the order of the file as a random order is: neighbours are a third of the length apart.
+    # As in a random order, successive rows are on average a third of the length apart in the file.
     assert np.abs(np.diff(again)).mean() == pytest.approx(count / 3, rel=0.1)
 
 
-def test_files_of_one_source_are_permuted_together(tmp_path, small):
+def test_files_of_one_source_are_shuffled_together(tmp_path, small):
     for number, label in enumerate(("ct", "mri", "us")):
         (tmp_path / f"{number}.csv").write_text("path,caption,kind\n" + f"x.png,c,{label}\n" * 300)
     made = source(kind="csv", files=[str(tmp_path / f"{number}.csv") for number in range(3)], modality="field:kind")
@@ -344,7 +344,7 @@ def test_files_of_one_source_are_permuted_together(tmp_path, small):
     assert seen == Counter({(shard, row): 1 for shard in range(3) for row in range(300)})
 
 
-def test_resumed_in_a_table_the_sequence_is_the_uninterrupted_one(tmp_path, small):
+def test_resuming_in_a_table_continues_the_sequence(tmp_path, small):
     rows = [{"path": "x.png", "caption": f"{index}", "kind": ["ct", "mri"][index % 5 == 0]} for index in range(60)]
     made = source(**written_as("csv", rows, tmp_path), image="path", modality="field:kind")
     for mixing in ("weight", "modality"):
@@ -381,7 +381,7 @@ class _Long:
         return row
 
 
-def test_ten_million_rows_are_permuted_in_bounded_memory(tmp_path, small, monkeypatch):
+def test_ten_million_rows_are_shuffled_in_bounded_memory(tmp_path, small, monkeypatch):
     made = source(kind="csv", files=[str(tmp_path / "t.csv")])
     monkeypatch.setattr(type(made), "shards", lambda self: [_Long()])
     stream = SampleStream([made])
@@ -396,7 +396,7 @@ def test_ten_million_rows_are_permuted_in_bounded_memory(tmp_path, small, monkey
     assert peak < 100e6
 
 
-# Tars keep their buffer, and say where it does not do
+# Tars are shuffled within a buffer, with a warning if it is insufficient
 
 
 def sorted_tars(folder, small, labels, per_shard=50):
@@ -407,7 +407,7 @@ def sorted_tars(folder, small, labels, per_shard=50):
     return {"kind": "webdataset", "files": [str(folder / f"s-{number:02d}.tar") for number in range(len(labels))]}
 
 
-def test_a_buffer_far_from_the_source_is_told(tmp_path, small):
+def test_an_insufficient_buffer_is_warned_about(tmp_path, small):
     one = tmp_path / "one.tar"
     samples = [{"png": small, "txt": b"c", "cls": b"0123"[index // 100 :][:1]} for index in range(400)]
     write_tar(one, samples)
@@ -419,7 +419,7 @@ def test_a_buffer_far_from_the_source_is_told(tmp_path, small):
     assert "about 25% of all. Tars are shuffled only within `shuffle_buffer` 100" in warning
     assert SampleStream([big], buffer=400).order_warnings() == []
     assert SampleStream([big], buffer=100, mixing="modality").order_warnings() == []
-    # Shards of one class each are shuffled themselves: some of them do, two of them do not.
+    # With one class per shard, shuffling shards suffices for many shards, but not for two.
     many = source(**sorted_tars(tmp_path, small, [0, 1] * 10))
     assert SampleStream([many], buffer=500).order_warnings() == []
     assert len(SampleStream([many], buffer=50).order_warnings()) == 1
@@ -436,7 +436,7 @@ def test_order_warnings_by_label(tmp_path, small):
     assert SampleStream([made], buffer=100).order_warnings() == []
 
 
-def test_without_a_shuffle_tables_are_warned_about_too(tmp_path, small):
+def test_unshuffled_tables_are_warned_about(tmp_path, small):
     rows = [{"path": "x.png", "caption": "c", "kind": ["ct", "mri"][index // 1500]} for index in range(3000)]
     made = source(**written_as("csv", rows, tmp_path), image="path", modality="field:kind")
     (warning,) = SampleStream([made], shuffle=False, buffer=0).order_warnings()
@@ -486,7 +486,7 @@ def test_tables_and_datasets(tmp_path, table, kind, workers):
         assert sample["modality"] == number(sample) % 2
 
 
-def test_a_folder_of_labels_with_a_template(tmp_path):
+def test_a_folder_per_label_with_a_template(tmp_path):
     for index, label in enumerate(("benign", "malignant")):
         (tmp_path / label).mkdir()
         (tmp_path / label / "x.png").write_bytes(picture(index))
@@ -514,7 +514,7 @@ def test_patterns(tmp_path):
         expand(f"{root}/z*.tar")
 
 
-def test_rules_are_known():
+def test_unknown_caption_rules_are_rejected():
     with pytest.raises(ValidationError, match="`caption_rule` must be one of plain"):
         source(kind="webdataset", files=["a.tar"], caption_rule="mimic")
 
@@ -524,7 +524,7 @@ def test_rules_are_known():
     ("window", "shown"), [((40, 400), 128), ("lung", 236), (("lung", "bone", "brain"), (236, 77, 128))]
 )
 def test_dicom_in_tables_and_tars(tmp_path, window, shown, workers):
-    """40 HU everywhere but in a frame: in the middle of its own window, near the top of the lung's."""
+    """40 HU except in a frame: in the middle of its own window, near the top of the lung window."""
     pydicom = pytest.importorskip("pydicom")
     whole = pydicom.dcmread(pydicom.data.get_testdata_file("CT_small.dcm"))
     stored = np.full((whole.Rows, whole.Columns), 40 - int(whole.RescaleIntercept), np.int16)
@@ -542,7 +542,7 @@ def test_dicom_in_tables_and_tars(tmp_path, window, shown, workers):
         assert sample["image"].getpixel((60, 60)) == shown
 
 
-def test_windows_are_known():
+def test_unknown_windows_are_rejected():
     with pytest.raises(ValidationError, match="unknown `window` lungs; use lung, mediastinum"):
         source(kind="webdataset", files=["a.tar"], window="lungs")
 
@@ -550,7 +550,7 @@ def test_windows_are_known():
 # The split
 
 
-def test_a_split_has_no_subject_on_both_sides(tmp_path, table):
+def test_no_subject_is_in_both_parts_of_a_split(tmp_path, table):
     rows = [{**table[index % 4], "patient": f"p{index % 7}"} for index in range(28)]
     fields = written_as("csv", rows, tmp_path) | {"image": "path", "subject": "patient"}
 
@@ -581,11 +581,11 @@ def test_without_subjects_equal_images_stay_together(tmp_path):
     assert len(parts["validation"]) / 100 == pytest.approx(0.3, abs=0.12)
 
 
-# Faults: skipped, counted by cause, and the good ones delivered
+# Faults are skipped and counted by cause
 
 
 def bad_tar(path, name, good=30):
-    """A shard with one sample of each fault that lies inside a shard."""
+    """A shard with one sample per kind of fault inside shards."""
     samples = pairs(0, good)
     broken = {
         "unreadable image": {"jpg": picture(900, "JPEG")[:200], "txt": b"x"},
@@ -633,7 +633,7 @@ def test_a_broken_sample_is_skipped_and_counted(tmp_path, monkeypatch, cause, wo
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_broken_shards(tmp_path, ranks, workers):
-    """Cut inside a sample, cut between two, without a byte, garbage, and one that was never there."""
+    """Truncated inside a sample, truncated between two, empty, garbage, and missing."""
     cut = tmp_path / "cut.tar"
     end = write_tar(cut, pairs(0, 6))
     cut.write_bytes(cut.read_bytes()[: end - 1536])
@@ -657,7 +657,7 @@ def test_broken_shards(tmp_path, ranks, workers):
     }
 
 
-def test_a_shard_that_vanishes_in_the_middle_of_an_epoch(tmp_path):
+def test_a_shard_that_is_deleted_during_an_epoch(tmp_path):
     write_tar(tmp_path / "a.tar", pairs(0, 20))
     write_tar(tmp_path / "b.tar", pairs(100, 20))
     tars = source(kind="webdataset", files=[str(tmp_path / f"{name}.tar") for name in "ab"], name="t")
@@ -665,7 +665,7 @@ def test_a_shard_that_vanishes_in_the_middle_of_an_epoch(tmp_path):
     found = []
     for sample in stream:
         found.append(number(sample))
-        if len(found) == 24:  # three chunks were fetched, four samples of the second shard with them
+        if len(found) == 24:  # three chunks have been read, including four samples of the second shard
             (tmp_path / "b.tar").unlink()
     assert found == [*range(20), *range(100, 104)]
     assert stream.faults.counts == {("t", "missing shard"): 16}
@@ -679,7 +679,7 @@ def test_a_missing_image_is_not_a_missing_table(tmp_path, table):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_over_the_limit_the_stream_stops_and_names_the_worst_files(tmp_path, workers):
+def test_above_the_limit_the_stream_stops_and_lists_the_worst_files(tmp_path, workers):
     samples = pairs(0, 300)
     for index in range(0, 300, 10):
         samples[index]["jpg"] = b"no picture"
@@ -696,7 +696,7 @@ def test_over_the_limit_the_stream_stops_and_names_the_worst_files(tmp_path, wor
     assert len(list(patient)) == 270
 
 
-def test_faults_count_samples_and_not_epochs(tmp_path, table):
+def test_faults_are_counted_once_per_sample(tmp_path, table):
     rows = [{**row, "path": f"absent/{index}.png"} if index < 3 else row for index, row in enumerate(table * 5)]
     fields = written_as("csv", rows, tmp_path) | {"image": "path", "modality": "field:kind", "name": "t"}
     stream = SampleStream([source(**fields)], max_bad_fraction=0.5)
@@ -715,7 +715,7 @@ def test_faults_count_samples_and_not_epochs(tmp_path, table):
         assert one.faults.files == {f"{tmp_path}/absent/{index}.png": 1 for index in range(3)}
 
 
-def test_a_disk_that_vanishes_stops_the_run_in_any_epoch(tmp_path, small):
+def test_an_unmounted_disk_stops_the_run_in_any_epoch(tmp_path, small):
     rows = [{"path": "x.png", "caption": f"{index}"} for index in range(300)]
     stream = SampleStream([source(**written_as("csv", rows, tmp_path), image="path")])
     assert len(list(stream)) == 300
@@ -725,7 +725,7 @@ def test_a_disk_that_vanishes_stops_the_run_in_any_epoch(tmp_path, small):
     assert stream.faults.skipped < 30
 
 
-def test_a_caption_of_another_layout(tmp_path):
+def test_a_caption_that_does_not_match_its_rule(tmp_path):
     samples = [{"jpg": picture(0), "txt": b"a_dr_b_dr_"}, {"jpg": picture(1), "txt": b"no tag"}]
     write_tar(tmp_path / "a.tar", samples)
     tars = source(kind="webdataset", files=[str(tmp_path / "a.tar")], name="t", caption_rule="dr")
@@ -734,7 +734,7 @@ def test_a_caption_of_another_layout(tmp_path):
     assert stream.faults.counts == {("t", "caption does not match its rule"): 1}
 
 
-def test_an_epoch_of_nothing_ends_with_an_error(tmp_path):
+def test_an_epoch_without_readable_samples_is_an_error(tmp_path):
     (tmp_path / "empty.tar").touch()
     tars = source(kind="webdataset", files=[str(tmp_path / "empty.tar")])
     for once in (True, False):
@@ -774,7 +774,7 @@ def test_jpegs_can_be_decoded_at_a_reduced_scale(tmp_path):
         ([[0, 1], [1, 0]], None),
     ],
 )
-def test_a_label_is_a_word_or_a_number(value, label):
+def test_a_label_is_text_or_a_number(value, label):
     assert reading.label_of({"label": value, "other": "x"}, None) == label
     assert reading.label_of({"other": value, "label": "x"}, "other") == label
     assert reading.label_of({}, None) is None
