@@ -451,4 +451,4 @@ def test_the_documented_commands_run_one_after_another(tmp_path, monkeypatch):
     local = {path.name for path in Path("quickstart/model").iterdir()}
     assert local <= set(held) <= local | {".gitattributes"}
     assert any(path.endswith(".parquet") for path in pairs.commits[pairs.branches["main"]].files)
-    assert "gives what it was published with" in output["medmoe verify you/medmoe --revision v1"]
+    assert "has the outputs it was published with" in output["medmoe verify you/medmoe --revision v1"]

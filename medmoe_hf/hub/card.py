@@ -1,6 +1,6 @@
-"""The model card: what a folder holds, how it was trained, what it measures; from facts that were given, no others.
+"""The model card: architecture, training and evaluation, from known facts only.
 
-Paths never reach a card, only the last part of a name; what nobody gave reads "not stated".
+Paths never appear in a card, only their last part; unknown facts are "not stated".
 """
 
 import importlib.metadata
@@ -38,7 +38,7 @@ _MODELS: dict[str, tuple[Any, str, str]] = {
     ),
 }
 _MEASURED = ("protocol", "dataset", "N", "variant", "metric", "value", "95 % interval")
-# What a configuration holds that does not tell one model from another.
+# Fields of a configuration that are not compared between models.
 _NO_DIFFERENCE = {"architectures", "auto_map", "dtype", "id2label", "label2id", "model_type", "transformers_version"}
 _ABSOLUTE = re.compile(r"(?<![\w.:/\\])(?:~|[A-Za-z]:)?[/\\](?=[^\s/\\])(?:[^\s/\\]+[/\\])*")
 
@@ -53,29 +53,40 @@ def build_card(
     license: str | None = None,
     datasets: Sequence[str] | None = None,
 ) -> ModelCard:
-    """The card of a model folder, made from `model_card.md`.
+    """Builds the card of a model folder from the template `model_card.md`.
 
     Args:
-        folder: of a dual encoder or an image classifier, as `save_pretrained` wrote it.
-        training: the run's `training.json`, or the YAML of a run (which says what was planned). None: the
-            `training.json` in the folder, if there is one.
-        results: `results.json` of `medmoe evaluate`.
-        repo: Hub id under which the model will be found; the snippets load it.
-        base_model: Hub ids of the models that this one was made from.
-        license: of the weights, as the Hub abbreviates it (`apache-2.0`).
-        datasets: Hub ids of the training data. None: those of the recipe's `hub` sources.
+        folder: Folder of a dual encoder or an image classifier, as `save_pretrained` writes it.
+        training: The run's `training.json`, or its training configuration as YAML (the planned training); `None` for
+            the `training.json` in the folder, if there is one.
+        results: `results.json` of `medmoe evaluate`; `None` for a card without results.
+        repo: Hub id of the model, for the code examples; `None` for examples that load the current folder.
+        base_model: Hub ids of the models that this one is based on.
+        license: License of the weights as a Hub identifier, for example `apache-2.0`.
+        datasets: Hub ids of the training data; `None` for those of the configuration's `hub` sources.
+
+    Returns:
+        The card; `write_card` writes it.
 
     Raises:
-        CardError: for a folder of another kind, a file that cannot be read, or no Hub id.
-        ConfigError: for a YAML that is no training configuration.
+        CardError: For a folder of another kind, a file that cannot be read, or an invalid Hub id.
+        ConfigError: For a YAML that is no training configuration.
+
+    Example:
+        ```python
+        from medmoe_hf.hub.card import build_card, write_card
+
+        card = build_card("runs/first", repo="you/medmoe", license="apache-2.0")
+        write_card("runs/first", card)
+        ```
     """
     folder = Path(folder)
     config, (model_class, auto_class, task) = _read_config(folder)
     if repo is not None:
         _check_repo(repo)
     base_models = [base_model] if isinstance(base_model, str) else list(base_model or ())
-    recipe, record = _read_training(folder, training)
-    sources = _list(recipe["data"]["train"]) if recipe else []
+    config_of_run, record = _read_training(folder, training)
+    sources = _list(config_of_run["data"]["train"]) if config_of_run else []
     if datasets is None:
         datasets = [source["path"] for source in sources if source["kind"] == "hub" and _is_hub_id(source["path"])]
     name = repo.split("/")[-1] if repo else folder.resolve().name
@@ -94,7 +105,7 @@ def build_card(
         eval_results=[line for result in found for line in result.to_eval_results()] or None,
     )
     if data.eval_results is None:
-        # Without results it would be a key that the Hub does not know.
+        # Without results, the Hub does not know this key.
         data.model_name = None
     return ModelCard.from_template(
         data,
@@ -110,7 +121,7 @@ def build_card(
         preset=preset,
         differences_table=markdown_table(("key", preset, "this model"), differences),
         routing_table=markdown_table(_MEASURED, _measured(found, routing=True)),
-        recipe_table=_recipe_table(recipe, record) if recipe else "",
+        training_table=_training_table(config_of_run, record) if config_of_run else "",
         sources_table=_sources_table(sources),
         synthetic=synthetic,
         evaluation_table=markdown_table(_MEASURED, _measured(found, routing=False)),
@@ -121,18 +132,27 @@ def build_card(
 
 
 def write_card(folder: str | Path, card: ModelCard, force: bool = False) -> Path:
-    """Writes the folder's `README.md` whole, by rename.
+    """Writes a card as the folder's `README.md`, atomically.
 
-    What stands in it below the line that says so was written by hand, and is kept.
+    An existing card's text below the line that marks handwritten text is kept.
 
     Args:
-        force: whether a `README.md` without that line, which somebody else has made, is replaced.
+        folder: Folder of the model.
+        card: Of `build_card`.
+        force: Whether to replace a `README.md` without that line, which this function did not write.
 
     Returns:
-        The file's path.
+        Path of the file.
 
     Raises:
-        CardError: if there is such a `README.md` and `force` is False.
+        CardError: If there is such a `README.md` and `force` is `False`.
+
+    Example:
+        ```python
+        from medmoe_hf.hub.card import build_card, write_card
+
+        write_card("runs/first", build_card("runs/first", license="apache-2.0"))
+        ```
     """
     path = Path(folder) / "README.md"
     kept = ""
@@ -140,8 +160,8 @@ def write_card(folder: str | Path, card: ModelCard, force: bool = False) -> Path
         _, mark, kept = path.read_text(encoding="utf-8").partition(HAND_WRITTEN)
         if not mark and not force:
             raise CardError(
-                f"{path} was not written by `medmoe card`. Replace it with `--force`; or put the line\n"
-                f"{HAND_WRITTEN}\nabove what should stay, and only what is above it will be replaced."
+                f"{path} was not written by `medmoe card`. Replace it with `--force`; or insert the line\n"
+                f"{HAND_WRITTEN}\nabove the text to keep, and only the text above it will be replaced."
             )
     with atomic_write(path) as partial:
         partial.write_text(str(card).rstrip() + (kept.rstrip() or "") + "\n", encoding="utf-8")
@@ -149,8 +169,10 @@ def write_card(folder: str | Path, card: ModelCard, force: bool = False) -> Path
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table in GitHub's Markdown, or nothing where there are no rows. Cells can break neither it nor the page, and
-    absolute paths lose their folders."""
+    """A table in GitHub's Markdown; an empty text without rows.
+
+    Cells are escaped, and absolute paths in them are shortened to their last part.
+    """
     if not rows:
         return ""
     lines = [list(header), ["---"] * len(header), *([_text(cell) for cell in row] for row in rows)]
@@ -158,14 +180,14 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def _text(value: Any) -> str:
-    """A value as one line of plain text within Markdown."""
+    """A value as one line of plain text, escaped for Markdown."""
     if value is None or value == "" or value == [] or value == {}:
         return NOT_STATED
     if isinstance(value, (list, tuple)):
         value = ", ".join(str(one) for one in value)
     text = " ".join(str(value).split())
     windows = PureWindowsPath(text)
-    # The second pattern cannot tell a folder whose name has spaces; a value that is one path as a whole can have them.
+    # The second pattern does not match folders with spaces; a value that is a single path may have them.
     text = windows.name if windows.root and windows.name else _ABSOLUTE.sub("", text)
     return re.sub(r"([\\`*|\[\]<>])", r"\\\1", text)
 
@@ -174,7 +196,7 @@ def _template() -> str:
     return Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
 
 
-# What is given
+# Inputs
 
 
 def _read_json(path: Path) -> Any:
@@ -212,12 +234,12 @@ def _is_hub_id(path: str) -> bool:
 
 
 def _read_training(folder: Path, training: str | Path | None) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """The configuration of a run, defaults filled in, and its record; None for what there is not."""
+    """The configuration of a run, with defaults, and its record; `None` if they are unknown."""
     if training is None:
         training = folder / "training.json"
         if not training.is_file():
             return None, None
-    # Only here: the training package takes seconds to import, and a card without a recipe does not need it.
+    # Imported here, as the training package takes seconds to import and is not always needed.
     from medmoe_hf.training.config import TrainConfig
 
     if Path(training).suffix in (".yaml", ".yml"):
@@ -229,8 +251,8 @@ def _read_training(folder: Path, training: str | Path | None) -> tuple[dict[str,
 
 
 def _read_results(path: Path, names: set[str]) -> list["Result"]:
-    """This model's results."""
-    # Only here: the evaluation package takes seconds to import too.
+    """The results of this model."""
+    # Imported here, as the evaluation package takes seconds to import.
     from medmoe_hf.evaluation.intervals import Interval
     from medmoe_hf.evaluation.results import Result
 
@@ -262,17 +284,17 @@ def _read_results(path: Path, names: set[str]) -> list["Result"]:
 
 
 def _with_nan(interval: dict[str, Any]) -> dict[str, Any]:
-    # JSON has no NaN; what could not be measured is null there.
+    # JSON has no NaN; undefined values are null.
     return {key: math.nan if value is None else value for key, value in interval.items()}
 
 
-# What is made of it
+# Contents
 
 
 def _summary(experts: list[str], task: str, synthetic: bool) -> str:
     does = "A medical image classifier" if task == "image-classification" else "A medical image-text model"
     drawn = ", trained on synthetic drawings for demonstration" if synthetic else ""
-    return f"{does} with an expert each for {', '.join(_text(name) for name in experts)}{drawn}."
+    return f"{does} with one expert per modality: {', '.join(_text(name) for name in experts)}{drawn}."
 
 
 def _requirements(config: MedMoEConfig) -> str:
@@ -284,7 +306,7 @@ def _requirements(config: MedMoEConfig) -> str:
 
 
 def _architecture(config: MedMoEConfig, model_class: Any, folder: Path) -> dict[str, Any]:
-    """The tables of parts, sizes and experts, and the longest text in tokens."""
+    """Tables of components, sizes and experts, and the longest text in tokens."""
     with torch.device("meta"):
         model = model_class(config)
     vision, tower = config.vision_config, model.vision_model
@@ -364,18 +386,22 @@ def _map_side(vision: Any) -> str:
     side = vision.map_size
     if side is None and vision.swin_config is not None:
         side = vision.image_size // vision.swin_config.patch_size
-    return f"{side} x {side} regions" if side else "as fine as the backbone's finest level"
+    return f"{side} x {side} regions" if side else "resolution of the backbone's finest level"
 
 
 def _max_length(folder: Path) -> int | None:
-    """Longest text in tokens, which the tokenizer's file states; the libraries write 1e30 for "no limit"."""
+    """Longest text in tokens, from the tokenizer's file; transformers writes 1e30 for "no limit"."""
     path = folder / "tokenizer_config.json"
     length = _read_json(path).get("model_max_length") if path.is_file() else None
     return int(length) if length and length < 1e6 else None
 
 
 def _nearest_preset(config: MedMoEConfig) -> tuple[list[list[Any]], str]:
-    """The preset with the fewest fields that differ, and these: key, its value, this model's."""
+    """The preset with the fewest different fields.
+
+    Returns:
+        Rows of key, value in the preset, and value in this model; and the name of the preset.
+    """
     own = _flat(config.to_dict())
     compared = {}
     for name in PRESETS:
@@ -406,8 +432,8 @@ def _shown(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def _recipe_table(recipe: dict[str, Any], record: dict[str, Any] | None) -> str:
-    model, step = recipe["model"], recipe["batch_size"] * recipe["gradient_accumulation_steps"]
+def _training_table(run: dict[str, Any], record: dict[str, Any] | None) -> str:
+    model, step = run["model"], run["batch_size"] * run["gradient_accumulation_steps"]
     if model["preset"] is not None:
         origin = f"new weights of the preset {model['preset']}"
     else:
@@ -415,42 +441,45 @@ def _recipe_table(recipe: dict[str, Any], record: dict[str, Any] | None) -> str:
     rows = [("started from", origin)]
     if record is None:
         rows += [
-            ("steps", f"{recipe['max_steps']} planned; how many were done is {NOT_STATED}"),
-            ("pairs in a step", f"{step} on each process; the number of processes is {NOT_STATED}"),
+            ("steps", f"{run['max_steps']} planned; the number done is {NOT_STATED}"),
+            ("pairs per step", f"{step} on each process; the number of processes is {NOT_STATED}"),
         ]
     else:
         rows += [
-            ("steps", f"{record['steps']} of {recipe['max_steps']}"),
+            ("steps", f"{record['steps']} of {run['max_steps']}"),
             ("pairs seen", f"{record['samples']:,}"),
-            ("pairs in a step", str(record["samples"] // record["steps"]) if record["steps"] else NOT_STATED),
+            ("pairs per step", str(record["samples"] // record["steps"]) if record["steps"] else NOT_STATED),
             ("time", f"{record['seconds'] / 3600:.2f} h"),
-            ("left out as unreadable", f"{sum(record.get('skipped', {}).values())} samples of the main process"),
+            ("unreadable samples", f"{sum(record.get('skipped', {}).values())} in the main process"),
         ]
-    lora = recipe["lora"]
+    lora = run["lora"]
     rows += [
         (
             "contrasted with",
-            {"micro_batch": "its micro-batch", "ranks": "all processes"}.get(recipe["negatives"], "the whole step"),
+            {"micro_batch": "its micro-batch", "ranks": "all processes"}.get(run["negatives"], "the entire step"),
         ),
-        ("optimiser", f"AdamW, betas {_shown(list(recipe['betas']))}, weight decay {recipe['weight_decay']}"),
+        ("optimizer", f"AdamW, betas {_shown(list(run['betas']))}, weight decay {run['weight_decay']}"),
         (
             "learning rate",
-            f"{recipe['learning_rate']:g}, {recipe['schedule']}, {recipe['warmup_steps']} steps of warm-up",
+            f"{run['learning_rate']:g}, {run['schedule']}, {run['warmup_steps']} steps of warm-up",
         ),
-        ("factor from layer to layer", recipe["layer_decay"]),
-        ("gradients clipped to", recipe["max_grad_norm"]),
-        ("moving average of weights", recipe["ema_decay"] or "none"),
-        ("precision", "float32" if recipe["mixed_precision"] == "no" else recipe["mixed_precision"]),
-        ("kept as it was", recipe["freeze"] or "nothing"),
+        ("layer decay", run["layer_decay"]),
+        ("maximal gradient norm", run["max_grad_norm"]),
+        ("moving average of weights", run["ema_decay"] or "none"),
+        ("precision", "float32" if run["mixed_precision"] == "no" else run["mixed_precision"]),
+        ("frozen", run["freeze"] or "nothing"),
         ("low-rank adapters", "none" if lora is None else f"rank {lora['rank']}, alpha {lora['alpha']:g}, merged"),
-        ("seed", str(recipe["seed"])),
+        ("seed", str(run["seed"])),
     ]
-    return markdown_table(("recipe", "value"), rows)
+    return markdown_table(("setting", "value"), rows)
 
 
 def source_name(source: Mapping[str, Any]) -> str | None:
-    """What a card calls a source (the fields of one in `medmoe_hf.data.sources`): the name that it was given, or its
-    Hub id. Names of its files may tell more than they should."""
+    """Name of a source in a card: its name or Hub id, but never its file names, which may be sensitive.
+
+    Args:
+        source: Fields of a source of `medmoe_hf.data.sources`.
+    """
     if source["name"] is None and source["kind"] == "hub" and _is_hub_id(source["path"]):
         return str(source["path"])
     if source["name"] is None and source["kind"] == "phantom":
@@ -467,7 +496,7 @@ def _sources_table(sources: list[dict[str, Any]]) -> str:
 
 
 def _held_out(record: dict[str, Any] | None) -> list[list[Any]]:
-    """What the run last measured by itself: step, measure, value."""
+    """Rows of the run's last evaluation: step, metric, value."""
     if not record or not record.get("evaluations"):
         return []
     last = dict(record["evaluations"][-1])
@@ -476,7 +505,7 @@ def _held_out(record: dict[str, Any] | None) -> list[list[Any]]:
 
 
 def _measured(results: Sequence["Result"], routing: bool) -> list[list[Any]]:
-    """Rows of the evaluation that are about the routing, or those that are not."""
+    """Rows of the evaluation that concern routing, or the others."""
     return [
         [result.protocol, result.dataset, result.rows_of(interval), variant, metric, *_value_and_interval(interval)]
         for result in results
@@ -495,7 +524,7 @@ def _value_and_interval(interval: "Interval") -> tuple[str, str]:
 
 
 def _facts(results: Sequence["Result"]) -> list[list[Any]]:
-    """What a reader needs to judge the numbers, and nobody can see in them."""
+    """Rows of what a reader needs to interpret the numbers."""
     return [
         [result.protocol, result.dataset, name, _shown(value)]
         for result in results

@@ -1,4 +1,4 @@
-"""Reading other people's checkpoint files: tensors and plain containers, and never their code."""
+"""Reads checkpoint files without running code in them: tensors and plain containers only."""
 
 import collections
 import io
@@ -17,7 +17,7 @@ from medmoe_hf.errors import ConvertError
 
 
 class _Ignored:
-    """Stands where a file asks for an object of a class that we do not know: takes everything, does nothing."""
+    """Inert replacement for an object of an unknown class: accepts everything, does nothing."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "_Ignored":
         return object.__new__(cls)
@@ -64,7 +64,7 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _ALLOWED:
             return _ALLOWED[module, name]
-        # Anything else is neither imported nor called: an inert object takes its place, whatever the file asks for.
+        # Anything else is neither imported nor called, but replaced by an inert object.
         return type(name, (_Ignored,), {"__module__": module})
 
 
@@ -72,7 +72,7 @@ def _load(file: Any, **kwargs: Any) -> Any:
     return _Unpickler(file, **kwargs).load()
 
 
-# What `torch.load` asks of a pickle module.
+# The interface that `torch.load` expects of a pickle module.
 _plain_pickle = types.ModuleType("medmoe_plain_pickle")
 _plain_pickle.Unpickler = _Unpickler  # type: ignore[attr-defined]
 _plain_pickle.load = _load  # type: ignore[attr-defined]
@@ -80,10 +80,13 @@ _plain_pickle.loads = lambda data, **kwargs: _load(io.BytesIO(data), **kwargs)  
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Everything plain that a file holds; objects of unknown classes are replaced by inert ones, and no code is run.
+    """Reads a checkpoint without running code; objects of unknown classes are replaced by inert ones.
 
     Args:
-        path: `.safetensors`, or what `torch.save` wrote (`.ckpt`, `.pt`, `.pth`, `.bin`; either of its formats).
+        path: A `.safetensors` file, or a file of `torch.save` (`.ckpt`, `.pt`, `.pth`, `.bin`; either of its formats).
+
+    Returns:
+        The file's dictionary.
 
     Raises:
         ConvertError: The file is missing, truncated or of another format.
@@ -98,7 +101,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             with zipfile.ZipFile(path) as archive:
                 names = archive.namelist()
             if any(name.endswith("/constants.pkl") for name in names):
-                raise ConvertError("it is a TorchScript program, which holds code; save the model's `state_dict()`.")
+                raise ConvertError("it is a TorchScript program, which contains code; save its `state_dict()`.")
             if not any(name.endswith("data.pkl") for name in names):
                 raise ConvertError("it is a zip archive, but not one that `torch.save` wrote.")
         content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_plain_pickle)
@@ -119,7 +122,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     ) as error:
         raise ConvertError(
             f"{path} cannot be read: it is truncated, or no checkpoint ({type(error).__name__}). Compare its size or "
-            "checksum with the source's and fetch it again."
+            "checksum with the source's and download it again."
         ) from error
     if not isinstance(content, dict):
         raise ConvertError(f"{path} holds {type(content).__name__}, not a dictionary of tensors.")
@@ -127,10 +130,16 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint: a bare state dict, or the one inside a Lightning (or timm) file.
+    """Reads the tensors of a checkpoint: a state dict, or the one inside a Lightning or timm file.
+
+    Args:
+        path: As for `read_checkpoint`.
+
+    Returns:
+        Name -> tensor.
 
     Raises:
-        ConvertError: as `read_checkpoint`, and if there are no tensors.
+        ConvertError: As `read_checkpoint`, and if there are no tensors.
     """
     content = read_checkpoint(path)
     for key in ("state_dict", "model"):
@@ -140,5 +149,5 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if not tensors:
         listed = ", ".join(str(key) for key in list(content)[:8]) or "nothing"
-        raise ConvertError(f"{path} holds no tensors under names; at its top are: {listed}.")
+        raise ConvertError(f"{path} holds no named tensors; its top-level keys are: {listed}.")
     return {name: tensor.detach() for name, tensor in tensors.items()}

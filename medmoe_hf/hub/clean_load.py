@@ -1,6 +1,6 @@
-"""Loads a folder as those do who have never seen this package, and writes what its model makes of the golden input.
+"""Loads a folder without this package installed, and writes the model's outputs for the golden input.
 
-`medmoe_hf.hub.golden` runs the text of this file in a process of its own; so it imports nothing of ours.
+`medmoe_hf.hub.golden` runs the text of this file in a separate process; so it imports nothing from this package.
 """
 
 import json
@@ -27,24 +27,25 @@ OUTPUTS = (
 
 
 class RefusePackage:
-    """A finder that comes before all others, and finds no `medmoe_hf`, though it may be installed."""
+    """An import finder that hides `medmoe_hf`, even if it is installed."""
 
     @staticmethod
     def find_spec(name: str, path: Any = None, target: Any = None) -> None:
         if name.partition(".")[0] == "medmoe_hf":
-            raise ModuleNotFoundError(f"No module named {name!r}: whoever loads this has not got it.", name=name)
+            raise ModuleNotFoundError(f"No module named {name!r}: it is not installed here.", name=name)
 
 
 def golden_tensors(model: Any, processor: Any, images: Tensor, texts: Sequence[str]) -> dict[str, Tensor]:
-    """What a processor and a model make of images and texts.
+    """Outputs of a processor and a model for images and texts.
 
     Args:
-        model: any of MedMoE's; gets the images, the texts or both, as it takes.
+        model: Any MedMoE model; it gets the images, the texts or both, as it needs.
+        processor: Its processor.
         images: (B, H, W, 3) uint8.
-        texts: any number.
+        texts: N texts.
 
     Returns:
-        `input.<name>` for what the processor gave, `output.<name>` for those of `OUTPUTS` that the model has.
+        `input.<name>`, the processor's outputs, and `output.<name>`, those of `OUTPUTS` that the model has.
     """
     inputs = dict(processor(images=[image.numpy() for image in images], text=list(texts), return_tensors="pt"))
     takes = {name: ("image" if name == "pixel_values" else "text") in model.input_modalities for name in inputs}
@@ -56,7 +57,7 @@ def golden_tensors(model: Any, processor: Any, images: Tensor, texts: Sequence[s
 
 
 def main(folder: str, golden: str, out: str) -> None:
-    """Writes `golden_tensors` of a folder, loaded by its own code, for the images and texts of a golden file."""
+    """Writes `golden_tensors` of a folder, loaded with its own code, for the images and texts of a golden file."""
     sys.meta_path.insert(0, RefusePackage)
     import transformers
 

@@ -1,6 +1,6 @@
-"""A model without its Python: both towers as ONNX or `torch.export` files, with all else that using them needs.
+"""Export of both towers as ONNX or `torch.export` files, with everything else that is needed to use them.
 
-Routing is part of the image tower's graph: each image is computed by its own expert alone.
+Routing is part of the image tower's graph: each image is computed only by its own expert.
 """
 
 import copy
@@ -33,13 +33,13 @@ except ImportError:  # only ONNX needs them
     onnxruntime = None
 
 FORMATS = {"onnx": ".onnx", "torch-export": ".pt2"}
-"""What `export` writes: the format and the ending of its files."""
+"""Format -> suffix of its files."""
 
 TOLERANCE = 1e-4
-"""By how much an exported output may differ from the model's; relative to its largest value where that is over 1."""
+"""Largest allowed difference of an exported output, relative to its largest value if that is over 1."""
 
 INT8_COSINE = 0.98
-"""How near an image's or a report's embedding must stay to the model's with `int8`: the cosine between the two."""
+"""Smallest allowed cosine similarity between an embedding of the `int8` export and the model's."""
 
 _SEED = 0
 _ASCENT_STEPS, _ASCENT_STEP, _MARGIN = 60, 0.1, 0.01
@@ -52,16 +52,16 @@ class ExportReport:
     """What was exported, and how well it agrees with the model.
 
     Attributes:
-        format: one of `FORMATS`.
-        sizes: file -> bytes.
-        differences: `tower.output` -> the largest difference from the model, relative as in `TOLERANCE`; with `int8`
-            before that.
-        batch_sizes: the batches that were compared; the graphs were made with another one.
-        experts: the modalities whose experts the compared images were sent to.
-        int8: `tower.output` -> the smallest cosine of the written, quantised tower's embeddings to the model's, of
-            images that still go to the same expert; empty without `int8`.
-        int8_routed: the share of the compared images that do. They were made so that their experts are hardly sure:
-            of real images more do.
+        format: One of `FORMATS`.
+        sizes: File name -> size in bytes.
+        differences: `tower.output` -> largest difference from the model, relative as in `TOLERANCE`; with `int8`,
+            before quantisation.
+        batch_sizes: Batch sizes that were compared; the graphs were traced with another one.
+        experts: Modalities of the experts that the compared images were sent to.
+        int8: `tower.output` -> smallest cosine similarity of the quantised tower's embeddings to the model's, for
+            images that are sent to the same expert; empty without `int8`.
+        int8_routed: Share of the compared images that are sent to the same expert, in [0, 1]. Their router
+            probabilities are close by construction; for real images the share is higher.
     """
 
     format: str
@@ -74,14 +74,15 @@ class ExportReport:
 
     @property
     def largest_difference(self) -> float:
+        """Largest of `differences`."""
         return max(self.differences.values())
 
     def __str__(self) -> str:
         files = ", ".join(f"{name} ({size / 2**20:.1f} MiB)" for name, size in self.sizes.items())
         return (
-            f"{files}: at most {self.largest_difference:.1e} away from the model, in batches of "
+            f"{files}: differences from the model of at most {self.largest_difference:.1e}, in batches of "
             f"{' and '.join(map(str, self.batch_sizes))}, images of {', '.join(self.experts)}"
-            + "".join(f"; in int8 {name} keeps a cosine of {value:.4f}" for name, value in self.int8.items())
+            + "".join(f"; in int8 {name} has a cosine of {value:.4f}" for name, value in self.int8.items())
             + (f", and {self.int8_routed:.0%} of the images their expert" if self.int8 else "")
         )
 
@@ -125,36 +126,43 @@ def export(
 ) -> ExportReport:
     """Exports a dual encoder as a folder that needs neither this package nor transformers.
 
-    `image_tower` takes `pixel_values` (B, 3, H, W), H and W as the processor gives them, and gives `image_embeds`
-    (B, D) of length 1, `local_embeds` (B, D, h, w), `router_logits` (B, K), `expert_ids` (B,) and `scale_weights`
-    (B, S, h, w). `text_tower` takes `input_ids`, `attention_mask` and `word_ids` (N, L), int64, and gives
-    `text_embeds` (N, D) of length 1, `word_embeds` (N, L, D), `word_mask` (N, L) bool and, where there is a report
-    router, `report_router_logits` (N, K). B, N and L >= 3 are free. Floats are float32.
+    `image_tower` takes `pixel_values` (B, 3, H, W) with the processor's H and W, and returns `image_embeds` (B, D) of
+    length 1, `local_embeds` (B, D, h, w), `router_logits` (B, K), `expert_ids` (B,) and `scale_weights` (B, S, h, w).
+    `text_tower` takes `input_ids`, `attention_mask` and `word_ids` (N, L), int64, and returns `text_embeds` (N, D) of
+    length 1, `word_embeds` (N, L, D), `word_mask` (N, L) bool and, if there is a report router,
+    `report_router_logits` (N, K). B, N and L >= 3 are variable. Floats are float32.
 
-    The expert of an image, in all of these outputs, is the one that the image router selects. Where a model scores
-    images by the expert that each text selects (`config.router="report"`, and a similarity that experts have part in),
-    `scale * image_embeds @ text_embeds.T` is therefore not its `logits_per_image`, but the same of what
-    `get_image_features` and `get_text_features` give; where v_g comes from the backbone alone the two are one.
+    The expert of an image is always the one that the image router selects. If a model scores images with the expert
+    that each text selects (`config.router="report"`, and a similarity that depends on the expert), then
+    `scale * image_embeds @ text_embeds.T` differs from its `logits_per_image`; it equals the same product of the
+    outputs of `get_image_features` and `get_text_features`. If v_g comes from the backbone only, the two are equal.
 
-    `tokenizer.json` truncates and pads; `word_ids` are the encodings' own, -1 for None. `export.json` has the rest:
-    inputs and outputs, how images become `pixel_values`, the modalities by expert, the inverse temperature.
+    `tokenizer.json` truncates and pads; `word_ids` are those of its encodings, with -1 for `None`. `export.json` has
+    the rest: inputs and outputs, the preprocessing of images, the modality of each expert, the inverse temperature.
 
     Args:
-        folder: of a `MedMoEModel` and its processor, or a Hub id.
-        out: the folder to make.
+        folder: Folder or Hub id of a `MedMoEModel` and its processor.
+        out: Folder to create.
         format: `"onnx"` (for ONNX Runtime) or `"torch-export"` (for `torch.export.load`).
-        force: replace `out`.
-        int8: matrix products of the ONNX files in 8 bits: their weights by column, what they are multiplied with as it
-            comes (dynamic quantisation). Convolutions stay as they are; ONNX Runtime is slower with theirs.
+        force: Whether to replace `out` if it exists.
+        int8: Whether to quantise the matrix products of the ONNX files to 8 bits: weights per column, activations
+            dynamically. Convolutions are not quantised, as ONNX Runtime is slower with quantised ones.
 
     Returns:
-        how far the files, read back, are from the model, on images that are sent to different experts.
+        The differences between the files, read back, and the model, on images that are sent to different experts.
 
     Raises:
-        ExportError: if they are further apart than `TOLERANCE`, or anything is routed or masked otherwise; if int8
-            leaves less than `INT8_COSINE` of an embedding; or for a folder of another model.
-        FileExistsError: if `out` exists and `force` is False.
-        ImportError: without the packages of `pip install "medmoe_hf[export]"` (ONNX only).
+        ExportError: If the differences exceed `TOLERANCE`, if routing or masks differ, if the cosine similarity with
+            int8 is below `INT8_COSINE`, or for a folder of another model.
+        FileExistsError: If `out` exists and `force` is `False`.
+        ImportError: Without the packages of `pip install "medmoe_hf[export]"` (ONNX only).
+
+    Example:
+        ```python
+        from medmoe_hf.hub.export import export
+
+        print(export("runs/first", "models/onnx"))
+        ```
     """
     if format not in FORMATS:
         raise ExportError(f'format must be one of {", ".join(FORMATS)}, got "{format}".')
@@ -163,10 +171,10 @@ def export(
             'ONNX needs the packages onnxscript and onnxruntime: pip install "medmoe_hf[export]"'
         )
     if int8 and format != "onnx":
-        raise ExportError("int8 is made by ONNX Runtime's quantisation: leave the format at onnx.")
-    # Before minutes of work, and not only when the folder is written.
+        raise ExportError("int8 uses ONNX Runtime's quantisation: leave the format at onnx.")
+    # Before minutes of work.
     if Path(out).exists() and not force:
-        raise PathExistsError(f"{out} exists already; choose another folder, or replace it by --force.")
+        raise PathExistsError(f"{out} exists already; choose another folder, or replace it with --force.")
     model, processor = _load(folder, format)
     size = processor.image_processor.size
     pixel_values = _images_for_every_expert(model, (size["height"], size["width"]))
@@ -204,14 +212,16 @@ def export(
         }
         off = [f"{name} ({value:.1e})" for name, value in report.differences.items() if value > TOLERANCE]
         if off:
-            raise ExportError(f"{folder} as {format} is over {TOLERANCE} away from the model in {', '.join(off)}.")
+            raise ExportError(
+                f"{folder} as {format} differs from the model by more than {TOLERANCE} in {', '.join(off)}."
+            )
         far = [f"{name} ({value:.3f})" for name, value in report.int8.items() if value < INT8_COSINE]
         if far:
             raise ExportError(
-                f"{folder} does not bear int8: under a cosine of {INT8_COSINE} to the model's in {', '.join(far)}. "
+                f"{folder} is not precise enough in int8: below a cosine of {INT8_COSINE} in {', '.join(far)}. "
                 "Export it without."
             )
-        _whole_tokenizer(processor.tokenizer).save(str(partial / "tokenizer.json"))
+        _configured_tokenizer(processor.tokenizer).save(str(partial / "tokenizer.json"))
         facts = {
             **signatures,
             "images": _image_facts(processor.image_processor),
@@ -227,7 +237,7 @@ def _load(folder: str | Path, format: str) -> tuple[MedMoEModel, MedMoEProcessor
     refuse_missing_folder(folder)
     kind = MedMoEConfig.get_config_dict(folder)[0].get("model_type")
     if kind != MedMoEConfig.model_type:
-        raise ExportError(f'{folder} holds a model of type "{kind}"; export takes the dual encoder, "medmoe".')
+        raise ExportError(f'{folder} holds a model of type "{kind}"; export needs a dual encoder, "medmoe".')
     # torch.onnx has no operator for the mask of transformers' fused attention.
     attention = "eager" if format == "onnx" else None
     with explain_loading(folder):
@@ -238,17 +248,20 @@ def _load(folder: str | Path, format: str) -> tuple[MedMoEModel, MedMoEProcessor
     missing = sorted(loading["missing_keys"])
     if missing:
         raise ExportError(
-            f"{folder} holds no whole dual encoder: its weights lack {len(missing)} tensors, {missing[0]} among them."
+            f"{folder} holds no complete dual encoder: its weights lack {len(missing)} tensors, such as {missing[0]}."
         )
     return model.eval().requires_grad_(False), processor
 
 
 @torch.enable_grad()
 def _images_for_every_expert(model: MedMoEModel, size: tuple[int, int]) -> Tensor:
-    """(K + 1, 3, *size): noise, moved until the image router sends image k to expert k, and the first of them again.
+    """Noise that is optimised until the image router sends image k to expert k, and the first image again.
 
-    Images that all go to one expert would not tell whether the graph routes at all. A router that cannot be moved
-    leaves its image where it is.
+    Images that are all sent to one expert would not show whether the graph routes at all. If the optimisation fails,
+    an image is sent to another expert.
+
+    Returns:
+        (K + 1, 3, *size).
     """
     vision = model.vision_model
     generator = torch.Generator().manual_seed(_SEED)
@@ -268,7 +281,7 @@ def _images_for_every_expert(model: MedMoEModel, size: tuple[int, int]) -> Tenso
 
 
 def _texts(model: MedMoEModel, count: int, length: int) -> dict[str, Tensor]:
-    """Inputs of the text tower (count, length): random pieces of random words, padded; the last text has no word."""
+    """Inputs (count, length) of the text tower: random tokens of random words, padded; the last text has no word."""
     generator = torch.Generator().manual_seed(_SEED)
     shape = count, length
     positions = torch.arange(length)
@@ -292,7 +305,11 @@ def _export_tower(
     report: ExportReport,
     int8: bool,
 ) -> dict[str, Any]:
-    """Writes one tower, reads it back and compares; completes the report and gives the entry of `export.json`."""
+    """Writes one tower, reads it back and compares it; completes the report.
+
+    Returns:
+        The entry of `export.json`.
+    """
     program = torch.export.export(
         tower, args=(), kwargs=dict(example), dynamic_shapes={name: dict(dimensions) for name in example}
     )
@@ -314,7 +331,7 @@ def _export_tower(
             ids = tower.outputs.index("expert_ids")
             alike = eight[ids] == whole[ids]
             report.int8_routed, cosines = alike.float().mean().item(), cosines[alike]
-        # Without any left to compare, nothing speaks for it.
+        # If no image is sent to the same expert, the check fails.
         report.int8[f"{file.stem}.{tower.outputs[0]}"] = cosines.min().item() if len(cosines) else 0.0
     report.sizes[file.name] = file.stat().st_size
     return {"file": file.name, "inputs": list(example), "outputs": list(tower.outputs)}
@@ -324,7 +341,7 @@ def _through_onnx(
     program: Any, file: Path, inputs: Sequence[str], outputs: Sequence[str], dimensions: Sequence[str]
 ) -> _Run:
     with warnings.catch_warnings():
-        # The exporter warns of its own renaming of dimensions.
+        # The exporter warns about its own renaming of dimensions.
         warnings.filterwarnings("ignore", module=r"torch\.onnx")
         exported: Any = torch.onnx.export(
             program,
@@ -348,9 +365,9 @@ def _onnx_run(file: Path, outputs: Sequence[str]) -> _Run:
 
 
 def _quantise(file: Path) -> None:
-    """Puts a file with int8 matrix products in the place of an ONNX file."""
+    """Replaces an ONNX file by one with int8 matrix products."""
     quantised = file.with_suffix(".int8")
-    # It advises a preparation, without anything changing.
+    # Hides a warning about preprocessing, which would change nothing.
     logging.disable(logging.WARNING)
     try:
         onnxruntime.quantization.quantize_dynamic(
@@ -372,7 +389,7 @@ def _through_file(program: Any, file: Path) -> _Run:
 
 
 def _difference(found: Tensor, right: Tensor) -> float:
-    """As `TOLERANCE` says; infinite where types, shapes or integers differ, or anything is not finite."""
+    """Difference as in `TOLERANCE`; infinite if dtypes, shapes or integers differ, or a value is not finite."""
     if found.dtype != right.dtype or found.shape != right.shape:
         return math.inf
     if not right.is_floating_point():
@@ -381,8 +398,8 @@ def _difference(found: Tensor, right: Tensor) -> float:
     return difference if math.isfinite(difference) else math.inf
 
 
-def _whole_tokenizer(tokenizer: MedMoETokenizer) -> Any:
-    """The `tokenizers.Tokenizer` inside, which pads and truncates as the processor does by default."""
+def _configured_tokenizer(tokenizer: MedMoETokenizer) -> Any:
+    """The `tokenizers.Tokenizer` inside, with the processor's padding and truncation."""
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     if tokenizer.model_max_length < LARGE_INTEGER:
         backend.enable_truncation(tokenizer.model_max_length, direction=tokenizer.truncation_side)
@@ -393,7 +410,7 @@ def _whole_tokenizer(tokenizer: MedMoETokenizer) -> Any:
 
 
 def _image_facts(processor: Any) -> dict[str, Any]:
-    """How an RGB image in 0..255 becomes pixel values: padded or not, resized, scaled, normalised."""
+    """Preprocessing of an RGB image in 0..255: padding, resizing, scaling, normalisation."""
     return {
         "height": processor.size["height"],
         "width": processor.size["width"],

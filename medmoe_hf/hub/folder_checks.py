@@ -1,4 +1,4 @@
-"""What a folder must not hold, and must hold, before anything of it leaves this machine."""
+"""Checks of a folder before it is published: required files, and content that must not be published."""
 
 import codecs
 import gzip
@@ -34,28 +34,28 @@ from medmoe_hf.hub.identifiers import (
 )
 
 GOLDEN = "golden.safetensors"
-"""The file with a known input and what the model makes of it (`medmoe_hf.hub.golden`)."""
+"""File with a known input and the model's outputs for it (`medmoe_hf.hub.golden`)."""
 
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS = "model.safetensors"
-# Left behind wherever they lie: what git, caches and interpreters keep for themselves.
+# Never published: files of git, caches and interpreters.
 _NEVER_SENT = frozenset({".git", ".cache", "__pycache__", ".ipynb_checkpoints", ".DS_Store"})
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 _BY_SUFFIX = {
     **dict.fromkeys(
         (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".hdf5", ".msgpack", ".joblib", ".ot"),
-        "weights that are not safetensors, and may run code when they are read",
+        "weights that are not safetensors, and may run code when loaded",
     ),
-    ".ipynb": "a notebook, whose outputs hold whatever was looked at",
+    ".ipynb": "a notebook, whose outputs may show data",
     **dict.fromkeys((".dcm", ".dicom"), "a DICOM file"),
     ".nii": "a NIfTI file",
     **dict.fromkeys((".nrrd", ".mha", ".mhd"), "a medical image"),
     **dict.fromkeys(
         (".parquet", ".arrow", ".feather", ".tar", ".tgz", ".gz", ".zip", ".7z", ".npy", ".npz", ".xlsx", ".db"),
-        "data, which are no part of a model",
+        "data, which are not part of a model",
     ),
-    **dict.fromkeys((".sqlite", ".lmdb", ".jsonl"), "data, which are no part of a model"),
+    **dict.fromkeys((".sqlite", ".lmdb", ".jsonl"), "data, which are not part of a model"),
 }
 _MAGIC = (
     (128, b"DICM", "a DICOM file"),
@@ -63,26 +63,26 @@ _MAGIC = (
     (344, b"ni1\0", "a NIfTI file"),
     (0, b"\x89HDF\r\n", "HDF5, weights or data that are not safetensors"),
     (0, b"PK\x03\x04", "an archive or a pickled checkpoint"),
-    (0, b"PAR1", "data, which are no part of a model"),
-    (0, b"ARROW1", "data, which are no part of a model"),
-    (0, b"\x93NUMPY", "data, which are no part of a model"),
-    *((0, bytes((0x80, protocol)), "a pickle, which runs code when it is read") for protocol in range(2, 6)),
+    (0, b"PAR1", "data, which are not part of a model"),
+    (0, b"ARROW1", "data, which are not part of a model"),
+    (0, b"\x93NUMPY", "data, which are not part of a model"),
+    *((0, bytes((0x80, protocol)), "a pickle, which runs code when loaded") for protocol in range(2, 6)),
 )
 _MAX_TEXT = 50_000_000
-"""Bytes of the largest text that is searched; a tokenizer takes some 30 MB, and what is larger is data."""
+"""Largest size in bytes of a text that is searched; a tokenizer has some 30 MB, larger files are data."""
 _MAX_PICTURE = 50_000_000  # bytes, and pixels
-_HEAD = 8192  # bytes that tell what a file is
-_PIECE = 1 << 20  # bytes of a text that are in memory at a time
-_EDGE = 256  # characters before the end of a piece in which a match may be cut off
+_HEAD = 8192  # bytes that are read to recognise the kind of file
+_PIECE = 1 << 20  # bytes of a text that are read at a time
+_EDGE = 256  # a match that ends this close to the end of a piece may be truncated
 _RULE = re.compile(r"\s{0,3}\|?(?:\s*:?-+:?\s*\|)+(?:\s*:?-+:?\s*)?")  # below the header of a table in Markdown
 
 _CODE = (".py", ".pyi", ".sh", ".js", ".css")
 _PROSE = (".md", ".rst", ".bib", ".cff")
 _ESCAPED = (".py", ".pyi", ".js", ".json")
 _TABLES = (".csv", ".tsv", ".tab", ".psv")
-# A vocabulary may well have the word "mrn".
+# A vocabulary may contain the word "mrn".
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt")
-# What programs write into pictures that says nothing about what they show.
+# Metadata that programs write into pictures, and that are not about their content.
 _PLAIN_TEXTS = {"software", "creation time", "date:create", "date:modify", "date:timestamp", "date:create.utc"}
 _PLAIN_EXIF = frozenset(
     {0xFE, 0x100, 0x101, 0x102, 0x103, 0x106, 0x10A, 0x111, 0x112, 0x115, 0x116, 0x117, 0x11A, 0x11B, 0x11C, 0x128}
@@ -93,7 +93,7 @@ _GPS, _EXIF_PART = 0x8825, 0x8769
 
 
 def published_files(folder: Path) -> dict[str, Path]:
-    """What of a folder is published: path in the repo -> file, in order."""
+    """The files of a folder that are published: path in the repository -> file, sorted."""
     return {
         path.relative_to(folder).as_posix(): path
         for path in sorted(folder.rglob("*"))
@@ -102,18 +102,24 @@ def published_files(folder: Path) -> dict[str, Path]:
 
 
 def check_folder(folder: str | Path) -> list[str]:
-    """Every reason not to publish a folder.
+    """Lists all reasons not to publish a folder.
 
-    It must be a whole model that loads anywhere (configuration with code, one set of weights, processor); and hold
-    nothing but text, safetensors, and pictures that its card shows. Tokens, absolute paths, identifiers and medical
-    images are looked for by name and by content. What is found is named by file and line, and not quoted. Files are
-    read piece by piece, and of those that are no text only the beginning.
+    The folder must be a complete model (configuration with code, one set of weights, processor), and contain only
+    text, safetensors, and pictures that its card shows. It is searched for tokens, absolute paths, identifiers and
+    medical images, by file name and content. Findings are reported by file and line, and never quoted.
 
     Args:
-        folder: as `save_pretrained` of a model and a processor wrote it.
+        folder: Folder of a model and its processor, as `save_pretrained` writes it.
 
     Returns:
-        one line a problem, beginning with the file's path in the folder; empty if there is none.
+        One line per problem, beginning with the file's path in the folder; empty if there is none.
+
+    Example:
+        ```python
+        from medmoe_hf.hub import check_folder
+
+        print(check_folder("runs/first"))
+        ```
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -128,17 +134,17 @@ def check_folder(folder: str | Path) -> list[str]:
     paths = machine_paths(sorted(place for place in places if len(Path(place).parts) > 1))
     for name, path in files.items():
         shown = path.suffix.lower() in (*_PICTURES, ".svg") and _shows(card, name)
-        # A figure may be named by the day it was drawn on.
+        # A figure may be named by its date.
         if FILE_NAME.search(name) or (DATE.search(name) and not shown):
-            problems.append(f"{name}: the name looks like the identifier of a patient, a study or a date")
+            problems.append(f"{name}: the name looks like an identifier of a patient or study, or a date")
         if CREDENTIAL_FILE.search(name):
-            problems.append(f"{name}: a file that is there to hold passwords or keys")
+            problems.append(f"{name}: a file for passwords or keys")
         problems += [f"{name}{problem}" for problem in _of_file(name, path, shown, paths)]
     return problems
 
 
 def _links(folder: Path) -> Iterator[str]:
-    """Links that lead out of the folder: what they lead to would be published in their place."""
+    """Links out of the folder: their targets would be published instead."""
     inside = folder.resolve()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
@@ -146,9 +152,9 @@ def _links(folder: Path) -> Iterator[str]:
             continue
         target = path.resolve()
         if not target.is_relative_to(inside):
-            yield f"{name.as_posix()}: a link that leads out of the folder; put a copy of the file here if it is meant"
+            yield f"{name.as_posix()}: a link out of the folder; copy the file into the folder if it belongs there"
         elif not target.is_file():
-            yield f"{name.as_posix()}: a link to no file, of which nothing would be published"
+            yield f"{name.as_posix()}: a broken link, of which nothing would be published"
 
 
 def _shows(card: str, name: str) -> bool:
@@ -156,10 +162,10 @@ def _shows(card: str, name: str) -> bool:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds.
+    """The object in a JSON file.
 
     Raises:
-        ValueError: for anything else, and for a file that is too large to be one of a model's.
+        ValueError: For other content, and for a file that is too large.
     """
     if path.stat().st_size > _MAX_TEXT:
         raise ValueError(f"more than {_MAX_TEXT} bytes")
@@ -172,14 +178,14 @@ def _object(path: Path) -> dict[str, Any]:
 def _incomplete(files: dict[str, Path]) -> Iterator[str]:
     if "adapter_config.json" in files:
         yield (
-            "adapter_config.json: this is an adapter, which loads only beside its base. `medmoe merge FOLDER OUT` "
-            "adds it to the base; publish OUT"
+            "adapter_config.json: this is an adapter, which loads only with its base. `medmoe merge FOLDER OUT` "
+            "merges it into the base; publish OUT"
         )
         return
     if any(name.startswith("training_state/") for name in files):
         yield "training_state: this is a checkpoint to resume from; publish the run's `output_dir`"
     if "config.json" not in files:
-        yield "config.json: missing; save the model by `model.save_pretrained`"
+        yield "config.json: missing; save the model with `model.save_pretrained`"
     else:
         try:
             config = _object(files["config.json"])
@@ -192,7 +198,7 @@ def _incomplete(files: dict[str, Path]) -> Iterator[str]:
         except (ValueError, AttributeError):
             yield "config.json: no JSON object"
     if "processor_config.json" not in files:
-        yield "processor_config.json: missing; save the processor by `processor.save_pretrained`"
+        yield "processor_config.json: missing; save the processor with `processor.save_pretrained`"
     weights = {name for name in files if name.endswith(".safetensors") and "/" not in name and name != GOLDEN}
     expected = {_WEIGHTS}
     if _INDEX in files:
@@ -204,12 +210,12 @@ def _incomplete(files: dict[str, Path]) -> Iterator[str]:
     for name in sorted(expected - weights):
         yield f"{name}: missing"
     for name in sorted(weights - expected):
-        # Of a single file and shards, transformers loads the single file, new or not.
-        yield f"{name}: no part of the weights that {_INDEX if _INDEX in files else 'are in ' + _WEIGHTS} names"
+        # transformers prefers a single file to shards, even if it is older.
+        yield f"{name}: not part of the weights in {_INDEX if _INDEX in files else _WEIGHTS}"
 
 
 def _of_file(name: str, path: Path, shown: bool, paths: dict[str, re.Pattern[str]]) -> Iterator[str]:
-    """The problems of one file, each to follow its name."""
+    """The problems of one file, to be appended to its name."""
     suffix = path.suffix.lower()
     with path.open("rb") as file:
         head = file.read(_HEAD)
@@ -217,7 +223,7 @@ def _of_file(name: str, path: Path, shown: bool, paths: dict[str, re.Pattern[str
     if head[:2] == b"\x1f\x8b":
         found = _inside_gzip(path)
     if "tfevents" in path.name:
-        found = "a training log, which names this machine"
+        found = "a training log, which contains the name of this machine"
     found = found or _BY_SUFFIX.get(suffix)
     if found is not None:
         yield f": {found}"
@@ -226,18 +232,18 @@ def _of_file(name: str, path: Path, shown: bool, paths: dict[str, re.Pattern[str
             with safe_open(path, "pt") as tensors:
                 text = json.dumps(tensors.metadata() or {}, ensure_ascii=False)
         except (SafetensorError, OSError):
-            yield ": no whole safetensors file"
+            yield ": no complete safetensors file"
             return
         yield from _of_text(path, [text], paths)
     elif suffix in _PICTURES:
-        yield from _of_picture(path) if shown else [": a picture that README.md does not show; is it a patient's?"]
+        yield from _of_picture(path) if shown else [": a picture that README.md does not show; it may be of a patient"]
     elif b"\0" in head:
         yield ": neither text nor safetensors"
     elif path.stat().st_size > _MAX_TEXT:
-        yield f": a text of more than {_MAX_TEXT // 10**6} MB, which is no part of a model"
+        yield f": a text of more than {_MAX_TEXT // 10**6} MB, which is not part of a model"
     else:
         if suffix == ".svg" and not shown:
-            yield ": a picture that README.md does not show; is it a patient's?"
+            yield ": a picture that README.md does not show; it may be of a patient"
         try:
             yield from _of_text(path, _pieces(path), paths)
         except UnicodeDecodeError:
@@ -245,7 +251,7 @@ def _of_file(name: str, path: Path, shown: bool, paths: dict[str, re.Pattern[str
 
 
 def _of_picture(path: Path) -> Iterator[str]:
-    """What a picture's file says besides its pixels, which nobody sees in the card."""
+    """Metadata of a picture, which are not visible in the card."""
     if path.stat().st_size > _MAX_PICTURE:
         yield f": a picture of more than {_MAX_PICTURE // 10**6} MB"
         return
@@ -254,7 +260,7 @@ def _of_picture(path: Path) -> Iterator[str]:
             if image.width * image.height > _MAX_PICTURE:
                 yield f": a picture of more than {_MAX_PICTURE // 10**6} megapixels"
                 return
-            image.load()  # PNG may have texts behind the pixels
+            image.load()  # PNG may have texts after the pixels
             tags = image.getexif()
             located, other = _GPS in tags, set(tags) - _PLAIN_EXIF - {_GPS}
             other |= set(tags.get_ifd(_EXIF_PART)) - _PLAIN_EXIF
@@ -267,21 +273,21 @@ def _of_picture(path: Path) -> Iterator[str]:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         yield ": a picture that cannot be read"
         return
-    mend = "save the picture again without it"
+    fix = "save the picture again without them"
     if located:
-        yield f": its EXIF data say where it was taken; {mend}"
+        yield f": its EXIF data contain a location; {fix}"
     if other:
         named = ", ".join(sorted(str(ExifTags.TAGS.get(tag, hex(tag))) for tag in other)[:5])
-        yield f": its EXIF data say more than the picture shows ({named}); {mend}"
+        yield f": its EXIF data contain {named}; {fix}"
     if texts:
-        yield f": it carries a text besides the picture ({', '.join(sorted(texts)[:5])}); {mend}"
+        yield f": it contains texts ({', '.join(sorted(texts)[:5])}); {fix}"
 
 
 def _pieces(path: Path) -> Iterator[str]:
-    """A text, a piece at a time.
+    """Reads a text in pieces.
 
     Raises:
-        UnicodeDecodeError: if it is none.
+        UnicodeDecodeError: If it is no text.
     """
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     with path.open("rb") as file:
@@ -301,22 +307,22 @@ def _inside_gzip(path: Path) -> str:
 
 
 def _patterns(path: Path, paths: dict[str, re.Pattern[str]]) -> list[tuple[re.Pattern[str], str]]:
-    """What is looked for in a text, by what kind of text it is."""
+    """What a text is searched for, depending on its kind."""
     suffix = path.suffix.lower()
     kind = "prose" if suffix in _PROSE else "escaped" if suffix in _ESCAPED else "plain"
     # Names like ".env" have no suffix, and hold settings.
     prose = suffix in (*_PROSE, ".txt") or (suffix == "" and not path.name.startswith("."))
     password = PASSWORD_IN_CODE if suffix in _CODE else PASSWORD_IN_PROSE if prose else PASSWORD
     patterns = [
-        (SECRET, "a token or key; withdraw it, for it may be in other copies too"),
-        (password, "a password; withdraw it, for it may be in other copies too"),
+        (SECRET, "a token or key; revoke it, as there may be other copies"),
+        (password, "a password; change it, as there may be other copies"),
         (paths[kind], "an absolute path of a machine"),
         (UID, "what looks like the UID of a study or an image"),
     ]
     if path.name in _VOCABULARIES:
         return [pattern for pattern in patterns if pattern[0] is not password]
     if suffix not in (*_CODE, ".safetensors"):
-        # In prose a field's name may be explained; elsewhere it is there for its value.
+        # Prose may explain a field; elsewhere it has a value.
         pattern = CLINICAL_TEXT if suffix in _PROSE else FIELD
         patterns.append((pattern, "a field that identifies a patient or a study"))
         if pattern is FIELD:
@@ -327,7 +333,7 @@ def _patterns(path: Path, paths: dict[str, re.Pattern[str]]) -> list[tuple[re.Pa
 
 
 def _of_text(path: Path, pieces: Iterable[str], paths: dict[str, re.Pattern[str]]) -> Iterator[str]:
-    """The first place of each kind of problem."""
+    """The first occurrence of each kind of problem."""
     wanted = _patterns(path, paths)
     before, lines, first = "", 1, True
     pieces = iter(pieces)
@@ -339,7 +345,7 @@ def _of_text(path: Path, pieces: Iterable[str], paths: dict[str, re.Pattern[str]
             yield from _of_table(path, text)
         for pattern, what in list(wanted):
             for searched in filter(None, (text, unescaped(text))):
-                # A character before for lookbehinds; what ends at the edge may go on in the next piece.
+                # One character before, for lookbehinds. A match at the end may continue in the next piece.
                 match = pattern.search(searched, 0 if first else 1)
                 if match and (not following or match.end() < len(searched) - _EDGE):
                     wanted.remove((pattern, what))
@@ -351,7 +357,7 @@ def _of_text(path: Path, pieces: Iterable[str], paths: dict[str, re.Pattern[str]
 
 
 def _of_table(path: Path, text: str) -> Iterator[str]:
-    """Whether a text begins with, or as Markdown holds, a header whose columns are those of patients."""
+    """A header of patient data at the beginning of a text, or in a table in Markdown."""
     suffix = path.suffix.lower()
     lines = text[:OVERLAP].lstrip().splitlines()
     if suffix in _PROSE:

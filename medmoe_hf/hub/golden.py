@@ -1,7 +1,7 @@
-"""A known input beside a checkpoint, and what the model made of it: whoever loads the checkpoint can compare.
+"""Golden outputs: a known input and the model's outputs for it, stored with a checkpoint for comparison.
 
-`golden.safetensors` holds `images` (2, 96, 80, 3) uint8 and, in its metadata, texts and the versions it was made with;
-`input.*`, what the processor gave for them; and `output.*`, what the model gave for that, in float32.
+`golden.safetensors` holds `images` (2, 96, 80, 3) uint8 and, in its metadata, texts and the versions of torch and
+transformers; `input.*`, the processor's outputs; and `output.*`, the model's outputs for these, in float32.
 """
 
 import json
@@ -30,7 +30,7 @@ from medmoe_hf.model import (
 )
 
 RELATIVE_TOLERANCE = 1e-4
-"""By how much a tensor may differ, relative to its largest value: more than other processors and kernels make."""
+"""Largest allowed difference of a tensor, relative to its largest value; more than other hardware causes."""
 
 _TEXTS = (
     "A frontal radiograph of the chest with a small pleural effusion on the left.",
@@ -42,7 +42,7 @@ _MODELS = {
 
 
 def golden_images() -> Tensor:
-    """(2, 96, 80, 3) uint8: gradients and rings, of integers alone, so that they are the same everywhere."""
+    """Gradients and rings, (2, 96, 80, 3) uint8; computed from integers, so that they are the same everywhere."""
     rows, columns, colours = torch.arange(96)[:, None, None], torch.arange(80)[None, :, None], torch.arange(3)
     slope = (2 * rows + columns + 20 * colours) % 256
     rings = ((rows - 48) ** 2 + (columns - 40) ** 2 * (colours + 1)) // 16 % 256
@@ -50,24 +50,31 @@ def golden_images() -> Tensor:
 
 
 def write_golden(folder: str | Path) -> Path:
-    """Writes `golden.safetensors` into a folder, unless one is there that agrees with what this machine makes.
+    """Writes `golden.safetensors` into a folder, unless it already has one that agrees with the model.
 
     Args:
-        folder: of a model and its processor; loaded with this package's classes.
+        folder: Folder of a model and its processor, which are loaded with this package's classes.
 
     Returns:
-        the file.
+        Path of the file.
 
     Raises:
-        PublishError: if the folder does not load, lacks weights, has a processor of another model, or gives what is
+        PublishError: If the folder does not load, lacks weights, has the processor of another model, or if outputs are
             not finite.
+
+    Example:
+        ```python
+        from medmoe_hf.hub import write_golden
+
+        write_golden("runs/first")
+        ```
     """
     folder = Path(folder)
     try:
         architecture = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
         kind = _MODELS[architecture]
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise PublishError(f"{folder / 'config.json'} names no model of MedMoE's in `architectures`.") from error
+        raise PublishError(f"{folder / 'config.json'} names no MedMoE model in `architectures`.") from error
     try:
         model, loading = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
         processor = MedMoEProcessor.from_pretrained(folder)
@@ -79,32 +86,32 @@ def write_golden(folder: str | Path) -> Path:
     try:
         tensors = clean_load.golden_tensors(model, processor, images, _TEXTS)
     except (LookupError, ValueError, RuntimeError, TypeError) as error:
-        raise PublishError(f"{folder}: the model cannot take what its processor gives: {error}") from error
+        raise PublishError(f"{folder}: the model does not accept the outputs of its processor: {error}") from error
     broken = [name for name, value in tensors.items() if not value.isfinite().all()]
     if broken:
-        raise PublishError(f"{folder}: {', '.join(broken)} of the golden input is not finite; the model is broken.")
-    place = folder / GOLDEN
+        raise PublishError(f"{folder}: {', '.join(broken)} of the golden input is not finite; check the weights.")
+    path = folder / GOLDEN
     tensors["images"] = images
-    if place.is_file() and _agrees(place, tensors):
-        return place
+    if path.is_file() and _agrees(path, tensors):
+        return path
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    with atomic_write(place) as partial:
-        # Under one key, for several come in any order, and the same would be another file.
+    with atomic_write(path) as partial:
+        # One key: several would be written in any order, and the file would not be reproducible.
         save_file(tensors, partial, metadata={"golden": json.dumps({"texts": _TEXTS, "versions": versions})})
-    return place
+    return path
 
 
-def _agrees(place: Path, tensors: dict[str, Tensor]) -> bool:
+def _agrees(path: Path, tensors: dict[str, Tensor]) -> bool:
     try:
-        with safe_open(place, "pt") as file:
+        with safe_open(path, "pt") as file:
             texts = json.loads(file.metadata()["golden"])["texts"]
-        return texts == list(_TEXTS) and max(_differences(load_file(place), tensors).values()) <= RELATIVE_TOLERANCE
+        return texts == list(_TEXTS) and max(_differences(load_file(path), tensors).values()) <= RELATIVE_TOLERANCE
     except (SafetensorError, ValueError, LookupError, TypeError):
         return False
 
 
 def _differences(expected: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, float]:
-    """For each tensor the largest difference, relative to the largest expected value; infinite for another shape."""
+    """Largest difference of each tensor, relative to the largest expected value; infinite for another shape."""
     differences = {}
     for name in sorted({*expected, *found}):
         first, second = expected.get(name), found.get(name)
@@ -118,27 +125,31 @@ def _differences(expected: dict[str, Tensor], found: dict[str, Tensor]) -> dict[
             differences[name] = float("inf")
             continue
         difference = (first.double() - second.double()).abs().max() / first.double().abs().max()
-        # A NaN compares with nothing, and must not pass.
+        # Comparisons with NaN are false, and it must not pass.
         differences[name] = float(difference) if difference.isfinite() else float("inf")
     return differences
 
 
 def compare_with_golden(folder: str | Path) -> dict[str, float]:
-    """Loads a folder in a process without this package, and compares with what its `golden.safetensors` says.
+    """Loads a folder in a process without this package, and compares its outputs with `golden.safetensors`.
 
     The process has no network and no cached code; it runs the folder's own Python files.
 
+    Args:
+        folder: Folder of a model and its processor.
+
     Returns:
-        for each tensor of the golden file, the largest difference relative to its largest value; infinite for another
-        shape, other integers, or a tensor that is missing.
+        For each tensor of the golden file, the largest difference relative to its largest value; infinite for another
+        shape, different integers, or a missing tensor.
 
     Raises:
-        PublishError: if there is no golden file, or the folder does not load; ends with what the process said.
+        PublishError: If there is no golden file, or if the folder does not load; the message ends with the output of
+            the process.
     """
     folder = Path(folder).resolve()
     if not (folder / GOLDEN).is_file():
         raise PublishError(
-            f"{folder} has no {GOLDEN} to compare with: it was not published by `medmoe push` yet. For a folder that "
+            f"{folder} has no {GOLDEN} to compare with: `medmoe push` has not published it yet. For a folder that "
             "you trust, `medmoe verify FOLDER --record` writes it and then compares."
         )
     try:
@@ -154,7 +165,7 @@ def compare_with_golden(folder: str | Path) -> dict[str, float]:
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
         }
-        # In an empty folder, for Python looks for modules where it is started.
+        # In an empty folder, since Python looks for modules in the current one.
         (empty := Path(home) / "empty").mkdir()
         code = Path(clean_load.__file__).read_text(encoding="utf-8")
         run = subprocess.run(

@@ -1,8 +1,8 @@
-"""What identifies a patient, opens a door or names a machine: every pattern that a push searches for, in one place.
+"""All patterns that a push searches for: identifiers of patients, secrets, and paths of machines.
 
-Models (`folder_checks`) and data (`publish_data`) are searched with these. No pattern can begin a long scan at many
-places of a text: repetitions are bounded, or a lookbehind admits one beginning for each run of characters. So a search
-takes time in proportion to the text, whatever it holds.
+Models (`folder_checks`) and data (`publish_data`) are searched for them. No pattern can start a long scan at many
+positions of a text: repetitions are bounded, or a lookbehind allows only one start per run of characters. So the
+time of a search is linear in the length of the text.
 """
 
 import csv
@@ -10,8 +10,7 @@ import re
 from collections.abc import Sequence
 
 OVERLAP = 4096
-"""Characters that pieces of a long text share, so that what lies across an edge is found: more than any pattern takes
-up to its decisive part."""
+"""Overlap in characters of the pieces of a long text, longer than the decisive part of any match."""
 
 _LETTER = r"[^\W\d_]"
 _CAPITAL = r"[A-ZÀ-ÖØ-Þ]"
@@ -56,9 +55,12 @@ _CAPTION_PATTERNS = tuple(
 
 
 def kinds(text: str) -> list[str]:
-    """What a caption or the name of an image looks as if it held: "a date", "a record number", each kind once.
+    """Kinds of identifiers that a caption or file name seems to contain.
 
-    A search finds what it knows, and is no proof.
+    The search finds known patterns only.
+
+    Returns:
+        "a date", "a record number", ..., each at most once.
     """
     return list(dict.fromkeys(kind for kind, pattern in _CAPTION_PATTERNS if pattern.search(text)))
 
@@ -71,11 +73,11 @@ FILE_NAME = re.compile(
     rf"|{_LETTER}\^{_LETTER}",
     re.IGNORECASE,
 )
-"""Names of files that say which patient, study or image: words with a number, MIMIC-CXR's, UIDs, DICOM's way to write
-names. Stricter than `kinds`: a model has no reason for such names, while data sets do."""
+"""File names that identify a patient, study or image: words with a number, those of MIMIC-CXR, UIDs, DICOM person
+names. Stricter than `kinds`: a model does not need such names, but data sets do."""
 
 UID = re.compile(r"(?<![\d.])1\.(?:2|3)\.(?!840\.10008\.)\d{1,64}\.\d{1,64}(?:\.\d{1,64}){3}")
-"""Of an image or a study; those of the standard itself (1.2.840.10008) are no secret."""
+"""UID of an image or study; those of the standard itself (1.2.840.10008) are public."""
 
 # Fields
 
@@ -84,7 +86,7 @@ _FIELD = (
     r"|subject_?id|study_?id|dicom_?id|mrn|date_?of_?birth|dob)"
 )
 FIELD = re.compile(rf"(?<![a-z0-9_])[\"']?{_FIELD}[\"']?\s{{0,20}}[:=]", re.IGNORECASE)
-"""A field of a patient or a study, in a file of data: its name is enough."""
+"""A field of a patient or study in a data file, with or without a value."""
 
 CLINICAL_TEXT = re.compile(
     rf"(?<![a-z0-9_]){_FIELD}[\"'*`]{{0,3}}\s{{0,5}}[:=][\s\"'*`]{{0,8}}[^\s\"'*`,;]{{0,12}}?\d{{2}}"
@@ -94,7 +96,7 @@ CLINICAL_TEXT = re.compile(
     r"|(?<![a-z])(?-i:[A-Z]{2}[A-Z-]{0,30}\^[A-Z]{2})",
     re.IGNORECASE,
 )
-"""The same in prose and logs, where a field's name may be part of an explanation: with a value."""
+"""A field of a patient or study with a value, in prose and logs, which may explain the field."""
 
 _IDENTITY_COLUMN = re.compile(
     rf"{_FIELD}|patient|patient_?(?:nr|no|number|code)|pat_?(?:id|nr)|mrn|birth_?da(?:te|y)|ssn|social_?security\w{{0,9}}"
@@ -107,7 +109,7 @@ _IDENTITY_COLUMN = re.compile(
 _CONTENT_COLUMN = re.compile(
     r"reports?(?:_text)?|findings|impression|captions?|befund|(?:image|dicom)(?:_?(?:path|file|id))?", re.IGNORECASE
 )
-# Harmless alone ("name" of a metric, "age" of a subgroup), together a list of persons.
+# Harmless alone ("name" of a metric, "age" of a subgroup), but together a list of persons.
 _PERSON_COLUMN = re.compile(r"(?:full_?)?name|nom|nombre|initials", re.IGNORECASE)
 _DIAGNOSIS_COLUMN = re.compile(r"diagnos\w{1,5}|diagnóstico|icd(?:_?(?:9|10|code))?", re.IGNORECASE)
 _TRAIT_COLUMN = re.compile(r"age|alter|âge|edad|sex|gender|geschlecht|sexe|sexo", re.IGNORECASE)
@@ -118,18 +120,18 @@ _CONTACT_COLUMN = re.compile(
 
 
 def cells(line: str) -> list[str]:
-    """The cells of a table's line, by whichever of the usual delimiters gives the most."""
+    """The cells of a line of a table, split by the usual delimiter that results in most cells."""
     line = line.strip().strip("|").lstrip("\ufeff")
     rows = [next(csv.reader([line], delimiter=delimiter), []) for delimiter in ",;\t|"]
     return [cell.strip() for cell in max(rows, key=len)]
 
 
 def personal_column(columns: Sequence[str], prose: bool = False) -> str | None:
-    """The column by whose name a table is one of patients; None if no name says so.
+    """The name of a column that identifies a table as one of patients; `None` if there is none.
 
     Args:
-        columns: the names.
-        prose: whether the table stands in a text, which may well count reports, or list its authors with addresses.
+        columns: Names of the columns.
+        prose: Whether the table is part of a text, which may count reports, or list authors with addresses.
     """
     named = {re.sub(r"[\s.-]+", "_", column.strip(" \t\"'*`")): column for column in columns}
 
@@ -155,7 +157,7 @@ SECRET = re.compile(
     r"|(?<![\w-])eyJ[\w-]{8,2000}\.eyJ[\w-]{8,2000}\.[\w-]{8}"
     r"|-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----"
     r"|(?:api|access|secret)[_-]?(?:key|token)[\"']?\s{0,5}[:=]\s{0,5}[\"']?[\w+/-]{16}"
-    # A name and a password in an address, and in .netrc.
+    # A user name and password in a URL, and in .netrc.
     r"|://(?!user(?:name)?:|you:|name:)[^\s/:@\"'<>${}]{1,64}:[^\s/@\"'<>${}]{3,64}@\w"
     r"|(?<!\w)machine\s{1,5}\S{1,99}\s{1,5}login\s{1,5}\S{1,99}\s{1,5}password\s{1,5}\S",
     re.IGNORECASE,
@@ -165,13 +167,13 @@ _PLACEHOLDER = r"(?!/|x{3}|\*{3}|\.{3}|your|none\b|null\b|true\b|false\b)"
 PASSWORD = re.compile(
     rf"{_PASSWORD}[\"']?\s{{0,3}}[:=]\s{{0,3}}[\"']?{_PLACEHOLDER}[^\s\"'<>${{}}()\[\],]{{4}}", re.IGNORECASE
 )
-"""In files of settings, where whatever follows the word is one."""
+"""In configuration files, where any value after the word is a password."""
 PASSWORD_IN_PROSE = re.compile(
     rf"{_PASSWORD}[\"'`*]{{0,3}}\s{{0,3}}[:=][\s`*]{{0,3}}[\"']?{_PLACEHOLDER}"
     r"(?=[^\s\"'<>${}()\[\],`]{0,40}\d)[^\s\"'<>${}()\[\],`]{6}",
     re.IGNORECASE,
 )
-"""In prose, where words may follow: six characters with a digit."""
+"""In prose, where other words may follow: six characters with a digit."""
 PASSWORD_IN_CODE = re.compile(
     rf"{_PASSWORD}\s{{0,3}}=\s{{0,3}}(?P<quote>[\"']){_PLACEHOLDER}[^\s\"'<>${{}}]{{4,99}}(?P=quote)", re.IGNORECASE
 )
@@ -181,9 +183,9 @@ CREDENTIAL_FILE = re.compile(
     r"|(?:^|/)\.(?:ssh|aws|gnupg|kube|docker)/",
     re.IGNORECASE,
 )
-"""Files that are there to hold secrets, whatever those look like."""
+"""Files for secrets, whatever their content."""
 
-# Places
+# Paths
 
 _ROOTS = "home|Users|root|mnt|data|tmp|var|work|workspace|scratch|srv|media|nfs|gpfs|lustre|Volumes|content"
 _NOT_A_PERSON = r"(?!(?:you|me|name|user|username|public|default|<)(?:\W|$))"
@@ -194,32 +196,32 @@ _WINDOWS_PLAIN = r"(?<![A-Za-z])[A-Za-z]:\\\w[\w .-]{0,99}\\"
 
 
 def machine_paths(own: Sequence[str]) -> dict[str, re.Pattern[str]]:
-    """Patterns of absolute paths of a machine.
+    """Patterns of absolute paths.
 
     Args:
-        own: folders of this machine, which are found wherever they lie.
+        own: Folders of this machine, which are found in addition to usual ones.
 
     Returns:
-        by kind of text: in "prose" a Windows path is an example unless it names a user; in "escaped" text (JSON, code)
-        backslashes are doubled; "plain" is everything else.
+        Kind of text -> pattern. In "prose", a Windows path is an example unless it contains a user name; in "escaped"
+        text (JSON, code), backslashes are doubled; "plain" is all other text.
     """
-    places = "|".join(re.escape(place) for place in own) or r"(?!)"
+    folders = "|".join(re.escape(folder) for folder in own) or r"(?!)"
     before = r"(?:(?<=file://)|(?<![\w./~>})-]))"
-    unix = rf"{before}(?:/(?:{_ROOTS})/[\w.~-]|(?:{places})(?![\w.-]))"
+    unix = rf"{before}(?:/(?:{_ROOTS})/[\w.~-]|(?:{folders})(?![\w.-]))"
     windows = {"prose": _WINDOWS_HOME, "escaped": _WINDOWS_ESCAPED, "plain": _WINDOWS_PLAIN}
     return {
         kind: re.compile("|".join(dict.fromkeys((unix, _WINDOWS_HOME, pattern)))) for kind, pattern in windows.items()
     }
 
 
-# Drawings, and what hides in escapes
+# SVG, and escape sequences
 
 SCRIPT = re.compile(
     r"<\s{0,5}(?:script|foreignobject|iframe|embed|object|handler)\b|\son[a-z]{3,20}\s{0,5}=|javascript:|<!entity"
     r"|@import|(?:href|src)\s{0,5}=\s{0,5}[\"']\s{0,5}(?:https?:)?//|url\(\s{0,5}[\"']?(?:https?:)?//",
     re.IGNORECASE,
 )
-"""In an SVG, what runs code or fetches something from elsewhere when the picture is shown."""
+"""What runs code or loads external content when an SVG is shown."""
 
 _ESCAPE = re.compile(
     r"\\u\{?([0-9a-fA-F]{4})|\\U0{3}([0-9a-fA-F]{5})|\\x([0-9a-fA-F]{2})|&#x0{0,5}([0-9a-fA-F]{1,5});"
@@ -228,9 +230,9 @@ _ESCAPE = re.compile(
 
 
 def unescaped(text: str) -> str | None:
-    r"""A text with `\u0041`, `\x41`, `&#65;` and `\/` as the characters they stand for; None if it has none.
+    r"""A text in which `\u0041`, `\x41`, `&#65;` and `\/` are replaced by their characters; `None` if it has none.
 
-    Line ends stay where they are: an escape never becomes one.
+    Line numbers are preserved: an escape sequence never becomes a line break.
     """
 
     def character(match: re.Match[str]) -> str:

@@ -1,8 +1,7 @@
-"""Datasets for the Hub: any list of sources as sharded parquet or webdataset tars, with a card, and without what
-identifies patients.
+"""Publishing data sources on the Hub as sharded Parquet or WebDataset tars, with a card and without identifiers.
 
-Of a source only pixels, captions and modalities are published, under running numbers: no header, no path, no metadata
-of an image file. What the pixels themselves show is for people to check.
+Only pixels, captions and modalities are published, under sequential numbers: no headers, paths or metadata of image
+files. Text that is burnt into pixels must be checked by people.
 """
 
 import hashlib
@@ -46,14 +45,14 @@ FEATURES = datasets.Features(
         "modality": datasets.ClassLabel(names=list(MODALITIES)),
     }
 )
-_NAMED = 20  # files that a refusal names
+_NAMED = 20  # files listed in a message
 _CARD, _DATA = "README.md", "data/"
 _OWN_SHARD = re.compile(r"data/train-\d{5,}\.(?:parquet|tar)")
-# The last line of a card. The digest, of all text above, tells whether somebody has edited it since.
+# The last line of a card. The digest of the text above shows whether it was edited since.
 _MARK = "<!-- Written by medmoe data push, which replaces this file while it is unchanged:"
 _SIZES = {10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M", 10**7: "1M<n<10M"}
 
-# Header fields by PS3.15 E.1 that name or describe a person; the second kind is what a pseudonym may stand in.
+# Header fields of PS3.15 E.1 that identify or describe a person; the second kind may contain a pseudonym.
 _IDENTIFYING = (
     *("PatientBirthDate", "PatientBirthTime", "PatientBirthName", "PatientMotherBirthName", "PatientAddress"),
     *("PatientTelephoneNumbers", "PatientTelecomInformation", "OtherPatientIDs", "OtherPatientIDsSequence"),
@@ -70,12 +69,12 @@ class Finding:
     """Something that looks like an identifier.
 
     Attributes:
-        kind: what it looks like.
-        place: the file's name, or where that is the finding, its number in which shard.
+        kind: What it looks like.
+        location: Name of the file; if the name is the finding, shard and sample number.
     """
 
     kind: str
-    place: str
+    location: str
 
 
 def export_data(
@@ -88,31 +87,39 @@ def export_data(
     repo: str | None = None,
     license: str | None = None,
 ) -> Path:
-    """Writes sources as a folder that is a dataset on the Hub: shards in `data/`, and a card.
+    """Writes sources as the folder of a Hub dataset: shards in `data/`, and a card.
 
-    Images are written upright as PNG: the same pixels in 8 or 16 bits, and nothing else of the file. DICOM and NIfTI
-    are shown as the source says. A caption is what its rule gives, where that draws from several the one of the first
-    epoch. Samples that cannot be read are left out and counted in the card.
+    Images are written upright as PNG: the same pixels in 8 or 16 bits, without metadata. DICOM and NIfTI images are
+    rendered as the source specifies. Captions follow the source's rule; if it draws one of several, that of the first
+    epoch is used. Unreadable samples are skipped and counted in the card.
 
     Args:
-        sources: models of `medmoe_hf.data.sources`; none endless.
-        out_dir: folder to make; it appears whole.
-        format: `parquet` (columns image, caption, modality) or `webdataset` (tars of png, txt, cls).
-        shard_size: samples in a shard.
-        i_have_removed_identifiers: whether the caller answers for it that nothing here identifies a patient, so that
-            nothing is looked for.
-        repo: Hub id that the card's snippets load. None: they load the folder from where it lies.
-        license: of the data, as the Hub abbreviates it.
+        sources: Sources of `medmoe_hf.data.sources`, all finite.
+        out_dir: Folder to create; it appears only when it is complete.
+        format: `"parquet"` (columns image, caption, modality) or `"webdataset"` (tars of png, txt, cls).
+        shard_size: Samples per shard.
+        i_have_removed_identifiers: Whether the caller guarantees that the data do not identify patients, so that they
+            are not searched for identifiers.
+        repo: Hub id for the code examples in the card; `None` to load the folder.
+        license: License of the data as a Hub identifier.
 
     Returns:
         The folder.
 
     Raises:
-        IdentifierError: if headers, captions or names of files look as if they identified patients.
-        FileExistsError: if the folder is there already.
-        ImportError: for DICOM without pydicom.
-        StreamError: if too many samples cannot be read.
-        ValueError: for an endless source, another format or size, or sources without a single sample.
+        IdentifierError: If headers, captions or file names seem to identify patients.
+        FileExistsError: If the folder exists.
+        ImportError: For DICOM files without pydicom.
+        StreamError: If too many samples cannot be read.
+        ValueError: For an endless source, an invalid format or size, or sources without a usable sample.
+
+    Example:
+        ```python
+        from medmoe_hf.data.sources import PhantomSource
+        from medmoe_hf.hub.publish_data import export_data
+
+        export_data([PhantomSource(kind="phantom", length=20)], "phantoms", license="apache-2.0")
+        ```
     """
     if format not in _WRITERS or shard_size < 1:
         raise ArgumentError(f"`format` must be one of {', '.join(_WRITERS)}, `shard_size` 1 or more.")
@@ -132,8 +139,8 @@ def export_data(
         number = 0
         for sample in stream:
             if not i_have_removed_identifiers:
-                place = _place(sample["key"], f"{stream.names[sample['source']]}, sample {sample['position']}")
-                findings += [Finding(f"{kind} in a caption", place) for kind in kinds(sample["caption"])]
+                location = _location(sample["key"], f"{stream.names[sample['source']]}, sample {sample['position']}")
+                findings += [Finding(f"{kind} in a caption", location) for kind in kinds(sample["caption"])]
             counts[sample["source"], sample["modality"]] += 1
             shard.append(sample)
             if len(shard) == shard_size:
@@ -166,30 +173,47 @@ def push_data(
     replace: bool = False,
     commit_message: str = "Upload dataset",
 ) -> str:
-    """Exports sources and uploads them in one commit; shards of an earlier push that are not among them are removed.
+    """Exports sources and uploads them to the Hub in one commit; old shards of an earlier push are removed.
 
-    The repository is made if it is not there. A push that is cut off leaves the old revision, and can be repeated.
-    What somebody else has put into the repository is not touched: files under `data/` and a card that this function
-    did not write, or that was edited since, stop the push unless `replace` is set. Files in other places stay.
+    The repository is created if it does not exist. A push that is interrupted leaves the old revision, and can be
+    repeated. Files of others are protected: files under `data/` and a card that this function did not write, or that
+    was edited since, stop the push unless `replace` is set. Files outside `data/` are kept.
 
     Args:
-        repo: Hub id of the dataset, or the name alone for the account that the token belongs to.
-        private: whether a new repository is private; None: as the account has it by default. For a repository that
-            exists it must be what it is.
-        revision: branch to commit to, made from main if it is not there.
-        create_pr: whether to open a pull request instead.
-        replace: whether to remove other files under `data/`, and to replace a card of somebody else's.
+        sources: Sources of `medmoe_hf.data.sources`, all finite.
+        repo: Hub id of the dataset, or only the name for the account of the token.
+        format: `"parquet"` (columns image, caption, modality) or `"webdataset"` (tars of png, txt, cls).
+        shard_size: Samples per shard.
+        i_have_removed_identifiers: Whether the caller guarantees that the data do not identify patients, so that they
+            are not searched for identifiers.
+        license: License of the data as a Hub identifier.
+        private: Whether a new repository is private; `None` for the account's default. It must agree with the
+            visibility of an existing repository.
+        revision: Branch to commit to, created from main if it does not exist; `None` for main.
+        create_pr: Whether to open a pull request instead.
+        replace: Whether to remove other files under `data/`, and to replace a card of others.
+        commit_message: Commit message.
 
     Returns:
-        The commit's address.
+        URL of the commit or the pull request.
 
     Raises:
-        IdentifierError and others: as `export_data`, before anything is sent.
-        PublishError: without a token, rights or a network; for a repository of another visibility, or with files
+        IdentifierError: If headers, captions or file names seem to identify patients; nothing is sent.
+        PublishError: Without a token, permission or network; for a repository with another visibility, or with files
             that `replace` would remove.
+        StreamError: If too many samples cannot be read.
+        ValueError: For an endless source, an invalid format or size, or sources without a usable sample.
+
+    Example:
+        ```python
+        from medmoe_hf.data.sources import load_sources
+        from medmoe_hf.hub.publish_data import push_data
+
+        push_data(load_sources("sources.yaml"), "you/pairs", private=True, license="cc-by-4.0")
+        ```
     """
     if create_pr and revision is not None:
-        raise PublishError("A pull request is made for main: leave out the branch.")
+        raise PublishError("A pull request is for main: leave out the branch.")
     # Access first: the export may take hours.
     _find(repo, private, revision, create_pr, replace)
     with tempfile.TemporaryDirectory(prefix="medmoe-data-") as temporary:
@@ -203,18 +227,18 @@ def push_data(
             license=license,
         )
         paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-        # Once more, for somebody may have pushed while the data were exported.
+        # Checked again, as somebody may have pushed during the export.
         remote = _find(repo, private, revision, create_pr, replace)
         others = [path for path in remote.files if not path.startswith(_DATA)]
-        commit, address = remote.send(paths, remote.changes(paths, keep=others), private, commit_message, create_pr)
-    return address if create_pr else f"{remote.page}/commit/{commit}"
+        commit, url = remote.send(paths, remote.changes(paths, keep=others), private, commit_message, create_pr)
+    return url if create_pr else f"{remote.page}/commit/{commit}"
 
 
 def _find(repo: str, private: bool | None, revision: str | None, create_pr: bool, replace: bool) -> Remote:
-    """The repository, if these data may be put into it.
+    """The repository, if the push is allowed.
 
     Raises:
-        PublishError: if it has another visibility, or holds files that are not ours and `replace` is not set.
+        PublishError: If it has another visibility, or if it holds files of others and `replace` is not set.
     """
     remote = Remote.find(repo, revision, kind="dataset")
     remote.accept(private, create_pr)
@@ -223,14 +247,14 @@ def _find(repo: str, private: bool | None, revision: str | None, create_pr: bool
         listed = "\n".join(f"  {line}" for line in foreign[:_NAMED])
         more = f"\n  and {len(foreign) - _NAMED} more" if len(foreign) > _NAMED else ""
         raise PublishError(
-            f"{remote.repo} holds files that are not ours, and nothing was sent. `--replace` would remove or replace:"
+            f"{remote.repo} holds files that no push created; nothing was sent. `--replace` would remove or replace:"
             f"\n{listed}{more}\nChoose another name, or save what you need and push with `--replace`."
         )
     return remote
 
 
 def _foreign(remote: Remote) -> list[str]:
-    """The files that a push would remove or replace though no push made them, each as a line."""
+    """The files of others that a push would remove or replace, one line each."""
     card = remote.read(_CARD).decode("utf-8", "replace") if _CARD in remote.files else ""
     text, mark, rest = card.rpartition(_MARK)
     foreign = [
@@ -253,14 +277,14 @@ def _digest(text: str) -> str:
 
 
 def _in_files(source: Any) -> Iterator[Finding]:
-    """What headers and names of files give away; phantoms have neither."""
+    """Identifiers in headers and file names; phantoms have neither."""
     if source.kind == "phantom":
         return
     for shard in source.shards():
         try:
             count = len(shard)
         except ShardError:
-            continue  # the stream reports it
+            continue  # reported by the stream
         for number in range(count):
             try:
                 row = shard.read(shard.locate(number))
@@ -272,30 +296,30 @@ def _in_files(source: Any) -> Iterator[Finding]:
                 elif isinstance(content, dict):
                     content = path
                 name = str(row.get("__key__") or (path if isinstance(path, str) else ""))
-                place = _place(name or shard.name, f"{PurePath(shard.name).name}, sample {number}")
+                location = _location(name or shard.name, f"{PurePath(shard.name).name}, sample {number}")
                 for kind in kinds(PurePath(name).stem):
-                    yield Finding(f"{kind} in the name of a file", place)
+                    yield Finding(f"{kind} in the name of a file", location)
                 if is_medical_image(content):
                     for field in _in_header(content):
-                        yield Finding(f"{field} in a DICOM header", place)
+                        yield Finding(f"{field} in a DICOM header", location)
             except OSError:
-                continue  # the stream counts it
+                continue  # counted by the stream
 
 
 def _in_header(content: Any) -> list[str]:
-    """The fields of a DICOM header that hold an identifier; none for NIfTI, which has no such fields."""
+    """The fields of a DICOM header that contain an identifier; none for NIfTI, which has no such fields."""
     if pydicom is None:
         raise MissingPackageError('Reading DICOM headers needs the package pydicom: pip install "medmoe_hf[dicom]"')
     source = io.BytesIO(content) if isinstance(content, bytes) else content
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # pydicom's quote the header
+            warnings.simplefilter("ignore")  # pydicom's warnings quote the header
             header = pydicom.dcmread(source, stop_before_pixels=True, force=True)
             removed = str(header.get("PatientIdentityRemoved", "")).strip().upper() == "YES"
             sought = _IDENTIFYING if removed else (*_IDENTIFYING, *_PSEUDONYMS)
             found = {element.keyword for element in header.iterall() if element.keyword in sought and element.value}
     except Exception:  # parsers raise a dozen types, and their messages quote the header
-        # Files without DICOM's mark may be NIfTI.
+        # Files without DICOM's magic number may be NIfTI.
         marked = pydicom.misc.is_dicom(io.BytesIO(content) if isinstance(content, bytes) else content)
         return ["something unreadable"] if marked else []
     if str(header.get("BurnedInAnnotation", "")).strip().upper() == "YES":
@@ -303,8 +327,8 @@ def _in_header(content: Any) -> list[str]:
     return sorted(found)
 
 
-def _place(name: str, otherwise: str) -> str:
-    """The file's name, unless that gives something away itself."""
+def _location(name: str, otherwise: str) -> str:
+    """The file's name, unless it seems to identify a patient."""
     base = PurePath(name).name
     return otherwise if kinds(PurePath(name).stem) or not base else base
 
@@ -313,13 +337,13 @@ def _refuse(findings: Sequence[Finding]) -> None:
     if not findings:
         return
     counts = Counter(finding.kind for finding in findings)
-    places = list(dict.fromkeys(finding.place for finding in findings))
+    locations = list(dict.fromkeys(finding.location for finding in findings))
     listed = "\n".join(f"  {count} x {kind}" for kind, count in counts.most_common())
-    more = f", and {len(places) - _NAMED} more" if len(places) > _NAMED else ""
+    more = f", and {len(locations) - _NAMED} more" if len(locations) > _NAMED else ""
     raise IdentifierError(
-        f"These data look as if they identified patients, and nothing was published:\n{listed}\n"
-        f"Files: {', '.join(places[:_NAMED])}{more}.\n"
-        "Remove what identifies anybody. If it is none, or only such headers as are never published, say so with "
+        f"These data seem to identify patients, and nothing was published:\n{listed}\n"
+        f"Files: {', '.join(locations[:_NAMED])}{more}.\n"
+        "Remove all identifiers. If these are none, or only in headers, which are never published, add "
         "`--i-have-removed-identifiers`."
     )
 
@@ -328,23 +352,23 @@ def _refuse(findings: Sequence[Finding]) -> None:
 
 
 def _png(image: Image.Image) -> bytes:
-    """An image's pixels, upright, and nothing that its file said besides.
+    """Encodes the upright pixels of an image as PNG, without metadata.
 
     Raises:
-        ValueError: for numbers that 16 bits do not hold.
+        ValueError: For values outside 16 bits.
     """
-    # Of all metadata only the orientation changes what is seen.
+    # Of the metadata, only the orientation affects the visible image.
     image = ImageOps.exif_transpose(image)
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image)
         if values.dtype.kind == "f" or values.min() < 0 or values.max() > 65535:
-            raise ValueError("a PNG holds whole numbers of 16 bits")
+            raise ValueError("a PNG holds unsigned integers of 16 bits")
         image = Image.fromarray(values.astype(np.uint16))
     elif image.has_transparency_data:
         image = image.convert("RGBA")
     elif image.mode not in ("1", "L", "RGB"):
         image = image.convert("RGB")
-    # Anew from the pixels: Pillow would write the colour profile and the comments of the old one.
+    # A new image from the pixels: Pillow would write the colour profile and comments of the old one.
     bare = Image.frombytes(image.mode, image.size, image.tobytes())
     buffer = io.BytesIO()
     bare.save(buffer, "PNG")
@@ -385,57 +409,55 @@ _TEMPLATE = """---
 
 # {{ title }}
 
-{{ total }} medical images with captions{{ " (synthetic drawings, of no patient)" if synthetic }}, \
+{{ total }} medical images with captions{{ " (synthetic drawings, not of patients)" if synthetic }}, \
 written by [medmoe_hf](https://arxiv.org/abs/2506.08356) to train image-text models.
 
-Licence: {{ license or "not stated" }}
+License: {{ license or "not stated" }}
 
-## What is in it
+## Content
 
 {{ modality_table }}
 
 {{ source_table }}
 
 {% if format == "parquet" -%}
-Parquet with the columns `image` (PNG), `caption` and `modality` (empty where unknown).
+Parquet with the columns `image` (PNG), `caption` and `modality` (empty if unknown).
 {%- else -%}
-Webdataset tars with `png`, `txt` (the caption) and `cls` (the modality's number below, -100 where unknown).
+WebDataset tars with `png`, `txt` (the caption) and `cls` (the modality's number, -100 if unknown).
 {%- endif %}
-The numbers of the modalities: {{ numbers }}. {{ skipped }} samples could not be read and were left out.
+Numbers of the modalities: {{ numbers }}. {{ skipped }} unreadable samples were skipped.
 
 ## How to load it
 
 ```python
 from datasets import load_dataset
 
-dataset = load_dataset("{{ place }}", split="train", streaming=True)
+dataset = load_dataset("{{ dataset_id }}", split="train", streaming=True)
 sample = next(iter(dataset))
 ```
 
 To train on it, as a source of `medmoe train`:
 
 ```yaml
-- {kind: hub, path: {{ place }}}
+- {kind: hub, path: {{ dataset_id }}}
 ```
 
 ## Personal data
 
 {% if declared -%}
-Whoever published this states that nothing in it identifies a patient. It was not searched for identifiers.
+The publisher states that these data do not identify patients. They were not searched for identifiers.
 {%- elif synthetic -%}
-These are drawings. There is nothing of a patient in them.
+These are synthetic drawings without data of patients.
 {%- else -%}
-Headers of DICOM files, names of files and captions were searched for dates, record numbers, names, phone numbers and
-e-mail addresses, and none was found. A search finds what it knows: it cannot read what is burnt into pixels, and it is
-no proof.
+DICOM headers, file names and captions were searched for dates, record numbers, names, phone numbers and e-mail
+addresses, and none were found. The search is no proof: it finds known patterns only, and cannot read text in pixels.
 {%- endif %}
-Only pixels, captions and modalities are here: no header, no original name of a file, no metadata of an image.
+The data contain only pixels, captions and modalities: no headers, original file names or image metadata.
 
 ## Limits
 
-Captions and modalities are as the sources gave them; how right they are is not stated. There is no field that tells
-which images are of one person, so a split of these data may have one person on both sides. Not for decisions about a
-patient.
+Captions and modalities come from the sources; their accuracy is not stated. There is no field for the person, so
+images of one person may be in both parts of a split. Not for decisions about patients.
 """
 
 
@@ -445,10 +467,20 @@ def _card(
     skipped: int,
     format: str,
     declared: bool,
-    place: str,
+    dataset_id: str,
     license: str | None,
 ) -> DatasetCard:
-    """The card of what was counted by (source, modality); `place` is the Hub id, or the folder's name."""
+    """The card of a dataset.
+
+    Args:
+        sources: The sources.
+        counts: (source, modality) -> number of images.
+        skipped: Number of unreadable samples.
+        format: Format of the shards.
+        declared: Whether the caller guarantees that there are no identifiers.
+        dataset_id: Hub id, or name of the folder.
+        license: License of the data; `None` if it is not stated.
+    """
     total = counts.total()
     by_modality: Counter[int] = Counter()
     by_source: Counter[int] = Counter()
@@ -456,7 +488,7 @@ def _card(
         by_modality[modality] += count
         by_source[source] += count
     ending = {"parquet": "parquet", "webdataset": "tar"}[format]
-    title = place.split("/")[-1]
+    title = dataset_id.split("/")[-1]
     data = DatasetCardData(
         license=license,
         pretty_name=title,
@@ -485,6 +517,6 @@ def _card(
         numbers=", ".join(f"{index} {name}" for index, name in enumerate(MODALITIES)),
         format=format,
         skipped=skipped,
-        place=place,
+        dataset_id=dataset_id,
         declared=declared,
     )

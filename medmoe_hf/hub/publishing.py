@@ -1,6 +1,6 @@
-"""A folder to the Hub in one commit that leaves exactly the folder, and the way back: does what is there still work?
+"""Publishing a folder on the Hub in one commit, and verifying a published checkpoint.
 
-transformers' `push_to_hub` only adds: a `model.safetensors` from before would be loaded in the place of new shards.
+transformers' `push_to_hub` only adds files: an old `model.safetensors` would be loaded instead of new shards.
 """
 
 import json
@@ -17,25 +17,25 @@ from medmoe_hf.hub.folder_checks import GOLDEN, check_folder, published_files
 from medmoe_hf.hub.golden import RELATIVE_TOLERANCE, compare_with_golden, write_golden
 from medmoe_hf.hub.remote import KEPT, MAIN, Change, Remote, readable_size
 
-# What somebody may have put into a repo before its first model.
+# Files that a repository may have before its first model.
 _HARMLESS = (KEPT, "README.md", "LICENSE")
 
 
 @dataclass
 class PublishReport:
-    """What a push did, or with `dry_run` would do.
+    """What a push did, or would do with `dry_run`.
 
     Attributes:
-        repo: user/name.
-        branch: that was committed to.
-        changes: of every file, by path.
-        dry_run: whether nothing was sent.
-        created: whether the repo is new.
-        commit: the id of the state that holds the folder; None for a dry run.
-        url: of the repo, or of the pull request.
-        tag: that names the commit now.
-        differences: of the golden outputs in a clean process (`compare_with_golden`).
-        unreachable: of a dry run, why the Hub could not be asked; empty if it was.
+        repo: "user/name".
+        branch: Branch of the commit.
+        changes: Change of each file, sorted by path.
+        dry_run: Whether nothing was sent.
+        created: Whether the repository is new.
+        commit: Id of the commit that holds the folder; `None` for a dry run.
+        url: URL of the repository or the pull request.
+        tag: Tag of the commit; `None` without one.
+        differences: Relative differences of the golden outputs in a process without this package, by tensor.
+        unreachable: Why the Hub could not be reached in a dry run; empty if it was reached.
     """
 
     repo: str
@@ -70,10 +70,10 @@ class PublishReport:
         return "\n".join(
             [
                 *map(str, self.changes),
-                f"The folder may be published: its {len(self.changes)} files ({readable_size(total)}) passed every "
+                f"The folder can be published: its {len(self.changes)} files ({readable_size(total)}) passed every "
                 "check that needs no network, and it loads where medmoe_hf is not installed.",
-                f"NOT checked, for the Hub was not reached: whether {self.repo} exists, is private and holds a MedMoE "
-                "model, which of its files would be replaced or deleted, and whether your token may write to it. "
+                f"NOT checked, as the Hub was not reached: whether {self.repo} exists, is private and holds a MedMoE "
+                "model, which of its files would be replaced or deleted, and whether your token has write access. "
                 f"({self.unreachable})",
                 "Nothing was sent.",
             ]
@@ -82,13 +82,13 @@ class PublishReport:
 
 @dataclass
 class VerifyReport:
-    """Whether a checkpoint gives what it gave when it was published.
+    """Whether a checkpoint has the same outputs as when it was published.
 
     Attributes:
-        source: folder or repo.
-        commit: of a repo.
-        differences: by tensor, the largest difference relative to its largest value.
-        tolerance: how large these may be.
+        source: Folder or repository.
+        commit: Commit of the repository; `None` for a folder.
+        differences: Largest difference of each tensor, relative to its largest value.
+        tolerance: Largest allowed difference.
     """
 
     source: str
@@ -98,6 +98,7 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
+        """Whether all differences are within the tolerance."""
         return bool(self.differences) and all(value <= self.tolerance for value in self.differences.values())
 
     def __str__(self) -> str:
@@ -105,9 +106,13 @@ class VerifyReport:
             f"{'ok' if value <= self.tolerance else 'WRONG':<6} {value:8.1e}  {name}"
             for name, value in self.differences.items()
         ]
-        place = self.source + (f" at {self.commit}" if self.commit else "")
-        verdict = "gives what it was published with" if self.ok else "does NOT give what it was published with"
-        return "\n".join([*lines, f"{place} {verdict} (relative differences up to {self.tolerance:g} are allowed)."])
+        location = self.source + (f" at {self.commit}" if self.commit else "")
+        verdict = (
+            "has the outputs it was published with" if self.ok else "does NOT have the outputs it was published with"
+        )
+        return "\n".join(
+            [*lines, f"{location} {verdict} (relative differences up to {self.tolerance:g} are allowed)."]
+        )
 
 
 def publish(
@@ -122,30 +127,40 @@ def publish(
     dry_run: bool = False,
     token: str | None = None,
 ) -> PublishReport:
-    """Makes a repo on the Hub hold exactly what a folder holds (and its own `.gitattributes`), in one commit.
+    """Publishes a model folder on the Hub in one commit, after which the repository holds exactly the folder.
 
-    First the folder is checked (`check_folder`), `golden.safetensors` is written into it (`write_golden`), and a
-    process without this package loads it and must give the same. Only then something is sent. A push that breaks off
-    leaves the repo as it was, or whole and new; pushing again ends right in both cases.
+    Before anything is sent, the folder is checked (`check_folder`), `golden.safetensors` is written into it
+    (`write_golden`), and a process without this package loads the folder and must compute the same outputs. A push
+    that is interrupted leaves the repository unchanged or completely updated; pushing again is safe in both cases.
 
     Args:
-        folder: a model and its processor, as `save_pretrained` or `medmoe train` wrote them.
-        repo: "user/name", or the name alone for the account that the token belongs to.
-        private: whether a new repo is private; None: as the account has it by default. For a repo that exists it must
-            be what it is.
-        branch: made from main if it is not there; None: main.
-        tag: a new name for the commit.
-        message: of the commit.
-        create_pr: opens a pull request in the place of a commit to main; no right to write is needed.
-        dry_run: says what would change, and sends nothing. Where the Hub cannot be reached, everything that can be
-            checked without it is checked, and the report says what was not.
-        token: None: the one that `hf auth login` or HF_TOKEN has set.
+        folder: Folder of a model and its processor, as `save_pretrained` or `medmoe train` writes it.
+        repo: "user/name", or only the name for the account of the token.
+        private: Whether a new repository is private; `None` for the account's default. It must agree with the
+            visibility of an existing repository.
+        branch: Branch to commit to, created from main if it does not exist; `None` for main.
+        tag: New tag for the commit.
+        message: Commit message.
+        create_pr: Whether to open a pull request instead of committing to main; needs no write access.
+        dry_run: Whether to report what would change without sending anything. If the Hub cannot be reached, all local
+            checks are done, and the report tells what was not checked.
+        token: An access token; `None` for that of `hf auth login` or HF_TOKEN.
+
+    Returns:
+        What was changed, or would be changed.
 
     Raises:
-        PublishError: for whatever stops the push.
+        PublishError: If a check fails, or if the Hub refuses the push.
+
+    Example:
+        ```python
+        from medmoe_hf.hub import publish
+
+        print(publish("runs/first", "you/medmoe", private=True, dry_run=True))
+        ```
     """
     if create_pr and (branch or tag):
-        raise PublishError("A pull request is made for main, and cannot be tagged: leave out the branch and the tag.")
+        raise PublishError("A pull request is for main, and cannot be tagged: leave out the branch and the tag.")
     folder = Path(folder)
     _stop_at(folder, check_folder(folder))
     # Access first: loading a model takes a while.
@@ -179,19 +194,19 @@ def publish(
 
 
 def _check_outputs(folder: Path) -> dict[str, float]:
-    """Writes the golden outputs, and checks that a process without this package gives the same.
+    """Writes the golden outputs, and checks that a process without this package computes the same.
 
     Raises:
-        PublishError: if it does not load there, or gives other numbers.
+        PublishError: If the folder does not load there, or has other outputs.
     """
     write_golden(folder)
     differences = compare_with_golden(folder)
-    # Not `>`, which a NaN would pass.
+    # Not `>`, which is false for NaN.
     wrong = [name for name, value in differences.items() if not value <= RELATIVE_TOLERANCE]
     if wrong:
         raise PublishError(
-            f"{folder} gives other numbers where medmoe_hf is not installed: {', '.join(wrong)} differ from what this "
-            "package gives. Its Python files may be older than the package; save the model and the processor again."
+            f"{folder} has other outputs where medmoe_hf is not installed: {', '.join(wrong)} differ from those of "
+            "this package. Its Python files may be older than the package; save the model and the processor again."
         )
     return differences
 
@@ -199,19 +214,30 @@ def _check_outputs(folder: Path) -> dict[str, float]:
 def verify(
     source: str | Path, revision: str | None = None, token: str | None = None, record: bool = False
 ) -> VerifyReport:
-    """Loads a checkpoint in a process without this package, and compares with its `golden.safetensors`.
+    """Loads a checkpoint in a process without this package, and compares its outputs with `golden.safetensors`.
 
-    The process runs the Python files of the checkpoint: only for those that you would load anyway.
+    Warning: the process runs the Python files of the checkpoint. Verify only checkpoints that you would load.
 
     Args:
-        source: a folder, or a repo on the Hub, which is downloaded.
-        revision: branch, tag or commit of a repo.
-        token: as for `publish`.
-        record: first writes `golden.safetensors` into a folder that lacks it, or whose file belongs to other weights,
-            from what this package makes of the model.
+        source: A folder, or a repository on the Hub, which is downloaded.
+        revision: Branch, tag or commit of a repository.
+        token: An access token; `None` for that of `hf auth login` or HF_TOKEN.
+        record: Whether to first write `golden.safetensors` into a folder that has none, or one of other weights, with
+            the outputs of this package.
+
+    Returns:
+        The differences; different outputs are no error, see `VerifyReport.ok`.
 
     Raises:
-        PublishError: if it cannot be downloaded or does not load. Other numbers are no error, see `VerifyReport.ok`.
+        PublishError: If the checkpoint cannot be downloaded or does not load.
+
+    Example:
+        ```python
+        from medmoe_hf.hub import verify
+
+        report = verify("runs/first", record=True)
+        print(report.ok)
+        ```
     """
     if Path(source).is_dir():
         if revision is not None:
@@ -221,30 +247,30 @@ def verify(
         return VerifyReport(str(source), None, compare_with_golden(source))
     repo = str(source)
     if record:
-        raise PublishError(f"--record writes {GOLDEN} into a folder, and {repo} is none. Download the repo first.")
+        raise PublishError(f"--record writes {GOLDEN} into a folder, but {repo} is not one. Download the repo first.")
     api = HfApi(token=token)
     try:
         refuse_missing_folder(source)
     except FileNotFoundError as error:
         raise PublishError(str(error)) from None
     with explained(repo, revision):
-        # Asked for by itself: where there is no access, a download is content with what an older one has left.
+        # Asked for separately: without access, a download would silently use an older one from the cache.
         commit = api.model_info(repo, revision=revision).sha
-        place = api.snapshot_download(repo, revision=commit)
-    return VerifyReport(repo, commit, compare_with_golden(place))
+        downloaded = api.snapshot_download(repo, revision=commit)
+    return VerifyReport(repo, commit, compare_with_golden(downloaded))
 
 
 def _stop_at(folder: Path, problems: list[str]) -> None:
     if problems:
         listed = "\n".join(f"  {problem}" for problem in problems)
-        raise PublishError(f"{folder} is not to be published:\n{listed}")
+        raise PublishError(f"{folder} cannot be published:\n{listed}")
 
 
 def _accept_model(remote: Remote) -> None:
-    """Checks that a repo holds a MedMoE model, or nothing yet.
+    """Checks that a repository holds a MedMoE model or nothing.
 
     Raises:
-        PublishError: if something else has the name.
+        PublishError: If it holds something else.
     """
     if "config.json" in remote.files:
         try:
@@ -261,9 +287,9 @@ def _accept_model(remote: Remote) -> None:
 
 
 def _accept_tag(remote: Remote, tag: str | None, changes: list[Change]) -> None:
-    """Raises a PublishError if a tag names another state than the repo will be in."""
+    """Raises a `PublishError` if a tag exists at another state of the repository."""
     if tag not in remote.tags:
         return
-    # A push that was cut off after it had set the tag may be repeated.
+    # A push that was interrupted after setting the tag may be repeated.
     if remote.tags[tag] != remote.parent or any(change.action != "keep" for change in changes):
         raise PublishError(f"{remote.repo} has a tag {tag} already, at {remote.tags[tag]}. Choose another.")

@@ -1,6 +1,6 @@
-"""The state of a repo on the Hub, what a push would change in it, and the one commit that does it.
+"""The state of a repository on the Hub, what a push would change in it, and the commit that does it.
 
-`upload_folder` may make several commits of one upload (where hf_xet is installed), so `create_commit` is used here.
+`upload_folder` may split an upload into several commits (if hf_xet is installed), so `create_commit` is used here.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from medmoe_hf.hub.access import explained, page_of, writable
 
 MAIN = "main"
 KEPT = ".gitattributes"
-"""The Hub writes it into a new repo; without it large files would be stored as text."""
+"""Created by the Hub in a new repository; without it large files would be stored as text."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Change:
     """What a push does to one file.
 
     Attributes:
-        path: in the repo.
-        action: "add", "replace", "delete" or "keep"; "send" where the repo's state is unknown.
-        size: in bytes, of the new file; of the old one for "delete".
+        path: Path in the repository.
+        action: "add", "replace", "delete" or "keep"; "send" if the repository's state is unknown.
+        size: Size in bytes of the new file; of the old one for "delete".
     """
 
     path: str
@@ -41,19 +41,19 @@ class Change:
 
 @dataclass
 class Remote:
-    """A repo's state when it was read, and what can be done to that state.
+    """The state of a repository, and operations on it.
 
     Attributes:
-        api: with the token.
-        repo: user/name.
-        kind: of the repo.
-        branch: to commit to.
-        exists: whether the repo is there; without it the other attributes are empty.
-        private: its visibility.
-        parent: the commit that was read: the branch's, or main's for a branch to be made.
-        branches: name -> commit.
-        tags: name -> commit.
-        files: path -> entry, at `parent`.
+        api: The Hub's API, with the token.
+        repo: "user/name".
+        kind: "model" or "dataset".
+        branch: Branch to commit to.
+        exists: Whether the repository exists; if not, the following attributes are empty.
+        private: Whether it is private.
+        parent: The commit that was read: that of the branch, or of main for a new branch.
+        branches: Name -> commit.
+        tags: Name -> commit.
+        files: Path -> entry, at `parent`.
     """
 
     api: HfApi
@@ -76,10 +76,17 @@ class Remote:
         dry_run: bool = False,
         kind: Literal["model", "dataset"] = "model",
     ) -> "Remote":
-        """Reads the repo, and who the token belongs to.
+        """Reads the state of a repository.
+
+        Args:
+            repo: "user/name", or only the name for the account of the token.
+            branch: Branch to commit to; `None` for main.
+            token: An access token; `None` for that of `hf auth login` or HF_TOKEN.
+            dry_run: Whether nothing will be written; then no token is needed.
+            kind: "model" or "dataset".
 
         Raises:
-            PublishError: without a token (a dry run needs none), or with one that only reads.
+            PublishError: Without a token, with a read-only one, or without a branch to start from.
         """
         api = HfApi(token=token)
         repo = writable(repo, token, dry_run)
@@ -97,25 +104,29 @@ class Remote:
             found.tags = {ref.name: ref.target_commit for ref in refs.tags}
             found.parent = found.branches.get(found.branch) or found.branches.get(MAIN)
             if found.parent is None:
-                raise PublishError(f"{repo} has no branch {found.branch} and no {MAIN} to begin one at.")
+                raise PublishError(f"{repo} has no branch {found.branch} and no {MAIN} to create it from.")
             listed = api.list_repo_tree(repo, recursive=True, revision=found.parent, repo_type=kind)
             found.files = {entry.path: entry for entry in listed if isinstance(entry, RepoFile)}
         return found
 
     @property
     def page(self) -> str:
-        """The repo's address on the Hub."""
+        """URL of the repository on the Hub."""
         return page_of(self.repo, self.kind)
 
     def accept(self, private: bool | None, create_pr: bool) -> None:
-        """Checks the visibility that was asked for, and that a pull request has a repo to go to.
+        """Checks the requested visibility, and that a pull request has a repository.
+
+        Args:
+            private: Requested visibility; `None` for any.
+            create_pr: Whether a pull request will be opened.
 
         Raises:
-            PublishError: if either does not hold.
+            PublishError: If the visibility differs, or if there is no repository for a pull request.
         """
         if not self.exists:
             if create_pr:
-                raise PublishError(f"{self.repo} is not there, or not for this token; a pull request needs a repo.")
+                raise PublishError(f"{self.repo} does not exist for this token; a pull request needs a repo.")
             return
         if private is not None and private != self.private:
             raise PublishError(
@@ -124,17 +135,17 @@ class Remote:
             )
 
     def read(self, path: str) -> bytes:
-        """The content of a file, at `parent`."""
+        """Content of a file, at `parent`."""
         with explained(self.repo, kind=self.kind):
-            place = self.api.hf_hub_download(self.repo, path, revision=self.parent, repo_type=self.kind)
-        return Path(place).read_bytes()
+            path_here = self.api.hf_hub_download(self.repo, path, revision=self.parent, repo_type=self.kind)
+        return Path(path_here).read_bytes()
 
     def changes(self, files: dict[str, Path], keep: Iterable[str] = ()) -> Iterator[Change]:
-        """What makes the repo hold `files`, by path.
+        """The changes after which the repository holds `files`, sorted by path.
 
         Args:
-            files: path in the repo -> local file.
-            keep: what stays of the files that are not among them; all others are deleted.
+            files: Path in the repository -> local file.
+            keep: Other files to keep; all files that are neither here nor in `files` are deleted.
         """
         kept = {KEPT, *keep}
         for path in sorted({*files, *self.files}):
@@ -153,15 +164,22 @@ class Remote:
         message: str,
         create_pr: bool = False,
     ) -> tuple[str | None, str]:
-        """Makes the repo and the branch where they are missing, and the commit.
+        """Commits changes; creates the repository and the branch if they do not exist.
+
+        Args:
+            files: Path in the repository -> local file.
+            changes: Of `changes()`.
+            private: Visibility of a new repository; `None` for the account's default.
+            message: Commit message.
+            create_pr: Whether to open a pull request instead.
 
         Returns:
-            the id of the commit that holds the files now, and the address of the repo or of the pull request.
+            Id of the commit that holds the files now, and URL of the repository or the pull request.
         """
         with explained(self.repo, kind=self.kind):
             if not self.exists:
                 self.api.create_repo(self.repo, private=private, repo_type=self.kind)
-                # The Hub has put a .gitattributes into it.
+                # The Hub has created a .gitattributes in it.
                 self.parent = self.api.repo_info(self.repo, repo_type=self.kind).sha
             if self.branch != MAIN and self.branch not in self.branches:
                 self.api.create_branch(self.repo, branch=self.branch, revision=self.parent, repo_type=self.kind)
@@ -180,7 +198,7 @@ class Remote:
                 commit_message=message,
                 revision=self.branch,
                 repo_type=self.kind,
-                # If somebody else has pushed since `find`, the Hub refuses, and their push is not undone.
+                # If somebody else has pushed since `find`, the Hub refuses, so that their push is not reverted.
                 parent_commit=self.parent,
                 create_pr=create_pr,
             )
@@ -188,7 +206,7 @@ class Remote:
 
 
 def _same(path: Path, remote: RepoFile) -> bool:
-    """Whether a file is what the Hub has: by sha256 for what lies in LFS, by git's name of it for the others."""
+    """Whether a file equals the one on the Hub, by SHA-256 (LFS) or git's blob id (others)."""
     size = path.stat().st_size
     if size != remote.size:
         return False
@@ -200,7 +218,7 @@ def _same(path: Path, remote: RepoFile) -> bool:
 
 
 def readable_size(size: float) -> str:
-    """A number of bytes as people write it."""
+    """A number of bytes with a unit."""
     for unit in ("B", "kB", "MB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

@@ -187,15 +187,15 @@ def test_numbers_with_their_intervals(folder, given):
     assert ["zero-shot", "phantom-xray", "seed", "0"] in rows
 
 
-def test_recipe_of_a_run(folder, given):
+def test_training_of_a_run(folder, given):
     card = build_card(folder, **given)
     found = cells(card)
     assert found["started from"] == ["the checkpoint start"]
     assert found["steps"] == ["300 of 400"]
     assert found["pairs seen"] == ["19,200"]
-    assert found["pairs in a step"] == ["64"]
+    assert found["pairs per step"] == ["64"]
     assert found["time"] == ["1.50 h"]
-    assert found["left out as unreadable"] == ["7 samples of the main process"]
+    assert found["unreadable samples"] == ["7 in the main process"]
     assert found["learning rate"] == ["0.0003, cosine, 0 steps of warm-up"]
     assert found["someone/scans"] == ["hub", "not stated", "plain", "2.5"]
     assert found["not stated"] == ["csv", "dicom", "plain", "1"]
@@ -213,7 +213,7 @@ def test_a_yaml_says_what_was_planned(folder, tmp_path):
     )
     card = build_card(folder, training=tmp_path / "run.yaml")
     found = cells(card)
-    assert found["steps"] == ["7 planned; how many were done is not stated"]
+    assert found["steps"] == ["7 planned; the number done is not stated"]
     assert found["started from"] == ["new weights of the preset tiny"]
     assert "All of these data are synthetic drawings" in card.text
     assert "During training" not in card.text
@@ -272,8 +272,13 @@ def test_what_nobody_gave_is_not_stated(folder):
     assert "License of the weights: not stated" in card.text
     assert "Base model: not stated" in card.text
     assert "The training configuration is not stated." in heading(card, "Training")
+<<<<<<< HEAD
     assert "The training data are not stated." in heading(card, "Training")
     assert "is not stated" in heading(card, "Evaluation")
+=======
+    assert "The data are not stated." in heading(card, "Training")
+    assert "are not stated" in heading(card, "Evaluation")
+>>>>>>> acdf42a (Hub: docstrings with one parameter per entry and examples, plain messages and cards, license in one spelling)
     assert "is not stated" in heading(card, "Experts and routing")
     # no number but those of the configuration
     assert not re.search(r"\d", heading(card, "Evaluation") + heading(card, "Training"))

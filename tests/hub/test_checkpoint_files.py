@@ -139,7 +139,7 @@ def test_truncated_files(tmp_path):
     for name, content in contents.items():
         for share in (0.3, 0.95):
             (tmp_path / name).write_bytes(content[: int(share * len(content))])
-            with pytest.raises(ConvertError, match=r"truncated, or no checkpoint .* fetch it again"):
+            with pytest.raises(ConvertError, match=r"truncated, or no checkpoint .* download it again"):
                 read_state_dict(tmp_path / name)
 
 
@@ -158,7 +158,7 @@ def test_files_of_another_kind(tmp_path):
     with pytest.raises(ConvertError, match="holds list, not a dictionary"):
         read_state_dict(tmp_path / "list.pt")
     torch.save({"epoch": 3}, tmp_path / "empty.pt")
-    with pytest.raises(ConvertError, match="no tensors under names; at its top are: epoch"):
+    with pytest.raises(ConvertError, match="no named tensors; its top-level keys are: epoch"):
         read_state_dict(tmp_path / "empty.pt")
     with pytest.raises(ConvertError, match=r"nowhere\.pt: there is no such file"):
         read_state_dict(tmp_path / "nowhere.pt")

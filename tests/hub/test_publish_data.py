@@ -145,7 +145,7 @@ def test_numbers_that_a_png_does_not_hold_are_left_out_and_counted(tmp_path):
     rows = [{"image": "floats.tif", "caption": "x"}] + [{"image": f"a{i}.png", "caption": "y"} for i in range(30)]
     folder = export_data([table(tmp_path / "in", rows)], tmp_path / "out")
     assert len(read_back(folder, "parquet")) == 30
-    assert "1 samples could not be read and were left out" in (folder / "README.md").read_text()
+    assert "1 unreadable samples were skipped" in (folder / "README.md").read_text()
 
 
 def test_shards_of_a_tar_hold_running_numbers_only(tmp_path):
@@ -209,11 +209,11 @@ def test_the_card_counts_and_keeps_quiet(tmp_path):
     assert 'load_dataset("you/scans"' in text
 
 
-def test_a_card_without_a_licence_says_so(tmp_path):
+def test_a_card_without_a_license_says_so(tmp_path):
     folder = export_data([phantoms()], tmp_path / "out")
     assert "license" not in metadata_load(folder / "README.md")
-    assert "Licence: not stated" in (folder / "README.md").read_text()
-    assert "There is nothing of a patient in them" in (folder / "README.md").read_text()
+    assert "License: not stated" in (folder / "README.md").read_text()
+    assert "synthetic drawings without data of patients" in (folder / "README.md").read_text()
 
 
 # Identifiers
@@ -446,7 +446,7 @@ def test_a_push_that_is_cut_off_leaves_the_old_one_and_can_be_repeated(hub):
     repo = hub.repo("user/scans", "dataset")
     before, files = repo.find("main"), repo.files()
     hub.cut_commit()
-    with pytest.raises(PublishError, match=r"failed or broke off .* Do the same again"):
+    with pytest.raises(PublishError, match=r"failed or broke off .* Run the same command again"):
         push_data([phantoms(5)], "user/scans", "webdataset")
     assert (repo.find("main"), repo.files()) == (before, files)
     push_data([phantoms(5)], "user/scans", "webdataset")
@@ -468,8 +468,8 @@ def test_a_branch_is_made_and_main_left(hub):
     [
         (None, "user/scans", r"no token .* `hf auth login`"),
         ("hf_nobody", "user/scans", "token is not valid"),
-        ("hf_read", "user/scans", "The token of user only reads"),
-        ("hf_write", "clinic/scans", "no right to that"),
+        ("hf_read", "user/scans", "The token of user is read-only"),
+        ("hf_write", "clinic/scans", "has no permission"),
     ],
 )
 def test_what_the_hub_refuses(hub, monkeypatch, token, repo, message):
@@ -494,7 +494,7 @@ def test_another_visibility_stops_it_before_the_export(hub, monkeypatch, private
 def test_files_of_others_stop_it_and_replace_removes_them(hub):
     mine = {"data/train-00000.parquet": b"rows", "data/notes.csv": b"1,2,3", "README.md": b"# Mine", "LICENSE": b"x"}
     repo = hub.create("user/scans", "dataset", files=mine)
-    with pytest.raises(PublishError, match="holds files that are not ours") as error:
+    with pytest.raises(PublishError, match="holds files that no push created") as error:
         push_data([phantoms(3)], "user/scans")
     for line in ("data/notes.csv (5 B)", "data/train-00000.parquet (4 B)", "README.md (6 B)"):
         assert f"  {line}\n" in str(error.value)
@@ -520,7 +520,7 @@ def test_a_file_of_others_among_our_shards_and_an_edited_card_stop_it(hub):
     push_data([phantoms(3)], "user/scans")
     repo = hub.repo("user/scans", "dataset")
     amended(hub, repo, **{"data/masks.tar": b"7"})
-    with pytest.raises(PublishError, match=r"(?s)not ours.*replace:\n  data/masks.tar \(1 B\)\nChoose"):
+    with pytest.raises(PublishError, match=r"(?s)no push created.*replace:\n  data/masks.tar \(1 B\)\nChoose"):
         push_data([phantoms(4)], "user/scans")
     push_data([phantoms(4)], "user/scans", replace=True)
     card = repo.files()["README.md"]
@@ -542,7 +542,7 @@ def test_somebody_else_pushes_during_the_export(hub, monkeypatch):
         return export(*args, **kwargs)
 
     monkeypatch.setattr(publish_data, "export_data", meanwhile)
-    with pytest.raises(PublishError, match="not ours"):
+    with pytest.raises(PublishError, match="no push created"):
         push_data([phantoms(4)], "user/scans")
     assert repo.files()["data/masks.tar"] == b"7"
     # Between the last look and the commit, only the commit's parent tells.
