@@ -250,7 +250,7 @@ def test_captions_that_look_like_identifiers_stop_it(tmp_path, caption, kind):
     assert not (tmp_path / "out").exists()
     folder = export_data(sources, tmp_path / "out", i_have_removed_identifiers=True)
     assert [one["caption"] for one in read_back(folder, "parquet")] == ["A scan.", caption]
-    assert "It was not searched for identifiers" in (folder / "README.md").read_text()
+    assert "They were not searched for identifiers" in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
