@@ -244,12 +244,13 @@ def _load(folder: str | Path, format: str) -> tuple[MedMoEModel, MedMoEProcessor
         model, loading = MedMoEModel.from_pretrained(
             folder, dtype=torch.float32, attn_implementation=attention, output_loading_info=True
         )
-        processor = MedMoEProcessor.from_pretrained(folder)
     missing = sorted(loading["missing_keys"])
     if missing:
         raise ExportError(
             f"{folder} holds no complete dual encoder: its weights lack {len(missing)} tensors, such as {missing[0]}."
         )
+    with explain_loading(folder):
+        processor = MedMoEProcessor.from_pretrained(folder)
     return model.eval().requires_grad_(False), processor
 
 

@@ -272,13 +272,8 @@ def test_what_nobody_gave_is_not_stated(folder):
     assert "License of the weights: not stated" in card.text
     assert "Base model: not stated" in card.text
     assert "The training configuration is not stated." in heading(card, "Training")
-<<<<<<< HEAD
     assert "The training data are not stated." in heading(card, "Training")
     assert "is not stated" in heading(card, "Evaluation")
-=======
-    assert "The data are not stated." in heading(card, "Training")
-    assert "are not stated" in heading(card, "Evaluation")
->>>>>>> acdf42a (Hub: docstrings with one parameter per entry and examples, plain messages and cards, license in one spelling)
     assert "is not stated" in heading(card, "Experts and routing")
     # no number but those of the configuration
     assert not re.search(r"\d", heading(card, "Evaluation") + heading(card, "Training"))
