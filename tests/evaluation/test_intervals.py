@@ -1,4 +1,4 @@
-"""Bootstrap intervals: how often they hold the truth, by simulation; and against scipy."""
+"""Bootstrap intervals: coverage by simulation, and comparison with scipy."""
 
 import math
 
@@ -17,7 +17,7 @@ def mean(values):
 
 
 def coverage(draw, truth, metric=mean, simulations=300, **settings):
-    """Share of simulated samples whose interval holds the truth."""
+    """Share of simulated samples whose interval contains the true value."""
     generator = np.random.default_rng(0)
     hits = 0
     for seed in range(simulations):
@@ -27,7 +27,7 @@ def coverage(draw, truth, metric=mean, simulations=300, **settings):
     return hits / simulations
 
 
-def test_intervals_of_a_mean_hold_the_truth_as_often_as_they_say():
+def test_intervals_of_a_mean_have_their_nominal_coverage():
     def draw(generator):
         return [generator.exponential(2.0, 80)], None
 
@@ -35,7 +35,7 @@ def test_intervals_of_a_mean_hold_the_truth_as_often_as_they_say():
     assert 0.73 <= coverage(draw, 2.0, simulations=150, level=0.8) <= 0.87
 
 
-def test_intervals_of_an_auroc_hold_the_truth_as_often_as_they_say():
+def test_intervals_of_an_auroc_have_their_nominal_coverage():
     def draw(generator):
         labels = np.repeat([0, 1], 40)
         positive = stats.norm.cdf(generator.normal(size=80) + labels)
@@ -48,7 +48,7 @@ def test_intervals_of_an_auroc_hold_the_truth_as_often_as_they_say():
     assert 0.90 <= coverage(draw, stats.norm.cdf(1 / math.sqrt(2)), auroc, simulations=100) <= 0.98
 
 
-def test_of_clustered_rows_only_the_intervals_by_group_hold_the_truth():
+def test_clustered_rows_need_intervals_by_group():
     def clustered(by_group):
         def draw(generator):
             subject = np.repeat(np.arange(40), 6)
@@ -92,7 +92,7 @@ def test_rows_of_all_columns_are_drawn_together():
     assert result["first"].n == 50
 
 
-def test_groups_are_drawn_whole():
+def test_rows_of_a_group_are_drawn_together():
     groups = np.array(["b", "a", "c", "a", "c", "c"])
     drawn = []
     result = bootstrap(lambda rows: drawn.append(rows) or {"rows": len(rows)}, np.arange(6), groups=groups)
@@ -104,7 +104,7 @@ def test_groups_are_drawn_whole():
     assert result["rows"] == Interval(6, 3, 9, 3, rows=6)
 
 
-def test_a_seed_gives_the_same_interval_and_another_one_another():
+def test_intervals_depend_on_the_seed_only():
     values = np.random.default_rng(0).normal(size=100)
     first, same, other = (bootstrap(mean, values, resamples=100, seed=seed)["mean"] for seed in (3, 3, 4))
     assert first == same
@@ -129,14 +129,14 @@ def test_an_infinite_metric_has_an_infinite_end():
     assert interval.low in (1.0, 2.0, 3.0)
 
 
-def test_one_subject_says_nothing_of_the_spread():
+def test_one_subject_has_no_interval():
     interval = bootstrap(mean, [1.0, 2.0, 6.0], groups=["patient"] * 3)["mean"]
     assert (interval.value, interval.n) == (3.0, 1)
     assert math.isnan(interval.low)
     assert math.isnan(interval.high)
 
 
-def test_what_it_looks_like():
+def test_format_of_an_interval():
     assert str(Interval(0.9021, 0.8749, 0.9312, 200)) == "0.902 [0.87, 0.93]"
 
 
@@ -157,7 +157,7 @@ def test_settings_out_of_range(columns, settings, message):
 
 
 def test_groups_are_looked_up_once_and_each_resample_is_one_call(monkeypatch):
-    """What its time depends on: a search for each group's rows in every resample takes minutes for many subjects."""
+    """A search for each group's rows in every resample would take minutes for many subjects."""
     generator = np.random.default_rng(0)
     labels = generator.integers(0, 5, 2000)
     scores = generator.dirichlet(np.ones(5), 2000)

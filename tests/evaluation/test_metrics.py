@@ -1,4 +1,4 @@
-"""Metrics against loops, scikit-learn and numbers by hand."""
+"""Metrics against loops, scikit-learn and numbers computed by hand."""
 
 import itertools
 import math
@@ -52,7 +52,7 @@ def test_recall_equals_brute_force_with_ties_and_twins():
             )
 
 
-def test_ties_count_against_us():
+def test_ties_count_against_the_model():
     assert recall_at_k(torch.zeros(4, 4), ks=(1,)) == {"image_to_text_r1": 0.0, "text_to_image_r1": 0.0}
     assert recall_at_k(torch.eye(4), ks=(1,)) == {"image_to_text_r1": 1.0, "text_to_image_r1": 1.0}
 
@@ -63,12 +63,12 @@ def test_scores_must_be_square():
 
 
 def several_captions(generator, images=15):
-    """One to three captions an image, of so few different ones that images share them."""
+    """One to three captions per image, of so few different ones that images share them."""
     return [[f"finding {generator.integers(12)}" for _ in range(generator.integers(1, 4))] for _ in range(images)]
 
 
 def ranks_by_loop(scores, is_right):
-    """By sorting: the wrong ones first among equals, then the place of the first right one."""
+    """By sorting: among equal scores the wrong ones first, then the rank of the first right one."""
     found = []
     for query, row in enumerate(scores):
         order = sorted(range(len(row)), key=lambda j: (-row[j], is_right(query, j)))
@@ -77,7 +77,7 @@ def ranks_by_loop(scores, is_right):
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_ranks_of_several_captions_an_image_equal_a_sort(seed):
+def test_ranks_of_several_captions_per_image_equal_a_sort(seed):
     generator = np.random.default_rng(seed)
     captions = several_captions(generator)
     texts = list(itertools.chain.from_iterable(captions))
@@ -91,7 +91,7 @@ def test_ranks_of_several_captions_an_image_equal_a_sort(seed):
     assert text_ranks.tolist() == ranks_by_loop(scores.T, lambda t, i: texts[t] in captions[i])
 
 
-def test_an_image_is_not_right_for_what_only_its_neighbour_says():
+def test_a_shared_caption_does_not_make_other_captions_right():
     # Both images have "clear"; "effusion" is the second's alone, and comes first for the first image.
     groups = caption_groups([["clear"], ["clear", "effusion"]])
     assert groups.tolist() == [[0, -1], [0, 1]]
@@ -117,7 +117,7 @@ def test_chunked_ranks_are_those_of_the_whole(chunk):
     assert max(asked) == min(chunk, 50)
 
 
-def test_scores_that_are_no_numbers_count_against_us():
+def test_nan_scores_count_against_the_model():
     scores = torch.tensor([[math.nan, 0.5, 0.4], [math.nan, 0.5, 0.4], [-math.inf, -math.inf, -math.inf]])
     assert ranks(scores.__getitem__, [0, 1, 2], [0, 1, 2]).tolist() == [2, 1, 2]
 
@@ -164,7 +164,7 @@ def test_precision_equals_a_sort_with_the_wrong_first(seed):
     assert np.isnan(result["precision_at_41"]).all()
 
 
-def test_precision_takes_scores_that_are_no_numbers_against_us():
+def test_nan_scores_count_against_the_precision():
     result = precision_at_k([[math.nan, 0.9, 0.1], [0.9, math.nan, 0.1]], [0, 0], [0, 1, 0], ks=(1, 2))
     assert result["precision_at_1"].tolist() == [0, 0]
     assert result["precision_at_2"].tolist() == [0.5, 0.5]
@@ -247,7 +247,7 @@ def test_calibration_by_hand():
     assert math.isnan(bins[0]["accuracy"])
 
 
-def test_certainty_lies_in_the_last_bin_and_one_third_below_its_edge():
+def test_a_confidence_on_an_edge_belongs_to_the_lower_bin():
     result = calibration([[1.0, 0.0, 0.0], [1.0 + 1e-6, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3]], [0, 1, 0])
     assert [index for index, row in enumerate(result["bins"]) if row["count"]] == [4, 14]
     assert result["bins"][14]["count"] == 2
@@ -342,19 +342,19 @@ def test_grounding_equals_loops(seed):
 
 
 @pytest.mark.parametrize("level", [0.0, 0.1, -0.3])
-def test_a_map_that_is_the_same_everywhere_earns_nothing(level):
+def test_a_constant_map_scores_zero(level):
     flat = np.full((7, 9), level, dtype=np.float32)
     mask = box_mask((2, 2, 5, 6), flat.shape)
     for metric in (contrast_to_noise, pointing_hit, mean_iou, energy_in_box):
         assert metric(flat, mask) == 0.0, metric.__name__
 
 
-def test_a_map_of_two_values_that_are_the_masks_has_no_noise():
+def test_a_map_equal_to_the_mask_has_no_noise():
     mask = box_mask((3, 3, 20, 30), (50, 60))
     assert contrast_to_noise(np.where(mask, 0.7, 0.1), mask) == math.inf
 
 
-def test_a_peak_in_two_places_is_a_hit_only_if_both_are_right():
+def test_two_peaks_are_a_hit_only_if_both_are_in_the_box():
     heat = np.array([[1.0, 1.0, 0.0]])
     assert pointing_hit(heat, np.array([[True, False, False]])) == 0.0
     assert pointing_hit(heat, np.array([[True, True, False]])) == 1.0
@@ -376,6 +376,6 @@ def test_a_mask_of_the_whole_image_has_no_contrast_to_measure():
     ],
 )
 @pytest.mark.parametrize("metric", [contrast_to_noise, pointing_hit, mean_iou, energy_in_box])
-def test_maps_and_masks_that_do_not_fit(metric, heat, mask, message):
+def test_maps_and_masks_of_different_shapes(metric, heat, mask, message):
     with pytest.raises(ValueError, match=message):
         metric(heat, mask)

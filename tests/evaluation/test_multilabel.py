@@ -317,7 +317,7 @@ def test_chexpert_reads_several_findings_of_an_image(tmp_path):
     assert any("the train split is left out" in message for message in warnings_)
 
 
-def test_a_cell_that_is_no_label_is_a_problem(tmp_path):
+def test_an_invalid_cell_is_a_problem(tmp_path):
     chexpert(tmp_path, ("1.0", "maybe", "0", "0", "0"))
     (message, *_) = check_recipe(load_recipe("chexpert"), tmp_path)
     assert "1 labels cannot be read: the columns of the classes should contain 1, 0, -1 or nothing" in message
@@ -334,7 +334,7 @@ def test_a_cell_that_is_no_label_is_a_problem(tmp_path):
         ({"labels": "both"}, "labels"),
     ],
 )
-def test_multi_label_recipes_that_contradict_themselves(tmp_path, change, message):
+def test_inconsistent_multi_label_recipes_are_refused(tmp_path, change, message):
     content = load_recipe("chexpert").model_dump() | change
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     with pytest.raises(RecipeError, match=message):

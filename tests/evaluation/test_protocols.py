@@ -117,7 +117,7 @@ def test_zero_shot_is_the_nearest_mean_of_its_prompts():
     assert np.trace(result.confusions["global"].counts) == round(expected["accuracy"] * 40)
 
 
-def test_zero_shot_measures_the_test_part_alone_and_hashes_the_prompts():
+def test_zero_shot_measures_the_test_split_only_and_hashes_the_prompts():
     texts = {"yes": [1.0, 0.0], "no": [0.0, 1.0], "never": [0.0, 1.0]}
     images = [[1.0, 0.1], [0.1, 1.0], [1.0, 0.0], [1.0, 0.0]]
     data = EvaluationSet(
@@ -334,7 +334,7 @@ def test_grounding_counts_peaks_in_boxes_and_the_control(medmoe, sets):
     assert {example.label for example in result.examples} == set(MODALITIES)
 
 
-def test_grounding_of_maps_that_do_not_depend_on_words_is_seen_through(sets, medmoe, monkeypatch):
+def test_grounding_detects_maps_that_do_not_depend_on_words(sets, medmoe, monkeypatch):
     data = joined(sets[1], "phantoms")
     rng = np.random.default_rng(0)
     shared = rng.random((64, 64))
@@ -408,7 +408,7 @@ def test_routing_of_images_and_reports(medmoe, sets):
 
 
 def repeated(data, times):
-    """Each image `times` times over, as so many rows of one subject; subjects sort as the images stand."""
+    """Each image `times` times over, as rows of one subject; subjects sort like the images."""
     rows = np.repeat(np.arange(len(data)), times)
     columns = {"images", "captions", "labels", "modalities", "splits", "boxes", "phrases", "references"}
     taken = {
@@ -420,7 +420,7 @@ def repeated(data, times):
 
 
 @pytest.mark.parametrize("protocol", ["zero-shot", "linear-probe", "retrieval", "grounding", "routing"])
-def test_rows_of_one_subject_say_no_more_than_one_row(protocol, medmoe, sets):
+def test_repeated_rows_of_a_subject_do_not_narrow_intervals(protocol, medmoe, sets):
     everything = joined(sets[1], "phantoms")
     few = np.array(["test" if row % 4 == 0 else "train" for row in range(len(everything))])
     encoder, data, settings = {

@@ -1,4 +1,4 @@
-"""Recipes: every one opens a tiny copy in the real layout, and a wrong copy is told how to mend itself.
+"""Recipes: each opens a tiny copy in the real layout, and a wrong copy is reported with the way to fix it.
 
 The copies are written here from the data sets' own documentation, not from the recipes.
 """
@@ -249,7 +249,7 @@ def test_organ_prompts_name_their_view_and_organ_alone(view):
 
 
 @pytest.mark.parametrize("name", [*CLASSES, "chexpert", "rocov2", "openi", "ms_cxr", "phantoms"])
-def test_says_where_data_come_from_and_what_they_share(name):
+def test_recipes_name_source_license_and_overlaps(name):
     recipe = load_recipe(name)
     assert recipe.source
     assert recipe.license
@@ -358,7 +358,7 @@ def test_rocov2(tmp_path):
 def test_openi(tmp_path):
     first, second, _ = openi(tmp_path)
     found = only("openi", tmp_path)
-    # Frontal views with a text: the third report is empty, and so is missing here though it stands first in the table.
+    # Frontal views with a text: the third report is empty, and so is missing here though it is first in the table.
     assert found.images == [first, second]
     assert found.captions == ["The lungs are clear. Normal chest.", "Cardiomegaly."]
     assert found.subjects == ["1", "2"]
@@ -396,7 +396,7 @@ def test_ms_cxr_from_json_and_from_csv(tmp_path):
     again = only("ms_cxr", tmp_path)
     assert again.boxes == found.boxes
     assert again.phrases == found.phrases
-    # as a spreadsheet of a country with decimal commas saves it
+    # as saved by a spreadsheet with decimal commas
     table = tmp_path / "MS_CXR_Local_Alignment_v1.0.0.csv"
     lines = table.read_text().replace(",", ";").replace("9.5", "9,5")
     table.write_text(lines, encoding="utf-16")
@@ -431,7 +431,7 @@ def test_phantoms(tmp_path):
     assert whole.classes == []
 
 
-def test_a_folder_of_ones_own(tmp_path):
+def test_a_recipe_of_your_own_for_folders(tmp_path):
     recipe = {
         "name": "mine",
         "title": "Mine",
@@ -467,10 +467,10 @@ def test_a_folder_of_ones_own(tmp_path):
     assert "Rename" in message
 
 
-# Copies that are wrong
+# Wrong copies
 
 
-def test_a_folder_that_is_not_there(tmp_path):
+def test_a_missing_folder(tmp_path):
     message = problems("acl_mri", tmp_path / "nowhere")
     assert f"There is no folder {tmp_path / 'nowhere'}" in message
 
@@ -523,7 +523,7 @@ def test_missing_images_are_counted_and_named(tmp_path):
     assert "`images`" in message
 
 
-def test_without_training_part_a_copy_serves_for_zero_shot(tmp_path):
+def test_a_copy_without_training_images_can_be_used_for_zero_shot(tmp_path):
     paths = acl(tmp_path)
     (tmp_path / "acl/dataframe/train_fold1.csv").unlink()
     Path(paths[2]).unlink()
@@ -550,7 +550,7 @@ def test_subjects_in_train_and_test_are_a_warning(tmp_path):
     assert "1 subjects have images in both train and test" in problems("organs_axial", tmp_path)
 
 
-def test_subjects_that_cannot_be_told_are_a_warning(tmp_path):
+def test_missing_subjects_are_a_warning(tmp_path):
     paths = organs(tmp_path)
     table = tmp_path / "annotations.csv"
     table.write_text(table.read_text().replace("original_filepath", "volume"))
@@ -610,7 +610,7 @@ def test_phantoms_without_prompts_for_a_finding(tmp_path):
     assert "which has no prompts" in problems("phantoms", tmp_path)
 
 
-# Recipes of one's own
+# Recipes of your own
 
 
 def test_unknown_names_and_keys_get_the_nearest(tmp_path):
@@ -635,7 +635,7 @@ def test_unknown_names_and_keys_get_the_nearest(tmp_path):
         ({"tasks": ["retrieval"]}, "retrieval needs `caption`"),
     ],
 )
-def test_recipes_that_contradict_themselves(tmp_path, change, message):
+def test_inconsistent_recipes_are_refused(tmp_path, change, message):
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(load_recipe("acl_mri").model_dump() | change, sort_keys=False))
     with pytest.raises(RecipeError, match=message):
         load_recipe(tmp_path / "mine.yaml")
@@ -651,3 +651,13 @@ def test_split_keeps_columns_together(tmp_path):
     unsplit = EvaluationSet("plain", ["a", "b"])
     assert len(unsplit.split("test")) == 2
     assert len(unsplit.split("train")) == 0
+
+
+def test_recipes_with_former_names_of_keys_still_load(tmp_path):
+    content = load_recipe("acl_mri").model_dump()
+    content["licence"] = content.pop("license")
+    content["layout"]["tables"]["val"] = content["layout"]["tables"].pop("validation")
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    read = load_recipe(tmp_path / "mine.yaml")
+    assert read.license == load_recipe("acl_mri").license
+    assert read.layout.tables["validation"] == "acl/dataframe/val_fold1.csv"

@@ -76,7 +76,7 @@ def everything():
     return [classified, routed, *retrieved, probed, grounded]
 
 
-def test_write_leaves_json_markdown_and_a_figure_for_everything_there_is(tmp_path, everything):
+def test_write_creates_json_markdown_and_figures(tmp_path, everything):
     write(everything, tmp_path / "out")
     pictures = {
         "zero-shot_confusion.png",
@@ -115,7 +115,7 @@ def test_write_replaces_only_when_told(tmp_path, everything):
     assert not (tmp_path / "out" / "mine").exists()
 
 
-def test_json_has_null_for_what_is_no_number():
+def test_json_has_null_for_values_that_are_not_finite():
     metrics = {
         "global/macro_auroc": Interval(math.nan, math.nan, math.nan, 3, 10),
         "a/b": Interval(1.0, 0.0, math.inf, 3),
@@ -147,7 +147,7 @@ def test_markdown_has_a_row_for_each_variant_with_intervals(everything):
 
 
 def test_each_row_has_its_own_n():
-    """A variant may be measured on some of the images, and its interval rests on subjects."""
+    """A variant may be measured on some of the images, and its interval is by subject."""
     metrics = {
         "phrase/pointing": Interval(0.5, 0.4, 0.6, 31, rows=88),
         "phrase, ct/pointing": Interval(0.5, 0.4, 0.6, 9, rows=9),
@@ -205,7 +205,7 @@ def test_shares_of_the_same_training_images_say_that_their_rows_are_equal(everyt
 
 
 def test_a_heatmap_and_its_control_have_one_colour_scale(tmp_path, monkeypatch):
-    """A control that is flat beside the finding's map looks flat."""
+    """A control that is flat relative to the finding's map looks flat."""
     drawn = []
     imshow = Axes.imshow
     monkeypatch.setattr(Axes, "imshow", lambda *args, **settings: drawn.append(imshow(*args, **settings)) or drawn[-1])

@@ -1,4 +1,4 @@
-"""What is measured while training, against the model's own losses and counts made by hand."""
+"""Measurements during training, against the model's losses and counts by hand."""
 
 import math
 
@@ -28,8 +28,8 @@ def cut(collator, *sizes):
 
 
 @pytest.mark.parametrize("rest", [(), (1,), (3,)])
-def test_the_loss_is_of_batches_of_one_size_whatever_is_left_over(model_and_collator, rest):
-    """A lone pair's InfoNCE is 0: averaged in, it would be the best loss of all."""
+def test_the_loss_is_over_batches_of_one_size(model_and_collator, rest):
+    """The InfoNCE of a single pair is 0: in the mean, it would be the best loss."""
     model, collator = model_and_collator
     with torch.no_grad():
         outputs = [model(**batch) for batch in cut(collator, 4, 4)]
@@ -57,7 +57,7 @@ def test_all_pairs_count_for_routing_and_retrieval(model_and_collator):
         assert found[f"image_to_text_r{k}"] == pytest.approx((ranks <= k).float().mean().item())
 
 
-def test_what_too_few_pairs_cannot_say_is_left_out(model_and_collator):
+def test_recalls_that_are_always_1_are_left_out(model_and_collator):
     model, collator = model_and_collator
     found = validate(model, cut(collator, 5))
     assert {name for name in found if "_r" in name and "to" in name} == {"image_to_text_r1", "text_to_image_r1"}
@@ -71,7 +71,7 @@ def test_what_too_few_pairs_cannot_say_is_left_out(model_and_collator):
         validate(model, cut(collator, 1, 1))
 
 
-def test_every_number_is_shown_with_what_it_is_of(model_and_collator):
+def test_every_number_is_shown_with_its_number_of_pairs(model_and_collator):
     model, collator = model_and_collator
     batches = cut(collator, 4, 4, 1)
     batches[0]["modality_labels"][:3] = -100

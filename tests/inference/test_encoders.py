@@ -1,4 +1,4 @@
-"""Encoders: each gives what its model gives by plain calls, and what cannot be scored is refused."""
+"""Encoders: each returns what plain calls of its model return, and unsuitable models are refused."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def loaded(folder):
 # --- MedMoE
 
 
-def test_medmoe_embeddings_are_the_models_and_batches_do_not_matter(folder, loaded, images):
+def test_medmoe_embeddings_equal_the_models_for_any_batch_size(folder, loaded, images):
     model, processor = loaded
     encoder = load_encoder(folder, batch_size=3)
     assert isinstance(encoder, MedMoEEncoder)
@@ -55,11 +55,11 @@ def test_medmoe_embeddings_are_the_models_and_batches_do_not_matter(folder, load
 
 
 @pytest.mark.parametrize("changes", [{}, {"router": "both", "projection_dim": 48}, {"local_loss": "token"}])
-def test_local_scores_are_the_models_own_local_logits(tmp_path, images, changes, monkeypatch):
+def test_local_scores_equal_the_models_local_logits(tmp_path, images, changes, monkeypatch):
     folder = medmoe_folder(tmp_path / "medmoe", **changes)
     encoder = MedMoEEncoder(folder, batch_size=4)
     texts = TEXTS + [phantom_sample(3, index, image_size=72)["caption"] for index in range(6)]
-    # Few texts a part: what is kept of parts has to land in the right columns.
+    # Few texts per batch: each batch has to fill the right columns.
     monkeypatch.setattr("medmoe_hf.inference.encoders.TEXT_BATCH_SIZE", 2)
     found = encoder.local_scores(images, texts)
     model = AutoModel.from_pretrained(folder, trust_remote_code=True, similarity="local").eval()
@@ -72,7 +72,7 @@ def test_local_scores_are_the_models_own_local_logits(tmp_path, images, changes,
 
 
 def test_router_both_gives_the_probabilities_of_the_image_routers_experts(folder, images):
-    """What pages and the ONNX example promise: an encoder's and an export's rule, in the stock pipeline."""
+    """As documented: the routing of encoders and exports, in the stock pipeline."""
     encoder = MedMoEEncoder(folder)
     rule = (encoder.logit_scale * encoder.encode_images(images) @ encoder.encode_texts(TEXTS).T).softmax(dim=1)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
@@ -106,7 +106,7 @@ def test_routes_are_the_models(folder, loaded, images):
     assert encoder.expert_ids([0, 5, -100]).tolist() == [0, 5, -100]
 
 
-def test_heatmaps_are_one_by_one_the_models_in_original_pixels(folder, loaded):
+def test_heatmaps_equal_the_models_in_original_pixels(folder, loaded):
     model, processor = loaded
     images = [phantom_sample(3, index, image_size=72)["image"].crop((0, 0, 72, 60 + index)) for index in range(4)]
     phrases = ["effusion", "pleural effusion", "cyst", "normal"]
@@ -124,7 +124,7 @@ def test_heatmaps_are_one_by_one_the_models_in_original_pixels(folder, loaded):
         np.testing.assert_allclose(maps[row], expected.mean(dim=0).numpy(), rtol=1e-4, atol=1e-5)
 
 
-def test_heatmaps_are_smoothed_over_one_and_a_half_cells_unless_told_otherwise(folder, loaded):
+def test_heatmaps_are_smoothed_over_one_and_a_half_cells_by_default(folder, loaded):
     model, processor = loaded
     encoder = MedMoEEncoder(folder)
     image = phantom_sample(3, 0, image_size=72)["image"]
@@ -150,7 +150,7 @@ def test_dicom_goes_through_the_models_own_processor_and_maps_have_its_pixels(fo
     assert heatmap.shape == (header.Rows, header.Columns)
 
 
-def test_a_folder_without_a_text_tower_is_refused_not_made_up(tmp_path, folder):
+def test_a_folder_without_a_text_tower_is_refused(tmp_path, folder):
     shutil.copytree(folder, tmp_path / "classifier")
     tensors = load_file(folder / "model.safetensors")
     kept = {name: tensor for name, tensor in tensors.items() if name.startswith("vision_model.")}
@@ -159,7 +159,7 @@ def test_a_folder_without_a_text_tower_is_refused_not_made_up(tmp_path, folder):
         load_encoder(tmp_path / "classifier")
 
 
-def test_the_hash_follows_the_preprocessing_and_not_the_place(tmp_path, folder):
+def test_the_hash_depends_on_the_preprocessing_and_not_on_the_path(tmp_path, folder):
     shutil.copytree(folder, tmp_path / "elsewhere")
     settings = MedMoEEncoder(folder).preprocessing
     assert MedMoEEncoder(tmp_path / "elsewhere").preprocessing == settings
@@ -173,7 +173,7 @@ def test_the_hash_follows_the_preprocessing_and_not_the_place(tmp_path, folder):
 # --- others
 
 
-def test_clip_of_transformers_as_by_hand(tmp_path, images):
+def test_clip_equals_plain_transformers_calls(tmp_path, images):
     folder = clip_folder(tmp_path / "clip")
     encoder = load_encoder(folder, batch_size=3)
     assert isinstance(encoder, TransformersEncoder)
@@ -193,7 +193,7 @@ def test_clip_of_transformers_as_by_hand(tmp_path, images):
         scores_of(encoder, ("cosine",))
 
 
-def test_siglip_reads_texts_padded_to_their_full_length(tmp_path, images):
+def test_siglip_texts_are_padded_to_the_maximum_length(tmp_path, images):
     folder = clip_folder(tmp_path / "siglip")
     tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = SiglipConfig(
@@ -203,7 +203,7 @@ def test_siglip_reads_texts_padded_to_their_full_length(tmp_path, images):
     SiglipModel(config).save_pretrained(folder)
     encoder = load_encoder(folder)
     model, processor = SiglipModel.from_pretrained(folder).eval(), CLIPProcessor.from_pretrained(folder)
-    # All of them shorter than 40 tokens: a longer one would be cut to 40, and the others padded to it in any case.
+    # All shorter than 40 tokens: a longer text would be truncated to 40, and the others padded to it anyway.
     texts = ["normal", "a small cyst", "chest radiograph, effusion"]
     inputs = processor(
         images=images, text=texts, return_tensors="pt", padding="max_length", max_length=40, truncation=True
@@ -250,13 +250,13 @@ def test_an_export_is_scored_as_its_model(folder, images, tmp_path):
         load_encoder(f"onnx:{tmp_path / 'exported'}")
 
 
-def test_a_folder_without_an_export_is_no_encoder(folder):
+def test_a_folder_without_an_export_is_refused(folder):
     pytest.importorskip("onnxruntime")
     with pytest.raises(EncoderError, match="was not written by `medmoe export`"):
         load_encoder(f"onnx:{folder}")
 
 
-def test_open_clip_as_by_hand_and_with_a_file(tmp_path, images):
+def test_open_clip_equals_plain_calls_and_loads_a_file(tmp_path, images):
     open_clip = pytest.importorskip("open_clip")
     architecture = open_clip_architecture(tmp_path)
     encoder = load_encoder(f"open_clip:{architecture}", batch_size=3)
@@ -303,7 +303,7 @@ def test_open_clip_never_unpickles(tmp_path):
 # --- pictures
 
 
-def test_pictures_of_all_kinds_become_rgb(tmp_path):
+def test_images_of_all_kinds_become_rgb(tmp_path):
     colour = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
     Image.fromarray(colour).save(tmp_path / "a.png")
     for source in (tmp_path / "a.png", str(tmp_path / "a.png"), Image.fromarray(colour), colour):
@@ -319,10 +319,10 @@ def test_pictures_of_all_kinds_become_rgb(tmp_path):
     assert np.asarray(picture).std() > 10
 
 
-def test_a_folder_that_is_not_there_is_named(tmp_path):
+def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(EncoderError, match=r"There is no folder .*nothing_here"):
         load_encoder(tmp_path / "nothing_here")
 
 
-def test_settings_hold_no_path(folder):
+def test_settings_contain_no_path(folder):
     assert str(folder) not in json.dumps(MedMoEEncoder(folder).preprocessing)

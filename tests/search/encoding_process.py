@@ -1,4 +1,4 @@
-"""What a process of test_encode.py does, and what it shares with its parent; spawned processes import it."""
+"""Code that test_encode.py shares with the processes it spawns."""
 
 import io
 import os

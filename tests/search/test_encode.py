@@ -1,4 +1,4 @@
-"""Bulk encoding: what is written, and that interruptions and several processes leave neither a gap nor a duplicate."""
+"""Bulk encoding: the shards, and that interruptions and several processes cause neither gaps nor duplicates."""
 
 import hashlib
 import json
@@ -55,7 +55,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(data, model, tmp_path_factory):
-    """A run that nothing interrupts."""
+    """A run without interruptions."""
     out = tmp_path_factory.mktemp("whole") / "out"
     record = encode_all(data, out, model)
     assert (record.samples, record.total) == (GOOD, GOOD)
@@ -112,7 +112,7 @@ def stopping(monkeypatch, owner, name, calls):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_interrupted_twice_it_is_as_if_never(data, model, whole, tmp_path, monkeypatch, seed):
+def test_two_interruptions_do_not_change_the_shards(data, model, whole, tmp_path, monkeypatch, seed):
     rng, out = random.Random(seed), tmp_path / "out"
     for _ in range(2):
         with monkeypatch.context() as patch:
@@ -135,7 +135,7 @@ def test_interrupted_twice_it_is_as_if_never(data, model, whole, tmp_path, monke
 
 
 @pytest.mark.parametrize("samples", [GOOD, 31])
-def test_an_end_on_the_edge_of_a_shard_is_an_end(data, model, tmp_path, samples):
+def test_a_run_may_end_at_the_end_of_a_shard(data, model, tmp_path, samples):
     source = PhantomSource(kind="phantom", image_size=64, length=samples)
     encode_sources([source], tmp_path / "out", model, samples_per_shard=samples)
     shards = sorted((tmp_path / "out").glob("*.parquet"))
@@ -144,7 +144,7 @@ def test_an_end_on_the_edge_of_a_shard_is_an_end(data, model, tmp_path, samples)
 
 
 @pytest.mark.slow
-def test_killed_twice_it_is_as_if_never(data, model, whole, tmp_path):
+def test_two_kills_do_not_change_the_shards(data, model, whole, tmp_path):
     rng, out = random.Random(int.from_bytes(os.urandom(4), "big")), tmp_path / "out"
     command = [sys.executable, str(encode_all.__code__.co_filename), str(data), str(out), str(model)]
     for _ in range(2):
@@ -175,14 +175,14 @@ def test_two_processes_write_what_one_does(data, model, whole, tmp_path):
         encode_all(data, tmp_path / "out", model)
 
 
-def test_reports_are_in_no_file_unless_asked_for(whole, data):
+def test_reports_are_not_written_by_default(whole, data):
     captions = {sample["caption"] for sample in _LocatedStream(sources_of(data))}
     written = b"".join(path.read_bytes() for path in whole.iterdir())
     assert b"xray" in written
     assert not any(caption.encode() in written for caption in captions)
 
 
-def test_passed_shards_keep_no_list_of_their_samples(data):
+def test_finished_source_shards_release_their_list_of_samples(data):
     stream = _LocatedStream(sources_of(data))
     for sample in stream:
         stream.location(sample)
@@ -191,7 +191,7 @@ def test_passed_shards_keep_no_list_of_their_samples(data):
 
 
 @pytest.mark.parametrize("preset", ["tiny", "official", "plus"])
-def test_texts_together_are_as_one_by_one(preset):
+def test_texts_in_a_batch_equal_single_texts(preset):
     torch.manual_seed(0)
     text = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
     vision = {"image_size": 64, "local_size": 64, "expert_hidden_size": 8}
@@ -208,7 +208,7 @@ def test_texts_together_are_as_one_by_one(preset):
     torch.testing.assert_close(together, torch.nn.functional.normalize(torch.cat(alone), dim=-1), atol=1e-5, rtol=0)
 
 
-def test_a_batch_of_texts_is_padded_to_its_own_longest(model, monkeypatch):
+def test_a_batch_of_texts_is_padded_to_its_longest_text(model, monkeypatch):
     loaded, processor = MedMoEModel.from_pretrained(model).eval(), MedMoEProcessor.from_pretrained(model)
     shapes, features = [], loaded.get_text_features
     monkeypatch.setattr(
@@ -221,7 +221,7 @@ def test_a_batch_of_texts_is_padded_to_its_own_longest(model, monkeypatch):
     assert shapes == [(2, 4), (1, 22)]
 
 
-def test_what_does_not_belong_together_is_refused(data, model, whole, tmp_path):
+def test_a_folder_of_other_settings_is_refused(data, model, whole, tmp_path):
     other = model_folder(tmp_path / "other", seed=1)
     with pytest.raises(EncodeError, match=r"fingerprint: [0-9a-f]{16} before, [0-9a-f]{16} now"):
         encode_all(data, whole, other)
@@ -273,7 +273,7 @@ def test_changed_content_of_the_sources_is_refused_with_what_differs(changing, t
     assert encode().samples == 0
 
 
-def test_a_row_more_in_a_table_is_refused(tmp_path, model):
+def test_a_table_with_a_new_row_is_refused(tmp_path, model):
     phantom_sample(0, 0, image_size=64)["image"].save(tmp_path / "a.png")
     (tmp_path / "t.csv").write_text("path,report\n" + "a.png,normal\n" * 3)
     source = TableSource(kind="csv", files=[f"{tmp_path}/t.csv"])
@@ -295,7 +295,7 @@ def test_shards_are_listed_with_their_sizes_and_checksums(whole):
 
 
 @pytest.mark.parametrize("number", [0, 2])
-def test_a_shard_that_is_not_what_was_written_is_named(changing, tmp_path, number):
+def test_a_changed_shard_is_named(changing, tmp_path, number):
     encode, _ = changing
     path = sorted((tmp_path / "out").glob("*.parquet"))[number]
     content = path.read_bytes()
@@ -314,7 +314,7 @@ def test_a_shard_that_is_not_what_was_written_is_named(changing, tmp_path, numbe
         encode()
 
 
-def test_a_shard_that_was_listed_and_has_not_appeared_is_encoded_again(data, model, whole, tmp_path, monkeypatch):
+def test_a_listed_shard_that_does_not_exist_is_encoded_again(data, model, whole, tmp_path, monkeypatch):
     out, replace = tmp_path / "out", os.replace
 
     def stop_at_the_third(source, target):
@@ -333,7 +333,7 @@ def test_a_shard_that_was_listed_and_has_not_appeared_is_encoded_again(data, mod
     assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in whole.iterdir())
 
 
-def test_a_folder_of_an_earlier_version_is_not_gone_on_with(changing, tmp_path):
+def test_a_folder_of_an_earlier_version_is_not_resumed(changing, tmp_path):
     encode, _ = changing
     path = tmp_path / "out" / "encoding.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 1}))

@@ -1,4 +1,4 @@
-"""Search in embeddings: the nearest by plain arithmetic, planted neighbours, the filter, and folders that are none."""
+"""Search in embeddings: brute force, planted neighbours, the filter, and invalid folders."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ def unit(rows):
 
 
 def write_embeddings(out, images, reports, modalities, per_shard=100, processes=1, dtype=np.float16):
-    """A folder as `encode_sources` leaves it, of given numbers."""
+    """A folder like those of `encode_sources`, with given embeddings."""
     out.mkdir()
     manifest = {"modalities": list(MODALITIES), "processes": processes, "dtype": np.dtype(dtype).name}
     manifest |= {"fingerprint": "0", "keep_captions": False, "model": "none"}
@@ -71,7 +71,7 @@ def embeddings():
 
 @pytest.fixture
 def large(monkeypatch):
-    """What holds for more than `EXACT` pairs, at a few hundred."""
+    """Settings for more than `EXACT` pairs, applied to a few hundred."""
     for name, value in {"EXACT": 100, "SEGMENT": 250, "LISTS": 8, "PROBES": 8, "_TRAINED_ON": 40}.items():
         monkeypatch.setattr(index, name, value)
 
@@ -85,7 +85,7 @@ def brute_force(query, rows, k, among=None):
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 @pytest.mark.parametrize("processes", [1, 3])
-def test_it_is_the_nearest_by_plain_arithmetic(tmp_path, embeddings, dtype, processes):
+def test_hits_are_the_nearest_by_brute_force(tmp_path, embeddings, dtype, processes):
     images, reports, modalities = embeddings
     write_embeddings(tmp_path / "out", images, reports, modalities, processes=processes, dtype=dtype)
     query = unit(np.random.default_rng(1).standard_normal((1, SIZE)))[0].astype(np.float32)
@@ -104,7 +104,7 @@ def test_it_is_the_nearest_by_plain_arithmetic(tmp_path, embeddings, dtype, proc
             found.search(query, 10, "pet")
 
 
-def test_inverted_lists_that_are_all_read_find_the_same(tmp_path, embeddings, large):
+def test_probing_all_inverted_lists_finds_the_same(tmp_path, embeddings, large):
     images, reports, modalities = embeddings
     write_embeddings(tmp_path / "out", images, reports, modalities, processes=2)
     found = EmbeddingIndex(tmp_path / "out")
@@ -128,7 +128,7 @@ def test_a_few_lists_find_copies_and_all_of_a_rare_modality(tmp_path, embeddings
     assert {hit.row for hit in hits} == {5, 600}
 
 
-def test_an_index_is_kept_and_made_anew_for_other_shards(tmp_path, embeddings, monkeypatch):
+def test_an_index_is_kept_and_rebuilt_for_other_shards(tmp_path, embeddings, monkeypatch):
     images, reports, modalities = embeddings
     write_embeddings(tmp_path / "out", images, reports, modalities)
     EmbeddingIndex(tmp_path / "out")
@@ -281,13 +281,13 @@ def test_a_shard_that_is_damaged_later_is_named_by_the_search_that_reads_it(copi
         again.search(np.eye(found._segments[0].d, dtype=np.float32)[0], 1)
 
 
-def test_a_truncated_index_and_one_of_other_embeddings_are_made_anew(copied, planted, model, tmp_path):
+def test_a_truncated_index_and_one_of_other_embeddings_are_rebuilt(copied, planted, model, tmp_path):
     query = np.eye(EmbeddingIndex(copied)._segments[0].d, dtype=np.float32)[0]
     expected = EmbeddingIndex(copied).search(query, 5)
     (segment,) = (copied / "index" / "images").glob("segment-*")
     segment.write_bytes(segment.read_bytes()[:-1000])
     assert EmbeddingIndex(copied).search(query, 5) == expected
-    # Other pairs in as many shards of the same names and lengths: only their checksums tell.
+    # Other pairs in as many shards with the same names and sizes: only their checksums differ.
     source = PhantomSource(kind="phantom", seed=9, image_size=64, length=122)
     encode_sources([source], tmp_path / "other", model, samples_per_shard=50, keep_captions=True)
     right = EmbeddingIndex(tmp_path / "other").search(query, 5)
@@ -343,7 +343,7 @@ def test_an_image_with_several_reports_is_found_once_by_its_nearest(several_repo
         assert scores[:3].max() - scores[:3].min() > 2e-3
 
 
-def test_what_the_command_prints(several_reports, planted):
+def test_output_of_the_command(several_reports, planted):
     folder = several_reports
     arguments = ["search", str(folder / "out"), "--image", str(folder / "0.png")]
     result = CliRunner().invoke(app, [*arguments, "--k", "2"])
@@ -367,7 +367,7 @@ def test_what_the_command_prints(several_reports, planted):
     assert "--keep-captions" not in result.stdout
 
 
-def test_rows_of_a_file_that_holds_images_are_told_apart(planted):
+def test_rows_of_a_file_that_contains_images_are_distinguished(planted):
     hits = [Hit(0.5, "a.parquet", "a.parquet", row, "a.parquet", "ct", 0.9) for row in (3, 17)]
     assert [hit.location for hit in hits] == ["a.parquet, row 3", "a.parquet, row 17"]
     assert hits_table(hits, "images").splitlines() == [
