@@ -1,8 +1,8 @@
 """A MedMoE checkpoint in the browser: routing, zero-shot labels, heat-maps, scales, nearest reports.
 
-    python app.py CHECKPOINT        (a folder or an id on the Hub; or by the variable MEDMOE_MODEL)
+    python app.py CHECKPOINT        (a folder or Hub id; or set the variable MEDMOE_MODEL)
 
-This folder is a Space as it stands, and what `medmoe demo` runs. It needs the checkpoint and transformers, and not the
+This folder is a complete Space, and what `medmoe demo` runs. It needs the checkpoint and transformers, but not the
 package medmoe_hf.
 """
 
@@ -36,18 +36,18 @@ AUTOMATIC = "automatic"
 NEAREST = 5
 LONGEST_SIDE = 1024  # of the picture that is shown, in pixels
 HEATMAP_SIGMA = 1.5  # in cells of the map, as the checkpoint's pointing game is measured
-SECONDS_KEPT = 1800  # that a picture nobody touches stays in memory
-# A page that others may reach needs limits, or one of them takes all memory or time.
+SECONDS_KEPT = 1800  # that an unused picture stays in memory
+# Limits for public pages, so that one user cannot take all memory or time.
 MAX_FILE_SIZE = "200mb"
-MAX_PIXELS = 50_000_000  # of a picture; an X-ray has some 10 million
-MAX_LABELS, MAX_CHARACTERS = 100, 1000  # of labels, and of each label and phrase
+MAX_PIXELS = 50_000_000  # per picture; an X-ray has some 10 million
+MAX_LABELS, MAX_CHARACTERS = 100, 1000  # characters per label or phrase
 SESSIONS_KEPT = 100  # whose pictures stay in memory; gradio keeps 10,000
 WAITING = 32  # requests in the queue of each event
 
 TEXTS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("reports.json").read_text())
-"""Of each of the six default modalities: `labels` to choose from, `normal` reports, and `reports` to search.
+"""For each of the six default modalities: `labels`, `normal` reports, and `reports` to search.
 
-All are sentences of medmoe_hf's phantom grammar; a test holds the file against it.
+All are sentences of medmoe_hf's phantom grammar; a test compares the file with it.
 """
 
 DISCLAIMER = (
@@ -92,7 +92,7 @@ CSS = """
 button:focus-visible, input:focus-visible, textarea:focus-visible { outline: 3px solid #1565c0 !important;
   outline-offset: 2px; }
 """
-# Fonts of the machine, so that none is fetched from elsewhere; colours that can be read (WCAG's 4.5 to 1).
+# System fonts, so that none are downloaded; colours with a contrast of at least 4.5 to 1 (WCAG).
 THEME = gr.themes.Default(
     primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
 ).set(
@@ -103,7 +103,7 @@ THEME = gr.themes.Default(
     button_primary_background_fill_hover="*primary_800",
     button_primary_background_fill_hover_dark="*primary_800",
 )
-# The slider's number is all that the browser needs: no picture travels when it moves.
+# The browser only needs the slider's value: no picture is sent when it moves.
 SET_OPACITY = "(opacity) => { document.documentElement.style.setProperty('--medmoe-opacity', opacity); }"
 
 
@@ -111,11 +111,11 @@ SET_OPACITY = "(opacity) => { document.documentElement.style.setProperty('--medm
 class Picture:
     """A file that was read.
 
-    Args:
+    Attributes:
         shown: (H, W, 3) uint8, upright, no side longer than `LONGEST_SIDE`.
-        pixel_values: (1, 3, h, w), what the model sees of it.
-        told: the modality that a DICOM header tells; None where there is none.
-        probabilities: the image router's, of each modality.
+        pixel_values: (1, 3, h, w), input of the model.
+        told: The modality in a DICOM header; `None` if there is none.
+        probabilities: Modality -> probability, of the image router.
     """
 
     shown: np.ndarray
@@ -125,24 +125,24 @@ class Picture:
 
 
 class Checkpoint:
-    """A MedMoE checkpoint, and what the page asks of it.
+    """A MedMoE checkpoint, and what the page computes with it.
 
-    In all methods `wish` is a modality, whose expert is to be asked, or `AUTOMATIC`: the image router's choice.
+    In all methods `wish` is the modality of the expert to use, or `AUTOMATIC` for the image router's choice.
 
     Args:
-        name: a folder or an id on the Hub. Its code is run, so it must be one that you trust.
-        say: is told what takes a while.
+        name: A folder or Hub id. Warning: its code is run, so it must be one that you trust.
+        say: Called with progress messages.
 
     Raises:
-        OSError: there is no such checkpoint, or it cannot be reached.
-        ValueError: it is not a dual encoder of MedMoE.
+        OSError: If the checkpoint does not exist or cannot be reached.
+        ValueError: If it is not a MedMoE dual encoder.
     """
 
     def __init__(self, name: str, say: Callable[[str], None] = lambda text: None) -> None:
         local = name.count("/") != 1 or name.startswith((".", "/", "~")) or Path(name).parent.is_dir()
         if local and not Path(name).is_dir():
             raise FileNotFoundError(f"{name}: there is no such folder, and an id on the Hub has the form user/name")
-        # Of a folder its last two parts: the whole path is nobody's business.
+        # The last two parts of a folder: the full path may be sensitive.
         self.name = "/".join(Path(name).resolve().parts[-2:]) if Path(name).is_dir() else name
         say(f"Loading {self.name}" + ("" if Path(name).is_dir() else ", which is downloaded the first time") + " ...")
         self.model = AutoModel.from_pretrained(name, trust_remote_code=True).eval()
@@ -152,7 +152,7 @@ class Checkpoint:
                 "type 'medmoe'."
             )
         self.processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
-        # Of what the code of a checkpoint decodes, DICOM and NIfTI say their size to it alone.
+        # DICOM and NIfTI files are decoded by the checkpoint's code, which alone knows their size.
         self.processor.image_processor.max_pixels = MAX_PIXELS
         self.processor.image_processor.allow_urls = False
         self.modalities: list[str] = list(self.model.config.modalities.values())
@@ -167,11 +167,15 @@ class Checkpoint:
 
     @torch.inference_mode()
     def read(self, path: str) -> Picture:
-        """A picture, and where the image router sends it.
+        """Reads a picture and routes it.
+
+        Args:
+            path: The file.
 
         Raises:
-            OSError, ValueError, ImportError: the file gives no picture, or one that is too large; the message says
-                why.
+            OSError: If the file cannot be read.
+            ValueError: If it is no picture, or too large.
+            ImportError: If a package for its format is missing.
         """
         check_picture(path)
         plain = self.processor.image_processor(
@@ -189,11 +193,11 @@ class Checkpoint:
         )
 
     def expert(self, picture: Picture, wish: str) -> str:
-        """The modality whose expert is asked."""
+        """The modality of the expert that is used."""
         return max(picture.probabilities, key=picture.probabilities.__getitem__) if wish == AUTOMATIC else wish
 
     def _modality(self, picture: Picture, wish: str) -> str | None:
-        """What the model is told. Mostly the expert's name: a report would choose another one for itself."""
+        """The `modality` to pass to the model: usually the expert's name, as a report might select another expert."""
         mixes = wish == AUTOMATIC and self.model.config.vision_config.mixture == "soft"
         return None if mixes else self.expert(picture, wish)
 
@@ -207,9 +211,12 @@ class Checkpoint:
 
     @torch.inference_mode()
     def ground(self, picture: Picture, wish: str, phrase: str) -> np.ndarray:
-        """(H, W) float32 over `picture.shown`: how much more a place is about the phrase than about normal reports.
+        """How much more similar each position is to the phrase than to normal reports.
 
-        For a modality of which we have no normal reports, the words are held against each other.
+        Without normal reports for the modality, the words are compared with each other.
+
+        Returns:
+            (H, W) float32, for the pixels of `picture.shown`.
         """
         texts = TEXTS.get(self.expert(picture, wish))
         grounding = self.model.ground(
@@ -224,11 +231,11 @@ class Checkpoint:
     def scales_and_nearest(
         self, picture: Picture, wish: str
     ) -> tuple[dict[str, float], np.ndarray, list[tuple[float, str, str]]]:
-        """What the expert makes of the picture.
+        """Scale weights and nearest reports.
 
         Returns:
-            the mean weight of each scale; (H, W) over `picture.shown`, the index of the scale that dominates, 0 for
-            the finest; and the `NEAREST` reports, each its cosine with the picture, its modality and its text.
+            The mean weight of each scale; (H, W), the index of the dominating scale at each pixel of `picture.shown`,
+            0 for the finest; and the `NEAREST` reports: cosine similarity, modality and text.
         """
         features = self.model.get_image_features(picture.pixel_values, modality=self._modality(picture, wish))
         means = features.scale_weights[0].mean(dim=(1, 2)).tolist()
@@ -244,43 +251,43 @@ class Checkpoint:
         return dict(zip(names, means, strict=True)), dominating, nearest
 
     def _over(self, picture: Picture, maps: Any, sigma: float = 0.0) -> np.ndarray:
-        """Maps of one image (1, W, h, w), or an output with `heatmaps`, as (W, H, W) on the pixels that are shown."""
+        """Maps of one image (1, C, h, w), or an output with `heatmaps`, as (C, H, W) on the pixels that are shown."""
         size = picture.shown.shape[:2]
         return np.asarray(self.processor.post_process_grounding(maps, target_sizes=[size], sigma=sigma)[0])
 
 
 def check_picture(path: str) -> None:
-    """Refuses what is no file, and by its header, before anything is decoded, a picture that is too large.
+    """Refuses what is no file, and pictures that are too large according to their header, before decoding.
 
     Raises:
-        FileNotFoundError: for addresses, folders and devices too.
-        ValueError: for more than `MAX_PIXELS`.
+        FileNotFoundError: For missing files, URLs, folders and devices.
+        ValueError: For more than `MAX_PIXELS`.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: there is no such file")
     with warnings.catch_warnings():
-        # Pillow's limit is higher than this one, and it takes some DICOM files for damaged TIFFs.
+        # Pillow's limit is higher, and it mistakes some DICOM files for damaged TIFFs.
         warnings.simplefilter("ignore")
         try:
             with Image.open(path) as image:
                 width, height = image.size
         except Image.DecompressionBombError:
             width = height = MAX_PIXELS
-        except Exception:  # DICOM, NIfTI, or nothing at all: for the processor to say
+        except Exception:  # DICOM, NIfTI or no picture: the processor reports it
             return
     if width * height > MAX_PIXELS:
         raise ValueError(f"it has more than {MAX_PIXELS // 1_000_000} megapixels, too many for this page")
 
 
 def _data_uri(pixels: np.ndarray) -> str:
-    """A PNG inside the page: gradio's own image component would leave a file on the server."""
+    """A PNG as a data URI: gradio's image component would leave a file on the server."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, format="PNG")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def heat_colours(heatmap: np.ndarray) -> np.ndarray:
-    """(H, W) to (H, W, 4) uint8: from the coolest place, black and clear, to the warmest, bright and opaque."""
+    """Colours (H, W, 4) uint8 of a heat-map (H, W): from transparent black to opaque bright."""
     low, high = float(heatmap.min()), float(heatmap.max())
     share = (heatmap - low) / (high - low) if high > low else np.zeros_like(heatmap)
     colours = matplotlib.colormaps["inferno"](share)
@@ -289,7 +296,7 @@ def heat_colours(heatmap: np.ndarray) -> np.ndarray:
 
 
 def picture_html(picture: Picture, phrase: str = "", heatmap: np.ndarray | None = None, against: str = "") -> str:
-    """The picture, with a phrase's heat-map on top and what it means below: what it was held `against`."""
+    """The picture as HTML, with a phrase's heat-map and a caption; the phrase was compared `against` other texts."""
     overlay = caption = ""
     if heatmap is not None:
         row, column = np.unravel_index(heatmap.argmax(), heatmap.shape)
@@ -312,7 +319,7 @@ def picture_html(picture: Picture, phrase: str = "", heatmap: np.ndarray | None 
 
 
 def scales_html(dominating: np.ndarray, names: Sequence[str]) -> str:
-    """Which scale dominates where: (H, W) indices of `names`, as a small picture with a legend."""
+    """A small map of the dominating scales, (H, W) indices of `names`, with a legend."""
     levels = np.linspace(0, 1, len(names))
     colours = (matplotlib.colormaps["viridis"](levels)[:, :3] * 255).round().astype(np.uint8)
     legend = "".join(
@@ -349,7 +356,7 @@ def _empty(text: str) -> str:
 
 
 def routed(checkpoint: Checkpoint, picture: Picture, wish: str) -> str:
-    """Which expert was chosen, by whom, and what the file itself says, in a sentence or two."""
+    """The selected expert, who selected it, and the modality in the file's header, as text."""
     automatic = checkpoint.expert(picture, AUTOMATIC)
     text = f"The router chose the {automatic} expert ({picture.probabilities[automatic]:.0%})."
     if wish == automatic:
@@ -362,18 +369,18 @@ def routed(checkpoint: Checkpoint, picture: Picture, wish: str) -> str:
 
 
 def default_labels(modality: str) -> str:
-    """The labels that the page begins with, one a line; none for a modality that we know nothing of."""
+    """The initial labels, one per line; none for a modality without texts."""
     return "\n".join(TEXTS.get(modality, {"labels": []})["labels"])
 
 
 class Page:
-    """The page's events: each turns what stands in the controls into what the outputs show."""
+    """The page's event handlers: from the values of the controls to the outputs."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
 
     def load(self, path: str | None, wish: str, labels: str, phrase: str) -> tuple[Any, ...]:
-        """A new file: the picture, then what `describe` gives. The file is deleted."""
+        """Handles a new file: the picture, then the outputs of `describe`. The file is deleted."""
         if path is None:
             return self.clear(labels)
         try:
@@ -381,7 +388,7 @@ class Page:
         except FileNotFoundError:
             return self.clear(labels, _alert("The file is no longer here. Remove it and choose it again."))
         except (OSError, ValueError, ImportError) as error:
-            # The message names the file by its place on the server, which is nobody's business.
+            # The message contains the path on the server, which may be sensitive.
             reason = str(error).replace(str(path), Path(path).name).removeprefix("image 0 of the batch: ")
             return self.clear(labels, _alert(f"This file gives no picture: {reason}. Try a PNG, JPEG or DICOM file."))
         finally:
@@ -389,13 +396,13 @@ class Page:
         return picture, *self.describe(picture, wish, labels, phrase)
 
     def clear(self, labels: str, status: str = "") -> tuple[Any, ...]:
-        """What `load` gives where there is no picture."""
+        """The outputs of `load` without a picture."""
         return None, status, _empty("Your picture will be here."), None, labels, None, None, "", ""
 
     def describe(self, picture: Picture | None, wish: str, labels: str, phrase: str) -> tuple[Any, ...]:
-        """Status, picture, router, labels and their probabilities, scales and where they dominate, nearest reports.
+        """Status, picture, router, labels and their probabilities, scales, dominating scales, nearest reports.
 
-        Labels that nobody edited follow the expert.
+        Labels that were not edited follow the expert.
         """
         if picture is None:
             return self.clear(labels, self._nothing())[1:]
@@ -448,11 +455,11 @@ class Page:
 
 
 def uploads_only(file: gr.File) -> gr.File:
-    """A component that takes no addresses: gradio's own fetches what a request names, of any size."""
+    """Disables URLs in a component: gradio would download what a request names, of any size."""
 
     def refuse(place: Any) -> None:
         if str(place).startswith(("http://", "https://")):
-            # Without its traceback: it is no fault of the page.
+            # Without a traceback: it is not an error of the page.
             raise gr.Error("Addresses are not fetched: upload the file.", print_exception=False)
 
     move, move_async = file.move_resource_to_block_cache, file.async_move_resource_to_block_cache
@@ -474,12 +481,12 @@ def uploads_only(file: gr.File) -> gr.File:
 def build(checkpoint: Checkpoint) -> gr.Blocks:
     """The page of a checkpoint."""
     page = Page(checkpoint)
-    # Beside each other only where both are readable: a telephone gets one column.
+    # Two columns only if both are readable: a telephone gets one.
     column = {"min_width": 345}
     with gr.Blocks(title="MedMoE", analytics_enabled=False, delete_cache=(60, 60)) as blocks:
         gr.Markdown(f"# MedMoE: `{checkpoint.name}`\n\n{DISCLAIMER}")
         picture = gr.State(None, time_to_live=SECONDS_KEPT)
-        # Any ending: DICOM files often have none.
+        # Any suffix: DICOM files often have none.
         file = uploads_only(gr.File(label="Picture: PNG, JPEG or DICOM", height=140, elem_id="file"))
         status = gr.HTML(elem_id="status")
         with gr.Row():
@@ -527,15 +534,15 @@ def build(checkpoint: Checkpoint) -> gr.Blocks:
 
 
 def check_port(port: int) -> None:
-    """Finds out at once what gradio would say after the checkpoint was loaded.
+    """Checks a port before the checkpoint is loaded; gradio would check it afterwards.
 
     Raises:
-        OSError: the port is in use, or may not be used.
+        OSError: If the port is in use or not permitted.
     """
     host = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as taken:
-        # As servers do it: a port whose last server has just ended is free.
+        # As servers do: the port of a server that has just ended is free.
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             taken.bind((host, port))
@@ -548,20 +555,21 @@ def check_port(port: int) -> None:
 
 
 def say(text: str) -> None:
-    """Tells whoever started the demo what it is doing, for loading takes a while."""
+    """Prints a progress message."""
     print(text, flush=True)
 
 
 def launch(name: str | None = None, port: int | None = None) -> None:
-    """Shows a checkpoint until it is interrupted, on 127.0.0.1 unless GRADIO_SERVER_NAME says otherwise.
+    """Serves a checkpoint until interrupted, on 127.0.0.1 unless GRADIO_SERVER_NAME is set.
 
     Args:
-        name: a folder or an id on the Hub; None: what the variable MEDMOE_MODEL says. Without either the page says
-            what to give.
-        port: None means the first free one from 7860.
+        name: A folder or Hub id; `None` for the variable MEDMOE_MODEL. Without either, the page explains what to
+            specify.
+        port: A port; `None` for the first free one from 7860.
 
     Raises:
-        OSError, ValueError: as `Checkpoint`; OSError also for a port in use.
+        OSError: If the checkpoint does not exist or cannot be reached, or if the port is in use.
+        ValueError: If it is not a MedMoE dual encoder.
     """
     if port is not None:
         check_port(port)
@@ -587,8 +595,8 @@ def launch(name: str | None = None, port: int | None = None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="A MedMoE checkpoint in the browser.")
-    parser.add_argument("checkpoint", nargs="?", help="folder or Hub id; by default what MEDMOE_MODEL says")
-    parser.add_argument("--port", type=int, help="by default the first free one from 7860")
+    parser.add_argument("checkpoint", nargs="?", help="folder or Hub id; default: the variable MEDMOE_MODEL")
+    parser.add_argument("--port", type=int, help="port; default: the first free one from 7860")
     arguments = parser.parse_args()
     try:
         launch(arguments.checkpoint, arguments.port)
