@@ -62,7 +62,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 def _patch(module: ModuleType) -> None:
     name, methods = _ENTRY_POINTS[module.__name__]
-    auto_class = getattr(module, name, None)  # None: the module is just being executed, and the finder will see to it
+    auto_class = getattr(module, name, None)  # None: the module imports this package while it is being executed
     for method in methods if auto_class is not None else ():
         original = vars(auto_class)[method].__func__
         if not hasattr(original, "_registers_medmoe"):
