@@ -529,7 +529,7 @@ def _concatenate(parts: Sequence[MedMoEBackboneOutput]) -> MedMoEBackboneOutput:
     for name, value in parts[0].items():
         values = [part[name] for part in parts]
         if isinstance(value, tuple):
-            # States that were not asked for are None.
+            # States that were not requested are None.
             joined[name] = tuple(None if one[0] is None else torch.cat(one) for one in zip(*values, strict=True))
         else:
             joined[name] = torch.cat(values)
@@ -608,7 +608,7 @@ class _SharedBatchNorm(torch.autograd.Function):
         distributed.all_reduce(total)
         count = total[-1]
         mean = (total[:-1] / count.clamp_min(1)).float()
-        # A second round for the variance: a difference of squares would lose it where the mean is large.
+        # A second pass for the variance: a difference of squares would lose precision where the mean is large.
         centred = numbers - mean.view(-1, 1, 1)
         spread = centred.square().sum((0, 2, 3), dtype=torch.double)
         distributed.all_reduce(spread)
@@ -696,7 +696,7 @@ class MedMoEConvLayer(nn.Module):
             return (mapped * scale[..., None, None] + shift[..., None, None]).to(mapped.dtype).relu_()
         kernel = convolution.weight
         weight = kernel * scale[..., None, None, None]
-        # Norms stay float32 in a model of another type.
+        # Norms stay float32 in a model of another dtype.
         return convolution.convolve(hidden_states, weight.to(kernel.dtype), shift.to(kernel.dtype)).relu_()
 
 
