@@ -23,7 +23,8 @@ from medmoe_hf.data.checkpoint_names import refuse_missing_folder
 from medmoe_hf.errors import ArgumentError, EncodeError, MissingPackageError
 from medmoe_hf.inference.texts import encode_texts
 from medmoe_hf.model import MedMoEModel, MedMoEProcessor
-from medmoe_hf.search.encode import FinishedShard, finished_shards, model_fingerprint, read_shard
+from medmoe_hf.search.encode import model_fingerprint
+from medmoe_hf.search.shards import FinishedShard, finished_shards, read_shard
 
 try:
     import faiss

@@ -34,7 +34,8 @@ from medmoe_hf.data.sources import PhantomSource, TableSource, WebDatasetSource
 from medmoe_hf.errors import EncodeError, StreamError
 from medmoe_hf.inference.texts import encode_texts
 from medmoe_hf.search import encode_sources
-from medmoe_hf.search.encode import _LocatedStream, _Writer
+from medmoe_hf.search.encode import _LocatedStream
+from medmoe_hf.search.shards import ShardWriter
 from medmoe_hf.training import build_model
 from medmoe_hf.training.config import ModelSection
 
@@ -119,7 +120,7 @@ def test_two_interruptions_do_not_change_the_shards(data, model, whole, tmp_path
             if rng.random() < 0.5:
                 stopping(patch, _LocatedStream, "location", rng.randint(1, 40))  # somewhere in a shard
             else:
-                stopping(patch, _Writer, "write", rng.randint(1, 4))  # between two
+                stopping(patch, ShardWriter, "write", rng.randint(1, 4))  # between two
             with pytest.raises(Stop):
                 encode_all(data, out, model, num_workers=seed % 2)
     left = out / ".embeds-00000-of-00001-000001.parquet.partial"
