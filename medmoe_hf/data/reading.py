@@ -9,7 +9,7 @@ import random
 import re
 import stat
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ import pyarrow
 from PIL import Image
 from torch.utils.data import Dataset
 
+from medmoe_hf.data.augmentation import UNKNOWN_LIKE, Augmentation, augment
 from medmoe_hf.data.faults import Fault, SampleError
 from medmoe_hf.data.fields import IMAGE_FIELDS, find_field
 from medmoe_hf.data.parsing import caption_of, label_of, modality_of, subject_of
@@ -28,6 +29,7 @@ from medmoe_hf.errors import ImageTooLargeError, MedicalImageError, ShardError
 from medmoe_hf.model.image_files_medmoe import load_image
 from medmoe_hf.model.image_processing_medmoe import to_rgb
 from medmoe_hf.model.medical_images_medmoe import MAX_PIXELS, is_medical_image
+from medmoe_hf.model.modalities_medmoe import MODALITIES, UNKNOWN_MODALITY
 
 STRICT = "MEDMOE_STRICT_READERS"
 """Environment variable that makes readers raise unexpected exceptions instead of counting them. For tests."""
@@ -86,7 +88,8 @@ class Reader(Dataset[Sample | Fault | Excluded]):
         split: Part of the data to read; None for all.
         prepare: Called with each decoded image.
         draft: Side in pixels to which JPEGs may be reduced while decoding; None for full resolution.
-        seed: Seed of random caption choices, and the epoch.
+        seed: Seed of random caption choices and augmentation, and the epoch.
+        augmentation: Modality to its augmentation, see `medmoe_hf.data.augmentation`; None for no augmentation.
     """
 
     def __init__(
@@ -97,9 +100,10 @@ class Reader(Dataset[Sample | Fault | Excluded]):
         prepare: Callable[[Image.Image], Any] | None,
         draft: int | None,
         seed: tuple[int, int],
+        augmentation: Mapping[str, Augmentation] | None = None,
     ) -> None:
         self.sources, self.shards, self.split = sources, shards, split
-        self.prepare, self.draft, self.seed = prepare, draft, seed
+        self.prepare, self.draft, self.seed, self.augmentation = prepare, draft, seed, augmentation
 
     def __getitem__(self, index: SampleIndex) -> Sample | Fault | Excluded:
         source, shard = self.sources[index.source], self.shards[index.source][index.shard]
@@ -153,6 +157,11 @@ class Reader(Dataset[Sample | Fault | Excluded]):
         progress.stage = "modality"
         modality = modality_of(source, row, rule, caption, header)
         progress.stage = "prepare"
+        if self.augmentation is not None:
+            # Likewise: a resumed run sees the same images.
+            rng = random.Random(f"{self.seed} {index.position} augmentation")
+            chosen = self.augmentation[MODALITIES[modality] if modality != UNKNOWN_MODALITY else UNKNOWN_LIKE]
+            image = augment(image, chosen, rng, caption, self.draft or 0)
         return {
             "image": image if self.prepare is None else self.prepare(image),
             "caption": caption,

@@ -12,7 +12,7 @@ import os
 import random
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from medmoe_hf.common.console import progress
+from medmoe_hf.data.augmentation import Augmentation
 from medmoe_hf.data.faults import Fault, FaultLog
 from medmoe_hf.data.fields import template_fields
 from medmoe_hf.data.parsing import fields_before_reading, modality_before_reading, modality_of_source
@@ -78,6 +79,7 @@ class SampleStream:
         prepare: Called with each decoded image in the reading process. Must be picklable if there are workers.
         draft: Side in pixels to which images will be resized. JPEGs are decoded at the smallest scale that is not
             smaller. None decodes them at full resolution.
+        augmentation: Modality to its augmentation, as `standard_augmentation` returns it; None for no augmentation.
         part: Name of these data in messages; by default `training set` or `validation set` according to `split`.
 
     Attributes:
@@ -116,6 +118,7 @@ class SampleStream:
         num_workers: int = 0,
         prepare: Callable[[Image.Image], Any] | None = None,
         draft: int | None = None,
+        augmentation: Mapping[str, Augmentation] | None = None,
         part: str | None = None,
     ) -> None:
         if not sources:
@@ -127,7 +130,7 @@ class SampleStream:
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.mixing, self.once, self.shuffle, self.buffer, self.split = mixing, once, shuffle, buffer, split
         self.max_bad_fraction, self.num_workers = max_bad_fraction, num_workers
-        self.prepare, self.draft = prepare, draft
+        self.prepare, self.draft, self.augmentation = prepare, draft, augmentation
         self.shards = [source.shards() for source in self.sources]
         for source, shards in zip(self.sources, self.shards, strict=True):
             source.check(shards)
@@ -289,13 +292,25 @@ class SampleStream:
         if chunk:
             yield chunk
 
+    def reader(self) -> Reader:
+        """Reads samples of the current epoch by index, in this process or another."""
+        return Reader(
+            self.sources,
+            self.shards,
+            self.split,
+            self.prepare,
+            self.draft,
+            (self.seed, self.epoch),
+            self.augmentation,
+        )
+
     def __iter__(self) -> Iterator[Sample]:
         """Yields the rest of the epoch, as dictionaries (see `medmoe_hf.data.reading.Sample`), and moves to the next.
 
         Raises:
             StreamError: If too many samples are faulty, an epoch has no readable sample, or a reading process dies.
         """
-        reader = Reader(self.sources, self.shards, self.split, self.prepare, self.draft, (self.seed, self.epoch))
+        reader = self.reader()
         if self.num_workers:
             # The loader returns chunks in the order in which they were requested.
             chunks: Iterable[Any] = DataLoader(

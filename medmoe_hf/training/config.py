@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from medmoe_hf.common.yaml_files import explain, read_yaml, set_values
+from medmoe_hf.data.augmentation import Augmentation, standard_augmentation
 from medmoe_hf.data.sources import SOURCE_SECTIONS, Source, load_sources
 from medmoe_hf.errors import ConfigError, SourceError
 
@@ -60,6 +61,9 @@ class DataSection(BaseModel):
         max_bad_fraction: Share of unreadable samples above which the run stops, in [0, 1].
         reduced_decode: Whether large JPEGs are decoded at 1/2, 1/4 or 1/8 of their size if that is at least the size
             of the model's images. This is faster and differs by about one grey level.
+        augmentation: Random changes to training images, never to held-out ones: `"none"`, `"standard"` (a choice per
+            modality, see `medmoe_hf.data.augmentation.STANDARD`), or what differs from it: a modality, or `all`, to
+            fields of `medmoe_hf.data.augmentation.Augmentation`, as in `{all: {noise: 0}, fundus: {rotation: 30}}`.
         num_workers: Number of processes per training process that read and decode data; 0 for none.
 
     Example:
@@ -80,6 +84,7 @@ class DataSection(BaseModel):
     shuffle_buffer: int = Field(default=10_000, ge=0)
     max_bad_fraction: float = Field(default=0.05, ge=0, le=1)
     reduced_decode: bool = True
+    augmentation: Literal["none", "standard"] | dict[str, dict[str, Any]] = "none"
     num_workers: int = Field(default=1, ge=0)
 
     @field_validator("train", "evaluation", mode="before")
@@ -91,6 +96,17 @@ class DataSection(BaseModel):
             return load_sources(value)
         except SourceError as error:
             raise ValueError(str(error)) from error
+
+    @model_validator(mode="after")
+    def _known_augmentation(self) -> "DataSection":
+        self.augmentations()
+        return self
+
+    def augmentations(self) -> dict[str, Augmentation] | None:
+        """The augmentation of each modality; None for no augmentation."""
+        if self.augmentation == "none":
+            return None
+        return standard_augmentation({} if self.augmentation == "standard" else self.augmentation)
 
 
 class CheckpointSection(BaseModel):

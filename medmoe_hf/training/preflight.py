@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from medmoe_hf.data.faults import Fault
-from medmoe_hf.data.reading import Reader, SampleIndex
+from medmoe_hf.data.reading import SampleIndex
 from medmoe_hf.data.sources import has_labels
 from medmoe_hf.data.stream import SampleStream
 from medmoe_hf.errors import ShardError, TrainingError
@@ -71,9 +71,7 @@ def unusable_source(stream: SampleStream) -> str | None:
 
 def _unusable(stream: SampleStream, source: int) -> str | None:
     shards = stream.shards[source]
-    reader = Reader(
-        stream.sources, stream.shards, stream.split, stream.prepare, stream.draft, (stream.seed, stream.epoch)
-    )
+    reader = stream.reader()
     faults: list[Fault] = []
     for part in range(_SAMPLES_TRIED):
         number = part * len(shards) // _SAMPLES_TRIED

@@ -37,6 +37,7 @@ def training_stream(config: TrainConfig, collator: ContrastiveCollator, rank: in
         num_workers=data.num_workers,
         prepare=collator.prepare,
         draft=collator.side if data.reduced_decode else None,
+        augmentation=data.augmentations(),
     )
 
 
