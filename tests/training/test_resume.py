@@ -198,7 +198,7 @@ DAMAGES = {
     "no state": ("training_state/state.json", None, "is missing"),
     "no weights": ("model.safetensors", None, "is missing"),
     "no tokenizer": ("tokenizer.json", None, "is missing"),
-    "weights cut off": ("model.safetensors", lambda content: content[:-1000], r"has \d+ bytes in place of \d+"),
+    "weights cut off": ("model.safetensors", lambda content: content[:-1000], r"has \d+ bytes instead of \d+"),
     "a flipped bit": (
         "training_state/optimizer.safetensors",
         lambda content: content[:-9] + bytes([content[-9] ^ 1]) + content[-8:],
@@ -210,7 +210,7 @@ DAMAGES = {
         r"is damaged \(its checksum differs\)",
     ),
     "a foreign file": ("training_state/weights.safetensors", lambda _: b"x", "does not belong to it"),
-    "no manifest": ("training_state/manifest.json", None, "which lists its files: it is not whole"),
+    "no manifest": ("training_state/manifest.json", None, "which lists its files: it is incomplete"),
     "manifest cut off": ("training_state/manifest.json", lambda content: content[:-20], "cannot be read"),
 }
 
