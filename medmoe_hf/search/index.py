@@ -23,6 +23,7 @@ from medmoe_hf.data.checkpoint_names import refuse_missing_folder
 from medmoe_hf.errors import ArgumentError, EncodeError, MissingPackageError
 from medmoe_hf.inference.texts import encode_texts
 from medmoe_hf.model import MedMoEModel, MedMoEProcessor
+from medmoe_hf.model.modalities_medmoe import UNKNOWN_MODALITY
 from medmoe_hf.search.encode import model_fingerprint
 from medmoe_hf.search.shards import FinishedShard, finished_shards, read_shard
 
@@ -340,7 +341,11 @@ def search(
             "Search with the model that it was encoded with, or encode again."
         )
     if modality is not None:
-        modality = loaded.config.modalities[loaded.config.vision_config.modality_ids([modality], 1)[0]]
+        number = loaded.config.vision_config.modality_ids([modality], 1)[0]
+        if number == UNKNOWN_MODALITY:
+            known = ", ".join(loaded.config.modalities.values())
+            raise ArgumentError(f"`modality` {modality!r} names no expert; known: {known}.")
+        modality = loaded.config.modalities[number]
     if text is not None:
         query = encode_texts(loaded, processor, [text])[0]
     else:

@@ -14,7 +14,7 @@ from medmoe_hf import MedMoEModel, MedMoEProcessor
 from medmoe_hf.cli import app
 from medmoe_hf.data import MODALITIES, phantom_sample, write_webdataset
 from medmoe_hf.data.sources import PhantomSource, TableSource, WebDatasetSource
-from medmoe_hf.errors import EncodeError
+from medmoe_hf.errors import ArgumentError, EncodeError
 from medmoe_hf.search import EmbeddingIndex, Hit, encode_sources, hits_table, index, search
 
 faiss = pytest.importorskip("faiss")
@@ -204,6 +204,9 @@ def test_the_routed_modality_is_a_filter_by_any_of_its_names(planted):
     assert search(folder / "out", text=caption, k=122, modality="cxr") == xray
     with pytest.raises(ValueError, match="Unknown modality 'pet'"):
         search(folder / "out", text=caption, modality="pet")
+    for unknown in ("", "-100"):
+        with pytest.raises(ArgumentError, match="names no expert; known: xray, ct"):
+            search(folder / "out", text=caption, modality=unknown)
 
 
 def test_folders_that_cannot_be_searched_say_why(planted, model, tmp_path):
