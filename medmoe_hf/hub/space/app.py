@@ -425,7 +425,7 @@ class Page:
         if picture is None:
             return self._nothing(), None
         probabilities = self._compare(picture, wish, labels)
-        rule = f"Write a label a line, between two and {MAX_LABELS}, of {MAX_CHARACTERS} characters at most."
+        rule = f"Write two or more labels, one per line: at most {MAX_LABELS}, of at most {MAX_CHARACTERS} characters."
         status = _alert(rule) if probabilities is None else None
         return status or _status(routed(self.checkpoint, picture, wish)), probabilities
 
@@ -508,7 +508,7 @@ def build(checkpoint: Checkpoint) -> gr.Blocks:
                 )
                 router = gr.Label(label="Router: probability of each expert", show_heading=False, elem_id="router")
                 labels = gr.Textbox(
-                    label="Zero-shot labels", info="Sentences like a report's, one a line.", lines=4, elem_id="labels"
+                    label="Zero-shot labels", info="Sentences as in a report, one per line.", lines=4, elem_id="labels"
                 )
                 ask = gr.Button("Compare labels", variant="primary", elem_id="ask")
                 zero_shot = gr.Label(label="Probability among these labels", show_heading=False, elem_id="zero-shot")
