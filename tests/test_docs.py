@@ -441,6 +441,7 @@ def test_the_documented_commands_run_one_after_another(tmp_path, monkeypatch):
     assert "license: apache-2.0" in card
     assert "you/medmoe" in card
     hits = output['medmoe search embeds --text "a large pleural effusion" -k 5'].splitlines()
+    assert hits.pop(0).split()[0] == "cosine"
     scores = [float(hit.split()[0]) for hit in hits]
     assert len(scores) == 5
     assert scores == sorted(scores, reverse=True)
