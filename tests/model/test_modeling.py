@@ -484,6 +484,20 @@ def test_timm_s_channels_last_maps_are_turned_even_where_they_are_square_cubes()
     assert torch.equal(model.encode(pixels).feature_maps[0], raw.permute(0, 3, 1, 2))
 
 
+def test_convolutions_run_channels_last_on_a_cpu_with_the_same_result(monkeypatch):
+    model, pixels = timm_tower("timm/resnet18"), images(2)
+    seen = []
+    features = model.backbone.features
+    features.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    found = model(pixels)
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    monkeypatch.setattr(model.backbone, "_convolutional", False)
+    expected = model(pixels)
+    assert seen[1].is_contiguous()
+    for name in ("pooler_output", "local_embeds"):
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
 def test_levels_of_a_timm_backbone_can_be_chosen():
     model = timm_tower("timm/resnet18", out_indices=(2, 4))
     assert model.backbone.channels == [128, 512]
@@ -1460,3 +1474,29 @@ def test_nothing_warns(small):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         small(similarity="mean")(pixel_values=images(), **texts(), return_loss=True).loss.backward()
+
+
+def test_a_frozen_text_encoder_encodes_each_text_once_and_with_others_of_its_length(small):
+    """21 texts, of which 12 are different: two calls, of eight texts and of four, with the longest in the second."""
+    model = small().text_model.double()
+    ids = torch.randint(5, 90, (12, 30))
+    lengths = torch.tensor([30, *torch.randint(2, 9, (11,)).tolist()])
+    mask = (torch.arange(30) < lengths.unsqueeze(1)).long()
+    rows = torch.cat([torch.arange(12), torch.arange(9)])[torch.randperm(21)]
+    batch = {"input_ids": (ids * mask)[rows], "attention_mask": mask[rows], "token_type_ids": 0 * ids[rows]}
+    with torch.no_grad():
+        expected = model(**batch)
+    model.encoder.requires_grad_(False)
+    calls = []
+    model.encoder.register_forward_pre_hook(
+        lambda module, inputs, kwargs: calls.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    found = model(**batch)
+    assert calls == [(8, int(lengths.sort()[0][7])), (4, 30)]
+    assert torch.equal(found.word_mask, expected.word_mask)
+    for name in ("pooler_output", "word_embeds"):
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=1e-9)
+    seen = batch["attention_mask"].bool()
+    torch.testing.assert_close(found.last_hidden_state[seen], expected.last_hidden_state[seen], rtol=1e-9, atol=1e-9)
+    assert len(model(**batch, output_hidden_states=True).hidden_states) == model.encoder.config.num_hidden_layers + 1
+    assert calls[2:] == [(21, 30)]
