@@ -58,6 +58,8 @@ def modules() -> dict[str, Path]:
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
+        if parts[0] == "checkpoints":
+            continue  # copies of the code in `model`
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         found[name or "__init__"] = path
     return found

@@ -10,6 +10,7 @@ from medmoe_hf.common.auto_classes import register_on_use
 from medmoe_hf.common.lazy import lazy_attributes
 
 if TYPE_CHECKING:
+    from medmoe_hf.common.packaged import pretrained as pretrained
     from medmoe_hf.model import MedMoEConfig as MedMoEConfig
     from medmoe_hf.model import MedMoEForImageClassification as MedMoEForImageClassification
     from medmoe_hf.model import MedMoEImageProcessor as MedMoEImageProcessor
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __getattr__, __all__ = lazy_attributes(
     __name__,
     {
+        "medmoe_hf.common.packaged": ["pretrained"],
         "medmoe_hf.model": [
             "MedMoEConfig",
             "MedMoEForImageClassification",

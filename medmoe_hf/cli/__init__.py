@@ -12,7 +12,7 @@ import typer
 from medmoe_hf import __version__
 from medmoe_hf.cli import convert, data, evaluate
 from medmoe_hf.cli.errors import errors_of, is_main_process
-from medmoe_hf.cli.options import Force, Out
+from medmoe_hf.cli.options import DEFAULT_MODEL, Force, Out
 from medmoe_hf.common.console import close_bars, set_up_logging
 from medmoe_hf.errors import ArgumentError
 
@@ -157,7 +157,7 @@ def init(
 @app.command()
 def push(
     folder: Annotated[
-        Path, typer.Argument(help="Folder of a model and its processor, such as `medmoe train` writes.")
+        Path, typer.Argument(help="Folder of a model and its processor, such as `medmoe train` writes; or small.")
     ],
     repo: Annotated[str, typer.Argument(help="user/name on the Hub; created if it does not exist.")],
     private: Annotated[
@@ -192,7 +192,7 @@ def push(
 
 @app.command()
 def verify(
-    source: Annotated[str, typer.Argument(help="Folder, or user/name on the Hub. Its Python files are run.")],
+    source: Annotated[str, typer.Argument(help="Folder, small, or user/name on the Hub. Its Python files are run.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")] = None,
     record: Annotated[
         bool, typer.Option("--record", help="Record the reference outputs of a folder that you trust first.")
@@ -242,25 +242,24 @@ def card(
 
 @app.command()
 def demo(
-    checkpoint: Annotated[
-        str | None, typer.Argument(help="Folder or Hub id; by default the value of MEDMOE_MODEL.")
-    ] = None,
+    checkpoint: Annotated[str, typer.Argument(envvar="MEDMOE_MODEL", help="Folder or Hub id.")] = DEFAULT_MODEL,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 7860,
 ) -> None:
     """Show a checkpoint in the browser. Its Python files are run: use only checkpoints that you trust."""
     logger.info("Loading the libraries ...")
     with errors_of("demo"):
+        from medmoe_hf.common.packaged import packaged_folder
         from medmoe_hf.hub.space.app import launch
 
         try:
-            launch(checkpoint, port)
+            launch(packaged_folder(checkpoint), port)
         except ValueError as error:  # the page's code runs without this package, so it has no errors of ours
             raise ArgumentError(str(error)) from error
 
 
 @app.command("export")
 def export_towers(
-    folder: Annotated[str, typer.Argument(help="Folder or Hub id of a dual encoder.")],
+    folder: Annotated[str, typer.Argument(help="Folder or Hub id of a dual encoder; or small.")],
     out: Out,
     format: Annotated[Literal["onnx", "torch-export"], typer.Option(help="File format.")] = "onnx",
     int8: Annotated[bool, typer.Option("--int8", help="Quantize matrix products to 8 bits; onnx only.")] = False,
@@ -278,7 +277,7 @@ def export_towers(
 def encode(
     sources: Annotated[Path, typer.Argument(help="YAML file with a list of sources.")],
     out: Annotated[Path, typer.Argument(help="Folder to create, or to continue after an interruption.")],
-    model: Annotated[str, typer.Option(help="Folder or Hub id.")],
+    model: Annotated[str, typer.Option(help="Folder or Hub id.")] = DEFAULT_MODEL,
     batch_size: Annotated[int, typer.Option(min=1, help="Images, and texts, per batch.")] = 64,
     samples_per_shard: Annotated[int, typer.Option(min=1, help="Pairs per file.")] = 2048,
     dtype: Annotated[

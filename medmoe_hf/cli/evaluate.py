@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from medmoe_hf.cli.errors import errors_of
+from medmoe_hf.cli.options import DEFAULT_MODEL
 
 logger = logging.getLogger(__name__)
 
@@ -19,12 +20,12 @@ _Data = Annotated[Path, typer.Option("--data", help="Folder of your copy of the 
 
 def _evaluation_command(protocol: str | None) -> Callable[..., None]:
     def command(
-        model: Annotated[
-            str, typer.Argument(help="Folder or Hub id of a MedMoE, CLIP or SigLIP; or open_clip:ARCH[:CHECKPOINT].")
-        ],
         recipe: Annotated[str, typer.Option(help=_Recipe)],
         data: _Data,
         output: Annotated[Path, typer.Option(help="Folder to create, for results.json, results.md and figures.")],
+        model: Annotated[
+            str, typer.Argument(help="Folder or Hub id of a MedMoE, CLIP or SigLIP; or open_clip:ARCH[:CHECKPOINT].")
+        ] = DEFAULT_MODEL,
         compare: Annotated[
             list[str] | None, typer.Option(help="Another model to evaluate for comparison; may be repeated.")
         ] = None,

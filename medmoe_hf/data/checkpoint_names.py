@@ -1,4 +1,4 @@
-"""Names of checkpoints: a local folder, or an id on the Hub."""
+"""Names of checkpoints: a local folder, a checkpoint of the package, or an id on the Hub."""
 
 from difflib import get_close_matches
 from pathlib import Path
@@ -7,7 +7,27 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from medmoe_hf.common.packaged import packaged_folder
 from medmoe_hf.errors import PathNotFoundError
+
+
+def find_checkpoint(name: str | Path, bare_ids: bool = False) -> str:
+    """Finds the folder or Hub id that the name of a model stands for.
+
+    Args:
+        name: A local folder, the name of a checkpoint of the package (such as `small`), or an id on the Hub. A local
+            folder comes first.
+        bare_ids: As for `refuse_missing_folder`.
+
+    Returns:
+        The folder of a checkpoint of the package; any other name as it is.
+
+    Raises:
+        FileNotFoundError: As `refuse_missing_folder`, and if the package lacks the files of its checkpoint.
+    """
+    folder = packaged_folder(name)
+    refuse_missing_folder(folder, bare_ids)
+    return folder
 
 
 def refuse_missing_folder(name: str | Path, bare_ids: bool = False) -> None:

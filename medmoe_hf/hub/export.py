@@ -21,7 +21,7 @@ from transformers.tokenization_utils_base import LARGE_INTEGER
 
 from medmoe_hf.common.files import atomic_dir
 from medmoe_hf.common.loading import explain_loading
-from medmoe_hf.data.checkpoint_names import refuse_missing_folder
+from medmoe_hf.data.checkpoint_names import find_checkpoint
 from medmoe_hf.errors import ExportError, MissingPackageError, PathExistsError
 from medmoe_hf.model import MedMoEConfig, MedMoEModel, MedMoEProcessor, MedMoETokenizer
 
@@ -234,7 +234,7 @@ def export(
 
 
 def _load(folder: str | Path, format: str) -> tuple[MedMoEModel, MedMoEProcessor]:
-    refuse_missing_folder(folder)
+    folder = find_checkpoint(folder)
     kind = MedMoEConfig.get_config_dict(folder)[0].get("model_type")
     if kind != MedMoEConfig.model_type:
         raise ExportError(f'{folder} holds a model of type "{kind}"; export needs a dual encoder, "medmoe".')

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
+from medmoe_hf.common.packaged import packaged_folder
 from medmoe_hf.data.checkpoint_names import refuse_missing_folder
 from medmoe_hf.errors import HubUnreachableError, PublishError
 from medmoe_hf.hub.access import explained
@@ -134,7 +135,8 @@ def publish(
     that is interrupted leaves the repository unchanged or completely updated; pushing again is safe in both cases.
 
     Args:
-        folder: Folder of a model and its processor, as `save_pretrained` or `medmoe train` writes it.
+        folder: Folder of a model and its processor, as `save_pretrained` or `medmoe train` writes it; or `small`, the
+            checkpoint of the package.
         repo: "user/name", or only the name for the account of the token.
         private: Whether a new repository is private; `None` for the account's default. It must agree with the
             visibility of an existing repository.
@@ -161,7 +163,7 @@ def publish(
     """
     if create_pr and (branch or tag):
         raise PublishError("A pull request is for main, and cannot be tagged: leave out the branch and the tag.")
-    folder = Path(folder)
+    folder = Path(packaged_folder(folder))
     _stop_at(folder, check_folder(folder))
     # Access first: loading a model takes a while.
     remote, unreachable = None, ""
@@ -219,7 +221,7 @@ def verify(
     Warning: the process runs the Python files of the checkpoint. Verify only checkpoints that you would load.
 
     Args:
-        source: A folder, or a repository on the Hub, which is downloaded.
+        source: A folder, `small`, or a repository on the Hub, which is downloaded.
         revision: Branch, tag or commit of a repository.
         token: An access token; `None` for that of `hf auth login` or HF_TOKEN.
         record: Whether to first write `golden.safetensors` into a folder that has none, or one of other weights, with
@@ -239,6 +241,7 @@ def verify(
         print(report.ok)
         ```
     """
+    source = packaged_folder(source)
     if Path(source).is_dir():
         if revision is not None:
             raise PublishError(f"{source} is a folder, and has no revisions.")

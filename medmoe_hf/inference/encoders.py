@@ -15,7 +15,7 @@ from transformers import AutoProcessor, PretrainedConfig
 
 from medmoe_hf.common.console import progress
 from medmoe_hf.common.loading import explain_loading
-from medmoe_hf.data.checkpoint_names import refuse_missing_folder
+from medmoe_hf.data.checkpoint_names import find_checkpoint
 from medmoe_hf.errors import ArgumentError, EncoderError
 from medmoe_hf.inference.batching import (
     BATCH_SIZE,
@@ -103,10 +103,10 @@ def load_encoder(name: str | Path, batch_size: int = BATCH_SIZE, device: str | N
     """Loads the encoder for a model.
 
     Args:
-        name: Folder or Hub id of a MedMoE (whose code is run, as with `trust_remote_code=True`) or of any transformers
-            model with `get_image_features` and `get_text_features` (CLIP, SigLIP; no code from its folder is run);
-            `open_clip:ARCH[:CHECKPOINT]`, see `OpenClipEncoder`; or `onnx:FOLDER`, a MedMoE that `medmoe export`
-            wrote.
+        name: `small`, the checkpoint of the package; folder or Hub id of a MedMoE (whose code is run, as with
+            `trust_remote_code=True`) or of any transformers model with `get_image_features` and `get_text_features`
+            (CLIP, SigLIP; no code from its folder is run); `open_clip:ARCH[:CHECKPOINT]`, see `OpenClipEncoder`; or
+            `onnx:FOLDER`, a MedMoE that `medmoe export` wrote.
         batch_size: Images per batch.
         device: Device to run on; None selects a GPU if there is one.
 
@@ -118,7 +118,7 @@ def load_encoder(name: str | Path, batch_size: int = BATCH_SIZE, device: str | N
 
     Example:
         ```python
-        encoder = load_encoder("quickstart/model")
+        encoder = load_encoder("small")
         similarity = encoder.encode_images(["scan.png"]) @ encoder.encode_texts(["A pleural effusion."]).T
         ```
     """
@@ -127,18 +127,18 @@ def load_encoder(name: str | Path, batch_size: int = BATCH_SIZE, device: str | N
     if str(name).startswith(ONNX):
         return ExportedEncoder(str(name).removeprefix(ONNX), batch_size)
     try:
-        refuse_missing_folder(name, bare_ids=True)
+        folder = find_checkpoint(name, bare_ids=True)
     except FileNotFoundError as error:
         raise EncoderError(str(error)) from None
     try:
-        config, _ = PretrainedConfig.get_config_dict(name)
+        config, _ = PretrainedConfig.get_config_dict(folder)
     except (OSError, ValueError) as error:
         raise EncoderError(
             f"{name} is neither the folder of a transformers model nor a Hub id that can be reached from here; "
             "pass one of these, open_clip:ARCH[:CHECKPOINT], or onnx:FOLDER for what `medmoe export` wrote."
         ) from error
     kind = MedMoEEncoder if config.get("model_type") == "medmoe" else TransformersEncoder
-    return kind(name, batch_size, device)
+    return kind(folder, batch_size, device)
 
 
 def scores_of(encoder: Encoder, scores: Sequence[str]) -> list[str]:

@@ -34,7 +34,7 @@ from torch import nn
 from medmoe_hf.common.console import progress
 from medmoe_hf.common.files import atomic_write
 from medmoe_hf.common.loading import explain_loading
-from medmoe_hf.data.checkpoint_names import refuse_missing_folder
+from medmoe_hf.data.checkpoint_names import find_checkpoint
 from medmoe_hf.data.collate import ContrastiveCollator
 from medmoe_hf.data.reading import Sample, SampleIndex
 from medmoe_hf.data.stream import SampleStream
@@ -131,7 +131,7 @@ def encode_sources(
     Args:
         sources: Models of `medmoe_hf.data.sources`; all of them finite.
         out: Folder to create, or to resume.
-        model: Folder or Hub id.
+        model: Folder or Hub id, or `small`, the checkpoint of the package.
         batch_size: Images, and texts, per batch.
         samples_per_shard: Pairs per shard; at most this many are encoded again after an interruption.
         dtype: Data type of the embeddings on disk.
@@ -159,11 +159,11 @@ def encode_sources(
             raise EncodeError("An endless phantom source cannot be encoded; set its `length`.")
     # Activations decay to denormals, which CPUs multiply a hundred times more slowly.
     torch.set_flush_denormal(True)
-    refuse_missing_folder(model)
+    folder = find_checkpoint(model)
     accelerator = Accelerator()
     with explain_loading(model):
-        loaded: Any = MedMoEModel.from_pretrained(model).to(accelerator.device).eval()
-        processor = MedMoEProcessor.from_pretrained(model)
+        loaded: Any = MedMoEModel.from_pretrained(folder).to(accelerator.device).eval()
+        processor = MedMoEProcessor.from_pretrained(folder)
     collator = ContrastiveCollator(processor)
     stream = _LocatedStream(
         sources,

@@ -19,7 +19,7 @@ from torch import nn
 from medmoe_hf.common.console import progress, text_table
 from medmoe_hf.common.files import atomic_dir
 from medmoe_hf.common.loading import explain_loading
-from medmoe_hf.data.checkpoint_names import refuse_missing_folder
+from medmoe_hf.data.checkpoint_names import find_checkpoint
 from medmoe_hf.errors import ArgumentError, EncodeError, MissingPackageError
 from medmoe_hf.inference.texts import encode_texts
 from medmoe_hf.model import MedMoEModel, MedMoEProcessor
@@ -331,10 +331,10 @@ def search(
         raise ArgumentError("A search takes either a text or an image (--text or --image).")
     index = EmbeddingIndex(out, among)
     model = index.manifest["model"] if model is None else model
-    refuse_missing_folder(model)
+    folder = find_checkpoint(model)
     with explain_loading(model):
-        loaded: Any = MedMoEModel.from_pretrained(model).eval()
-        processor = MedMoEProcessor.from_pretrained(model)
+        loaded: Any = MedMoEModel.from_pretrained(folder).eval()
+        processor = MedMoEProcessor.from_pretrained(folder)
     if model_fingerprint(loaded, processor) != index.manifest["fingerprint"]:
         raise EncodeError(
             f"{out} was encoded with {index.manifest['model']}, and {model} is another model, or has changed since. "

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from medmoe_hf.common.files import atomic_dir
-from medmoe_hf.data.checkpoint_names import refuse_missing_folder
+from medmoe_hf.data.checkpoint_names import find_checkpoint
 from medmoe_hf.errors import ArgumentError, MissingPackageError, PathExistsError
 from medmoe_hf.model import MedMoEForImageClassification, MedMoEModel, MedMoEProcessor
 from medmoe_hf.training.config import LoraSection
@@ -162,7 +162,7 @@ def merge_adapter(adapter: str | Path, out: str | Path, base: str | Path | None 
         raise ArgumentError(f"{adapter} does not name its base; specify it with `--base`.")
     kind = _MODELS.get((config.auto_mapping or {}).get("base_model_class"), MedMoEModel)
     try:
-        refuse_missing_folder(base)
+        base = find_checkpoint(base)
         model = kind.from_pretrained(base)
     except (OSError, ValueError) as error:
         raise ArgumentError(

@@ -3,7 +3,7 @@
 from transformers import AutoTokenizer
 
 from medmoe_hf.common.loading import explain_loading
-from medmoe_hf.data.checkpoint_names import refuse_missing_folder
+from medmoe_hf.data.checkpoint_names import find_checkpoint, refuse_missing_folder
 from medmoe_hf.data.phantom import phantom_vocabulary
 from medmoe_hf.model import (
     MedMoEConfig,
@@ -40,10 +40,10 @@ def build_model(section: ModelSection) -> tuple[MedMoEModel, MedMoEProcessor]:
         ```
     """
     if section.from_pretrained is not None:
-        refuse_missing_folder(section.from_pretrained)
+        folder = find_checkpoint(section.from_pretrained)
         with explain_loading(section.from_pretrained):
-            model = MedMoEModel.from_pretrained(section.from_pretrained, **section.overrides)
-            return model, MedMoEProcessor.from_pretrained(section.from_pretrained)
+            model = MedMoEModel.from_pretrained(folder, **section.overrides)
+            return model, MedMoEProcessor.from_pretrained(folder)
     assert section.preset is not None  # checked by ModelSection
     max_length = PRESET_MAX_LENGTH.get(section.preset, 25)
     if section.tokenizer is None:

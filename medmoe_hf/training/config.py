@@ -17,7 +17,7 @@ class ModelSection(BaseModel):
 
     Attributes:
         preset: Name of a preset of `MedMoEConfig.from_preset`, for a new model.
-        from_pretrained: Folder or Hub id of a checkpoint to continue from.
+        from_pretrained: Folder or Hub id of a checkpoint to continue from, or `small`, that of the package.
         tokenizer: Folder or Hub id of any fast tokenizer, for a new model; `None` for one with the words of the
             phantom reports.
         overrides: Fields of `MedMoEConfig` to change.

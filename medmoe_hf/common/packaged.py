@@ -1,0 +1,65 @@
+"""The checkpoints that the package contains."""
+
+from pathlib import Path
+
+from medmoe_hf.errors import ArgumentError, PathNotFoundError
+
+CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
+"""The folder with a folder per checkpoint."""
+
+PACKAGED = ("small",)
+"""Names of the checkpoints; the first one is what commands use when no model is named."""
+
+# Without any of these a folder does not load; the code files are named by the configuration.
+_REQUIRED = ("config.json", "model.safetensors", "processor_config.json", "tokenizer.json")
+
+
+def pretrained(name: str = PACKAGED[0]) -> str:
+    """Finds a checkpoint that the package contains; nothing is downloaded.
+
+    Args:
+        name: Name of the checkpoint: `"small"`, trained on openly licensed scans of six modalities. Its `README.md`
+            states the sources, the licenses and what was measured.
+
+    Returns:
+        Path of its folder, which loads with and without this package like any other model folder.
+
+    Raises:
+        ArgumentError: For an unknown name.
+        PathNotFoundError: If this copy of the package lacks the checkpoint's files.
+
+    Example:
+        ```python
+        import medmoe_hf
+        from transformers import AutoModel, AutoProcessor
+
+        folder = medmoe_hf.pretrained("small")
+        model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+        ```
+    """
+    if name not in PACKAGED:
+        raise ArgumentError(f'There is no packaged checkpoint "{name}"; this version contains: {", ".join(PACKAGED)}.')
+    folder = CHECKPOINTS / name
+    missing = [file for file in _REQUIRED if not (folder / file).is_file()]
+    if missing:
+        raise PathNotFoundError(
+            f'This copy of medmoe_hf lacks {", ".join(missing)} of its checkpoint "{name}" (in {folder}). Install the '
+            "package again from a complete source, or name another model."
+        )
+    return str(folder)
+
+
+def packaged_folder(name: str | Path) -> str:
+    """Replaces the name of a packaged checkpoint by its folder, wherever a model is named.
+
+    Args:
+        name: A local folder, the name of a packaged checkpoint, or an id on the Hub. A local folder comes first.
+
+    Returns:
+        The folder of a packaged checkpoint; any other name as it is.
+
+    Raises:
+        PathNotFoundError: If this copy of the package lacks the checkpoint's files.
+    """
+    return pretrained(str(name)) if str(name) in PACKAGED and not Path(name).exists() else str(name)
