@@ -46,8 +46,9 @@ def linear_probe(
     A part is stratified, has at least one image of each class, and is drawn again per seed. Features are standardized
     by the part's mean and standard deviation. C is the one of `strengths` with the lowest log loss on the validation
     split. Variants are `<features> <share>`, such as `expert 10%`; a metric is the mean over seeds, its interval is
-    over the images of the test split, and `facts["seeds"]` has the accuracy per seed. A set without splits is split by
-    `own_splits`, as noted in `facts["split"]`.
+    over the images of the test split, and `facts["seeds"]` has the accuracy per seed. `Result.probabilities` holds
+    what the metrics are computed from, so that two kinds of features can be compared on the same images. A set without
+    splits is split by `own_splits`, as noted in `facts["split"]`.
 
     On a multi-label set one binary classifier is fitted per finding, on the images where it is known, each with a C of
     its own. `<features> <share>` has the means over findings and `<features> <share>, <finding>` the metrics of one;
@@ -135,14 +136,14 @@ def linear_probe(
                 runs.append(fitted[key])
                 bar.update()
             variant = f"{kind} {fraction:.0%}"
-            probabilities = np.stack([run.probabilities for run in runs], axis=1)
+            probabilities = result.probabilities[variant] = np.stack([run.probabilities for run in runs], axis=1)
             if data.multi_label:
                 result.add_multilabel(variant, probabilities, test.labels, data.classes, test.subjects)
                 found = [multilabel_metrics(run.probabilities, test.labels, data.classes) for run in runs]
                 result.facts["seeds"][variant] = [one["macro_auroc"] for one in found]
             else:
                 measured = bootstrap(
-                    _mean_of_runs, probabilities, test.labels, groups=test.subjects, resamples=resamples, seed=seed
+                    mean_of_runs, probabilities, test.labels, groups=test.subjects, resamples=resamples, seed=seed
                 )
                 result.add(variant, measured)
                 right = probabilities.argmax(axis=2) == test.labels[:, None]
@@ -177,8 +178,16 @@ def _same_parts(parts: Mapping[float, Sequence[np.ndarray]]) -> list[list[str]]:
     return [shares for shares in groups.values() if len(shares) > 1]
 
 
-def _mean_of_runs(runs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Classification metrics of probabilities (N, R, C), as means over the R runs."""
+def mean_of_runs(runs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Computes classification metrics of several runs on the same images.
+
+    Args:
+        runs: (N, R, C) probabilities of R runs.
+        labels: (N,) ids 0..C-1.
+
+    Returns:
+        The metrics of `classification_metrics`, as means over the runs.
+    """
     found = [classification_metrics(runs[:, run], labels) for run in range(runs.shape[1])]
     return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
 

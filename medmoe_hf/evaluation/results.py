@@ -86,6 +86,8 @@ class Result:
         confusions: Variant -> confusion matrix.
         calibrations: Variant -> result of `metrics.calibration`.
         examples: Heat-maps for a figure; not part of the JSON.
+        probabilities: Variant -> (N, R, C) probabilities of the test images in R runs (linear probe), for paired
+            comparisons of variants; not part of the JSON.
 
     Example:
         >>> result = Result("zero-shot", "you/medmoe", "toy", 4, {"global/accuracy": Interval(0.75, 0.5, 1.0, 4)}, {})
@@ -102,6 +104,7 @@ class Result:
     confusions: dict[str, Confusion] = field(default_factory=dict)
     calibrations: dict[str, dict[str, Any]] = field(default_factory=dict)
     examples: list[HeatmapExample] = field(default_factory=list)
+    probabilities: dict[str, np.ndarray] = field(default_factory=dict)
 
     def add(self, variant: str, measured: Mapping[str, Interval]) -> None:
         """Adds metrics of one variant.
@@ -179,7 +182,9 @@ class Result:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """Converts to plain objects for `json.dumps`, without `examples`; NaN and infinity become None.
+        """Converts to plain objects for `json.dumps`, without `examples` and `probabilities`.
+
+        NaN and infinity become None.
 
         Returns:
             Field -> value.
@@ -189,7 +194,8 @@ class Result:
             print(json.dumps(result.to_json()))
             ```
         """
-        plain: dict[str, Any] = _plain({name: value for name, value in _shallow(self).items() if name != "examples"})
+        left_out = ("examples", "probabilities")
+        plain: dict[str, Any] = _plain({name: value for name, value in _shallow(self).items() if name not in left_out})
         return plain
 
     def rows_of(self, interval: Interval) -> int:

@@ -156,8 +156,31 @@ def compare_with_golden(folder: str | Path) -> dict[str, float]:
         expected = load_file(folder / GOLDEN)
     except (SafetensorError, OSError) as error:
         raise PublishError(f"{folder / GOLDEN} cannot be read: {error}") from error
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "found.safetensors"
+        code = Path(clean_load.__file__).read_text(encoding="utf-8")
+        try:
+            run_clean(code, str(folder), str(folder / GOLDEN), str(out))
+        except PublishError as error:
+            raise PublishError(f"{folder} does not load where medmoe_hf is not installed:\n{error}") from error
+        found = load_file(out)
+    return _differences({name: value for name, value in expected.items() if name != "images"}, found)
+
+
+def run_clean(code: str, *arguments: str, show: bool = False) -> None:
+    """Runs Python code in a process without network, cached code, or anything that is in the current folder.
+
+    The code itself must refuse this package (`clean_load.RefusePackage`), which may be installed.
+
+    Args:
+        code: Text of a Python file.
+        *arguments: Its command-line arguments.
+        show: Whether what the process prints to standard error is shown; otherwise it is part of the error.
+
+    Raises:
+        PublishError: If the process fails; the message ends with what it printed last, unless that was shown.
+    """
     with tempfile.TemporaryDirectory(prefix="medmoe_clean_") as home:
-        out = Path(home) / "found.safetensors"
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
         environment |= {
             "HF_HOME": home,
@@ -167,17 +190,15 @@ def compare_with_golden(folder: str | Path) -> dict[str, float]:
         }
         # In an empty folder, since Python looks for modules in the current one.
         (empty := Path(home) / "empty").mkdir()
-        code = Path(clean_load.__file__).read_text(encoding="utf-8")
         run = subprocess.run(
-            [sys.executable, "-c", code, str(folder), str(folder / GOLDEN), str(out)],
+            [sys.executable, "-c", code, *arguments],
             cwd=empty,
             env=environment,
-            capture_output=True,
+            stdout=subprocess.DEVNULL,
+            stderr=None if show else subprocess.PIPE,
             text=True,
             check=False,
         )
         if run.returncode != 0:
-            last = "\n".join(run.stderr.strip().splitlines()[-12:])
-            raise PublishError(f"{folder} does not load where medmoe_hf is not installed:\n{last}")
-        found = load_file(out)
-    return _differences({name: value for name, value in expected.items() if name != "images"}, found)
+            last = "" if show else "\n".join(run.stderr.strip().splitlines()[-12:])
+            raise PublishError(last or f"The process ended with status {run.returncode}.")

@@ -1,0 +1,354 @@
+"""Measures a checkpoint on real scans: routing, zero-shot classification, linear probes and retrieval.
+
+    python examples/experiments/real/evaluate.py --model FOLDER --data ../shared/real --split val --out results.json
+        [--name small] [--cache CACHE] [--only TASK ...] [--no-probes] [--seed 0]
+
+The checkpoint runs in a process without this package, through `AutoModel` and its own code. Everything is chosen on
+`val`; `test` and `external` are measured once.
+
+* Routing: the image router alone, on all images and by source.
+* Zero-shot: the tasks of `tasks.py`, by the global similarity, the local one, and their mean.
+* Linear probe: 1 %, 10 % and 100 % of the train rows that are not share-alike, on v_g (the image embedding before its
+  projection) and on the embedding in the shared space, beside the pooled features of the bare ImageNet backbone at
+  224x224 pixels and 16x16 gray pixels. C is chosen on `val`; to measure on `val`, on a fifth of the train subjects.
+  `v_g - imagenet` is a difference, with an interval over the same resamples.
+* Retrieval: the sources' own texts, all together and by modality.
+
+No image of this folder has a mask or a box, so that pointing cannot be measured. Intervals are 95 % bootstrap
+intervals by subject. The results are a list as `medmoe evaluate` writes it.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from encode import StoredEncoder, imagenet_features, pixel_features
+from manifest import Row, for_training, is_share_alike, read_manifest, sha256
+from tasks import TASKS, evaluation_set, tasks_of
+
+from medmoe_hf.common.files import atomic_write
+from medmoe_hf.data import MODALITIES
+from medmoe_hf.evaluation.dataset import EvaluationSet, joined
+from medmoe_hf.evaluation.intervals import bootstrap
+from medmoe_hf.evaluation.linear_probe import FRACTIONS, linear_probe, mean_of_runs
+from medmoe_hf.evaluation.results import Result
+from medmoe_hf.evaluation.retrieval import retrieval
+from medmoe_hf.evaluation.routing import routing
+from medmoe_hf.evaluation.zero_shot import zero_shot
+
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+FEATURES = ("v_g", "embedding")
+BASELINES = ("imagenet", "pixels")
+COMPARED = ("balanced_accuracy", "macro_auroc")
+FEWEST_TEXTS = 10
+
+
+def image_set(name: str, rows: Sequence[Row], folder: Path) -> EvaluationSet:
+    """Returns images with their modalities and subjects."""
+    ids = {modality: index for index, modality in enumerate(MODALITIES)}
+    return EvaluationSet(
+        name=name,
+        images=[str(folder / row["file"]) for row in rows],
+        modalities=np.array([ids[row["modality"]] for row in rows], dtype=np.int64),
+        subjects=[row["subject"] for row in rows],
+    )
+
+
+def spoken(text: str) -> str:
+    """Turns "Q: question A: answer | ..." into sentences, each answer once; other texts stay as they are."""
+    if not text.startswith("Q:"):
+        return text
+    found: dict[str, str] = {}
+    for pair in text.split(" | "):
+        question, _, answer = pair.removeprefix("Q:").partition(" A: ")
+        question, answer = question.strip(), answer.strip()
+        plain = answer.lower() in ("yes", "no")
+        key = re.sub(r"\W+", " ", question if plain else answer).lower()
+        found.setdefault(key, f"{question} {answer}." if plain else f"{answer}.")
+    return " ".join(found.values())
+
+
+def text_sets(rows: Sequence[Row], folder: Path, split: str) -> list[EvaluationSet]:
+    """Returns the images with texts of a split: all, and those of each modality with at least ten."""
+    own = [row for row in rows if row["split"] == split and row["text"]]
+    groups = {"texts": own}
+    for modality in MODALITIES:
+        groups[f"texts/{modality}"] = [row for row in own if row["modality"] == modality]
+    sets = []
+    for name, members in groups.items():
+        if len(members) >= FEWEST_TEXTS and (name == "texts" or len(members) < len(own)):
+            captions = [spoken(row["text"]) for row in members]
+            sets.append(replace(image_set(name, members, folder), captions=captions, facts={"split": split}))
+    return sets
+
+
+def route(encoder: StoredEncoder, rows: Sequence[Row], folder: Path, **settings: Any) -> list[Result]:
+    """Measures the image router on all rows, and on those of each source."""
+    sources = sorted({row["source"] for row in rows})
+    parts = {"all sources": rows} | {source: [row for row in rows if row["source"] == source] for source in sources}
+    return [routing(encoder, image_set(name, part, folder), **settings) for name, part in parts.items()]
+
+
+def probe_set(name: str, rows: Sequence[Row], folder: Path, split: str, seed: int) -> EvaluationSet:
+    """Returns the train, validation and test images of a task, where `split` is the one to measure on."""
+    allowed = [row for row in rows if row["split"] == split or not is_share_alike(row)]
+    train, test = (evaluation_set(name, allowed, folder, one) for one in ("train", split))
+    splits = ["train"] * len(train) + ["test"] * len(test)
+    parts = [train, test]
+    if split == "val":
+        # What is measured must not choose C.
+        assert train.subjects is not None
+        subjects = sorted(set(train.subjects))
+        chosen = np.random.default_rng(seed).permutation(len(subjects))[: max(1, len(subjects) // 5)]
+        kept = {subjects[index] for index in chosen}
+        splits[: len(train)] = ["validation" if subject in kept else "train" for subject in train.subjects]
+    else:
+        validation = evaluation_set(name, allowed, folder, "val")
+        parts.append(validation)
+        splits += ["validation"] * len(validation)
+    different = {tuple(part.classes) for part in parts}
+    if len(different) > 1:
+        raise SystemExit(f"{name}: the splits have images of different classes: {different}.")
+    return replace(joined(parts, name), splits=np.array(splits), facts=test.facts)
+
+
+def compare_features(result: Result, data: EvaluationSet, resamples: int, seed: int) -> None:
+    """Adds the differences of the model's features to the baselines', on the same images and resamples."""
+    test = data.split("test")
+    assert test.labels is not None
+    for own in FEATURES:
+        for other in BASELINES:
+            for fraction in FRACTIONS:
+                share = f"{fraction:.0%}"
+                measured = bootstrap(
+                    _difference,
+                    result.probabilities[f"{own} {share}"],
+                    result.probabilities[f"{other} {share}"],
+                    test.labels,
+                    groups=test.subjects,
+                    resamples=resamples,
+                    seed=seed,
+                )
+                result.add(f"{own} - {other} {share}", measured)
+
+
+def _difference(first: np.ndarray, second: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    measured = [mean_of_runs(runs, labels) for runs in (first, second)]
+    return {name: measured[0][name] - measured[1][name] for name in COMPARED}
+
+
+def mean_over_tasks(probes: Sequence[tuple[Result, EvaluationSet]], resamples: int, seed: int) -> Result:
+    """Averages linear probes over tasks, with intervals of the means and of their differences.
+
+    All subjects of all tasks are resampled together, so that tasks with the same images are not independent.
+
+    Args:
+        probes: The result and the data of each task.
+        resamples: Number of bootstrap resamples.
+        seed: Seed of the bootstrap.
+    """
+    tests = [data.split("test") for _, data in probes]
+    labels = [test.labels for test in tests if test.labels is not None]
+    owner = np.concatenate([np.full(len(test), number) for number, test in enumerate(tests)])
+    classes = [len(test.classes) for test in tests]
+    first = probes[0][0]
+    result = Result(
+        protocol="linear-probe",
+        model=first.model,
+        dataset="mean over tasks",
+        count=len(owner),
+        metrics={},
+        facts={**first.facts, "title": "Mean over tasks", "tasks": [result.dataset for result, _ in probes]},
+    )
+    for name in ("notes", "sources", "seeds", "strengths", "trained_on", "count_by_class", "train_count_by_class"):
+        result.facts.pop(name, None)
+    result.facts["seeds"] = {}
+    kinds = (*FEATURES, *BASELINES)
+    for fraction in FRACTIONS:
+        share = f"{fraction:.0%}"
+        columns = [
+            np.concatenate([_padded(one.probabilities[f"{kind} {share}"], max(classes)) for one, _ in probes])
+            for kind in kinds
+        ]
+
+        def metric(*resampled: np.ndarray) -> dict[str, float]:
+            *tables, truth, task = resampled
+            means = {}
+            for kind, table in zip(kinds, tables, strict=True):
+                found = [
+                    mean_of_runs(table[task == number][:, :, :count], truth[task == number])
+                    if (task == number).any()
+                    else dict.fromkeys(COMPARED, float("nan"))
+                    for number, count in enumerate(classes)
+                ]
+                means |= {f"{kind}/{name}": float(np.mean([one[name] for one in found])) for name in COMPARED}
+            differences = {
+                f"{own} - {other}/{name}": means[f"{own}/{name}"] - means[f"{other}/{name}"]
+                for own in FEATURES
+                for other in BASELINES
+                for name in COMPARED
+            }
+            return means | differences
+
+        measured = bootstrap(
+            metric,
+            *columns,
+            np.concatenate(labels),
+            owner,
+            groups=[subject for test in tests for subject in test.subjects or ()],
+            resamples=resamples,
+            seed=seed,
+        )
+        for name, interval in measured.items():
+            kind, _, metric_name = name.rpartition("/")
+            result.add(f"{kind} {share}", {metric_name: interval})
+    return result
+
+
+def _padded(probabilities: np.ndarray, classes: int) -> np.ndarray:
+    return np.pad(probabilities, ((0, 0), (0, 0), (0, classes - probabilities.shape[2])))
+
+
+def evaluate(
+    model: str | Path,
+    data: str | Path,
+    split: str,
+    *,
+    name: str | None = None,
+    cache: str | Path = "cache",
+    only: Sequence[str] | None = None,
+    probes: bool = True,
+    probe_seeds: int = 3,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> list[Result]:
+    """Runs all protocols on one split.
+
+    Args:
+        model: Folder of the checkpoint.
+        data: Folder of the manifest.
+        split: `val`, `test` or `external`.
+        name: Name of the model in the results; None for the last two parts of its path.
+        cache: Folder in which features are kept.
+        only: Names of the tasks; None for all that the split allows.
+        probes: Whether linear probes are trained.
+        probe_seeds: Number of draws of the small parts of the train rows.
+        resamples: Number of bootstrap resamples.
+        seed: Seed of the bootstraps and the draws.
+
+    Returns:
+        The results: routing, zero-shot, linear probes and their mean, retrieval.
+    """
+    folder, settings = Path(data), {"resamples": resamples, "seed": seed}
+    rows = read_manifest(folder)
+    measured = [row for row in rows if row["split"] == split]
+    if not measured:
+        raise SystemExit(f"No row of the manifest is in the split {split}.")
+    tasks = {key: task for key, task in tasks_of(rows, split).items() if only is None or key in only}
+    sets = {key: evaluation_set(key, rows, folder, split) for key in tasks}
+    texts = text_sets(rows, folder, split)
+    prompts = {key: [sentence for own in one.prompts.values() for sentence in own] for key, one in sets.items()}
+    groups = [{"images": one.images, "texts": prompts[key]} for key, one in sets.items()]
+    groups += [{"images": one.images, "texts": one.captions or []} for one in texts]
+    encoder = StoredEncoder(model, name, Path(cache))
+    encoder.run(folder, measured, [text for group in groups for text in group["texts"]], groups)
+
+    results = route(encoder, measured, folder, **settings)
+    results += [zero_shot(encoder, one, **settings) for one in sets.values()]
+    probed = [key for key, task in tasks.items() if task.probe and probes]
+    if probed:
+        others = for_training(rows) if split == "val" else [*for_training(rows), *_of_split(rows, "val")]
+        encoder.run(folder, others)
+        for part in (measured, others):
+            baselines = {
+                "imagenet": imagenet_features(folder, part, Path(cache)),
+                "pixels": pixel_features(folder, part, Path(cache)),
+            }
+            encoder.add_features(part, folder, baselines)
+        found = []
+        for key in probed:
+            one = probe_set(key, rows, folder, split, seed)
+            result = linear_probe(encoder, one, seeds=probe_seeds, strengths=STRENGTHS, **settings)
+            compare_features(result, one, resamples, seed)
+            found.append((result, one))
+        results += [result for result, _ in found]
+        if len(found) > 1:
+            results.append(mean_over_tasks(found, resamples, seed))
+    results += [retrieval(encoder, one, **settings) for one in texts]
+    origin = {"model_hash": encoder.hash, "manifest_hash": sha256(folder / "manifest.csv"), "split": split}
+    for result in results:
+        result.facts |= origin
+    return results
+
+
+def _of_split(rows: Sequence[Row], split: str) -> list[Row]:
+    return [row for row in rows if row["split"] == split]
+
+
+def summary(results: Sequence[Result]) -> str:
+    """Returns a table of the metrics that are looked at first."""
+    lines = []
+    for result in results:
+        for variant, metrics in result.by_variant().items():
+            names = ("balanced_accuracy", "macro_auroc", "image_to_text_r5", "text_to_image_r5")
+            shown = {name: metrics[name] for name in names if name in metrics and not np.isnan(metrics[name].value)}
+            if not shown and "accuracy" in metrics:
+                shown = {"accuracy": metrics["accuracy"]}
+            cells = "  ".join(f"{name} {interval}" for name, interval in shown.items())
+            first = next(iter(metrics.values()))
+            lines.append(
+                f"{result.protocol:12} {result.dataset:28} {variant:26} N {result.count:4} / {first.n:4}  {cells}"
+            )
+    return "\n".join(lines)
+
+
+def write_results(results: Sequence[Result], path: Path) -> None:
+    """Writes results as `medmoe evaluate` does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps([result.to_json() for result in results], indent=1) + "\n", encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", required=True, type=Path, help="folder of the checkpoint")
+    parser.add_argument("--data", required=True, type=Path, help="folder with manifest.csv")
+    parser.add_argument("--split", required=True, choices=("val", "test", "external"))
+    parser.add_argument("--out", required=True, type=Path, help="JSON file to write")
+    parser.add_argument("--name", help="name of the model in the results; by default the end of its path")
+    parser.add_argument("--cache", type=Path, help="folder for features; by default `cache` beside OUT")
+    parser.add_argument("--only", nargs="+", choices=TASKS, metavar="TASK", help="tasks; by default all")
+    parser.add_argument("--no-probes", action="store_true", help="leave out linear probes, which take longest")
+    parser.add_argument("--probe-seeds", type=int, default=3)
+    parser.add_argument("--resamples", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args(arguments)
+    if given.split != "val":
+        print(
+            f"{given.split} is to be measured once, with the final checkpoint: choose everything on val.",
+            file=sys.stderr,
+        )
+    results = evaluate(
+        given.model,
+        given.data,
+        given.split,
+        name=given.name,
+        cache=given.cache or given.out.parent / "cache",
+        only=given.only,
+        probes=not given.no_probes,
+        probe_seeds=given.probe_seeds,
+        resamples=given.resamples,
+        seed=given.seed,
+    )
+    write_results(results, given.out)
+    print(summary(results))
+
+
+if __name__ == "__main__":
+    main()
