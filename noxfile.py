@@ -12,7 +12,7 @@ import nox
 
 ROOT = Path(__file__).parent
 OUTPUT = Path(os.environ.get("MEDMOE_OUTPUT", ROOT / "outputs")).resolve()
-QUICKSTART = OUTPUT / "quickstart"
+SCRATCH = OUTPUT / "scratch"
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
@@ -95,18 +95,18 @@ def pythons(session: nox.Session) -> None:
 
 
 @nox.session
-def quickstart(session: nox.Session) -> None:
+def scratch(session: nox.Session) -> None:
     """The README's main job, and whether its numbers hold."""
     prepare(session, "dicom")
-    example(session, "quickstart", "--output", fresh("quickstart"))
-    session.run("python", ".ci/check_quickstart.py", str(QUICKSTART / "report.json"))
+    example(session, "train_from_scratch", "--output", fresh("scratch"))
+    session.run("python", ".ci/check_scratch.py", str(SCRATCH / "report.json"))
 
 
 @nox.session
 def examples(session: nox.Session) -> None:
-    """Every example, on the quickstart's model."""
+    """Every example, on the model that `scratch` trains."""
     prepare(session, "all")
-    model = QUICKSTART / "model"
+    model = SCRATCH / "model"
     example(session, "zero_shot", "--model", model)
     example(session, "finetune_classification", "--model", model, "--output", fresh("classifier"))
     example(session, "train_on_your_data", "--model", model, "--output", fresh("mine"))
@@ -115,7 +115,7 @@ def examples(session: nox.Session) -> None:
     exported = fresh("exported")
     session.run("medmoe", "export", str(model), str(exported))
     labels = ("Axial CT of the abdomen.", "Color fundus photograph.")
-    picture = QUICKSTART / "heatmaps.png"
+    picture = SCRATCH / "heatmaps.png"
     example(session, "onnx_zero_shot", exported, "--image", picture, "--labels", *labels, "--check", model)
 
 
@@ -123,15 +123,15 @@ def examples(session: nox.Session) -> None:
 def experiments(session: nox.Session) -> None:
     """The programs behind our numbers, in small."""
     prepare(session, "all")
-    model = QUICKSTART / "model"
+    model = SCRATCH / "model"
     evaluation = fresh("evaluation")
     session.run(
-        *("medmoe", "evaluate", "all", str(model), "--recipe", "phantoms", "--data", str(QUICKSTART)),
+        *("medmoe", "evaluate", "all", str(model), "--recipe", "phantoms", "--data", str(SCRATCH)),
         *("--output", str(evaluation)),
     )
     example(session, "experiments/ablation", "--smoke", "--output", fresh("ablation"))
     example(session, "experiments/table3", "--output", OUTPUT / "table3.json")
-    example(session, "experiments/figure3", QUICKSTART, "--output", OUTPUT / "figure3.png")
+    example(session, "experiments/figure3", SCRATCH, "--output", OUTPUT / "figure3.png")
     example(session, "experiments/evaluate_real", "--model", model, "--output", fresh("real"), "--smoke")
 
 
@@ -139,11 +139,11 @@ def experiments(session: nox.Session) -> None:
 def benchmarks(session: nox.Session) -> None:
     """The benchmarks in small: that they run, not how fast."""
     prepare(session, "all")
-    model = QUICKSTART / "model"
+    model = SCRATCH / "model"
     example(session, "experiments/benchmarks/data", "--images", "20", "--rounds", "1")
     example(session, "experiments/benchmarks/training", "--rounds", "1", "--batches", "2", "--step-batch", "1")
     example(session, "experiments/benchmarks/inference", "--only", "presets", "--batches", "1", "--rounds", "1")
-    example(session, "experiments/benchmarks/precision", "--model", model, "--data", QUICKSTART)
+    example(session, "experiments/benchmarks/precision", "--model", model, "--data", SCRATCH)
     example(session, "experiments/benchmarks/encode", "--samples", "1000", "--output", fresh("bulk"))
 
 
@@ -173,8 +173,8 @@ def browser(session: nox.Session) -> None:
     prepare(session, "dicom,demo,test")
     if session.virtualenv.venv_backend != "none":
         session.install("playwright")
-    if (QUICKSTART / "model").is_dir():
-        session.env["MEDMOE_MODEL"] = str(QUICKSTART / "model")
+    if (SCRATCH / "model").is_dir():
+        session.env["MEDMOE_MODEL"] = str(SCRATCH / "model")
     session.env["MEDMOE_SCREENSHOTS"] = str(fresh("screenshots"))
     session.run("pytest", "-q", "tests/hub/test_space.py")
     session.run("pytest", "-q", "-m", "slow", "tests/browser")

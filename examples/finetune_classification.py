@@ -1,6 +1,6 @@
 """Fine-tune a MedMoE image tower as a classifier with transformers' Trainer.
 
-    python examples/finetune_classification.py                      # the quickstart's model on ultrasound phantoms
+    python examples/finetune_classification.py                      # the model of train_from_scratch.py on phantoms
     python examples/finetune_classification.py --model you/medmoe --data FOLDER
 
 FOLDER contains one folder of images per class (the `imagefolder` layout).
@@ -37,7 +37,7 @@ def phantoms(modality: str, count: int, seed: int) -> datasets.Dataset:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="quickstart/model", help="folder or Hub id of a MedMoE checkpoint")
+    parser.add_argument("--model", default="scratch/model", help="folder or Hub id of a MedMoE checkpoint")
     parser.add_argument("--data", help="image folder; default: synthetic ultrasound phantoms")
     parser.add_argument("--output", default="runs/classifier", help="folder for the fine-tuned model")
     parser.add_argument(

@@ -1,6 +1,6 @@
 """Zero-shot classification with a MedMoE checkpoint: by the stock pipeline, and with several prompts per class.
 
-python examples/zero_shot.py                           # the quickstart's model on unseen phantoms
+python examples/zero_shot.py                           # the model of train_from_scratch.py on unseen phantoms
 python examples/zero_shot.py --model you/medmoe --image scan.png --labels "a chest x-ray with effusion" "a normal ..."
 """
 
@@ -23,7 +23,7 @@ def with_pipeline(model: str, image: Image.Image, labels: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="quickstart/model", help="folder or Hub id")
+    parser.add_argument("--model", default="scratch/model", help="folder or Hub id")
     parser.add_argument("--image", help="image file; default: synthetic phantoms")
     parser.add_argument("--labels", nargs="+", help="sentences to choose from")
     arguments = parser.parse_args()

@@ -322,24 +322,24 @@ CHAIN = (
     ("medmoe train run.yaml", ""),
     ("medmoe train run.yaml --resume auto", ""),
     ("medmoe evaluate recipes", ""),
-    ("medmoe evaluate check phantoms --data quickstart", ""),
+    ("medmoe evaluate check phantoms --data scratch", ""),
     (
-        "medmoe evaluate zero-shot quickstart/model --recipe phantoms --data quickstart --output zero-shot",
+        "medmoe evaluate zero-shot scratch/model --recipe phantoms --data scratch --output zero-shot",
         "--resamples 9",
     ),
-    ("medmoe evaluate all quickstart/model --recipe phantoms --data quickstart --output evaluation", "--resamples 9"),
+    ("medmoe evaluate all scratch/model --recipe phantoms --data scratch --output evaluation", "--resamples 9"),
     (
-        "medmoe card quickstart/model --repo you/medmoe --license apache-2.0 --results evaluation/results.json",
+        "medmoe card scratch/model --repo you/medmoe --license apache-2.0 --results evaluation/results.json",
         "",
     ),
-    ("medmoe encode sources.yaml embeds --model quickstart/model", ""),
+    ("medmoe encode sources.yaml embeds --model scratch/model", ""),
     ('medmoe search embeds --text "a large pleural effusion" -k 5', ""),
     ("medmoe search embeds --image scan.png --modality ct --among reports", ""),
-    ("medmoe push quickstart/model you/medmoe --private --dry-run", ""),
-    ("medmoe push quickstart/model you/medmoe --private --tag v1", ""),
+    ("medmoe push scratch/model you/medmoe --private --dry-run", ""),
+    ("medmoe push scratch/model you/medmoe --private --tag v1", ""),
     ("medmoe verify you/medmoe --revision v1", ""),
-    ("medmoe verify quickstart/model", ""),
-    ("medmoe verify quickstart/model --record", ""),
+    ("medmoe verify scratch/model", ""),
+    ("medmoe verify scratch/model --record", ""),
     ("medmoe data push sources.yaml you/pairs --private --license cc-by-4.0", ""),
 )
 # Where the other commands run.
@@ -396,9 +396,9 @@ def write_small_data() -> None:
     Path("train.yaml").write_text(yaml.safe_dump(tars))
     others = [{"kind": "phantom", "seed": 5, "image_size": 64, "length": 12}]
     Path("test.yaml").write_text(yaml.safe_dump(others))
-    write_webdataset("quickstart/unseen", shards=1, samples_per_shard=48, seed=2, image_size=64)
+    write_webdataset("scratch/unseen", shards=1, samples_per_shard=48, seed=2, image_size=64)
     prompts = {modality: zero_shot_prompts(modality) for modality in FINDINGS}
-    Path("quickstart/prompts.json").write_text(json.dumps(prompts))
+    Path("scratch/prompts.json").write_text(json.dumps(prompts))
     phantom_sample(3, 0, image_size=64)["image"].save("scan.png")
 
 
@@ -423,7 +423,7 @@ def test_the_documented_commands_run_one_after_another(tmp_path, monkeypatch):
             output[command] = result.stdout
             if "--resume" in command:
                 assert Path("runs/first/model.safetensors").read_bytes() == before
-                shutil.copytree("runs/first", "quickstart/model")
+                shutil.copytree("runs/first", "scratch/model")
             if "--dry-run" in command:
                 assert not Path("runs").exists() or "push" in command
                 assert not hub.repos, "a dry run has uploaded something"
@@ -437,7 +437,7 @@ def test_the_documented_commands_run_one_after_another(tmp_path, monkeypatch):
     assert {result["protocol"] for result in results} == {
         "zero-shot", "linear-probe", "retrieval", "grounding", "routing"
     }  # fmt: skip
-    card = Path("quickstart/model/README.md").read_text()
+    card = Path("scratch/model/README.md").read_text()
     assert "license: apache-2.0" in card
     assert "you/medmoe" in card
     hits = output['medmoe search embeds --text "a large pleural effusion" -k 5'].splitlines()
@@ -449,7 +449,7 @@ def test_the_documented_commands_run_one_after_another(tmp_path, monkeypatch):
     assert model.private
     assert pairs.private
     held = model.commits[model.tags["v1"]].files
-    local = {path.name for path in Path("quickstart/model").iterdir()}
+    local = {path.name for path in Path("scratch/model").iterdir()}
     assert local <= set(held) <= local | {".gitattributes"}
     assert any(path.endswith(".parquet") for path in pairs.commits[pairs.branches["main"]].files)
     assert "has the outputs it was published with" in output["medmoe verify you/medmoe --revision v1"]

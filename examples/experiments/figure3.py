@@ -1,9 +1,9 @@
-"""Draw word-level heat-maps across modalities, as in Figure 3 of the paper, with the model of the quickstart.
+"""Draw word-level heat-maps across modalities, as in Figure 3 of the paper, with the model of `train_from_scratch.py`.
 
-    python examples/experiments/figure3.py quickstart [--output figure3.png]
+    python examples/experiments/figure3.py scratch [--output figure3.png]
 
 Each row shows one modality: an unseen phantom with the box of its finding, then the heat-maps of up to four words of
-its report: the word that names the finding, and others that do not occur in normal reports. As in the quickstart, each
+its report: the word that names the finding, and others that do not occur in normal reports. As there, each
 word is encoded alone, with normal reports of the modality as reference: the map shows what makes the image more
 similar to the word than to normal reports. Words that occur with findings only ("large", "evidence") therefore point
 at the finding too. The images are drawings.
@@ -30,7 +30,7 @@ WORDS = 4
 
 
 def read_samples(folder: Path) -> list[dict[str, Any]]:
-    """Read the unseen phantoms of a quickstart folder."""
+    """Read the unseen phantoms of a folder of examples/train_from_scratch.py."""
     shards = [str(path) for path in sorted((folder / "unseen").glob("*.tar"))]
     return list(datasets.load_dataset("webdataset", data_files=shards, split="train", streaming=True))
 
@@ -44,7 +44,7 @@ def select_words(words: list[str], finding: str, normal: set[str]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path, help="output folder of examples/quickstart.py")
+    parser.add_argument("folder", type=Path, help="output folder of examples/train_from_scratch.py")
     parser.add_argument("--output", type=Path, default=Path("figure3.png"), help="PNG file")
     parser.add_argument("--sample", type=int, default=0, help="index of the unseen phantom per modality")
     arguments = parser.parse_args()

@@ -48,7 +48,7 @@ def grounding(encoder: Encoder, data: EvaluationSet, resamples: int = 1000, seed
     Example:
         ```python
         (data,) = open_recipe(load_recipe("ms_cxr"), "ms_cxr")
-        result = grounding(load_encoder("quickstart/model"), data)
+        result = grounding(load_encoder("small"), data)
         print(result.metrics["phrase - nonsense/pointing"])
         ```
     """

@@ -72,7 +72,7 @@ def linear_probe(
     Example:
         ```python
         (data,) = open_recipe(load_recipe("rsna_pneumonia"), "rsna")
-        result = linear_probe(load_encoder("quickstart/model"), data, fractions=(1.0,))
+        result = linear_probe(load_encoder("small"), data, fractions=(1.0,))
         print(result.metrics["both 100%/macro_auroc"])
         ```
     """

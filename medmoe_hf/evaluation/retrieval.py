@@ -45,7 +45,7 @@ def retrieval(
     Example:
         ```python
         (data,) = open_recipe(load_recipe("rocov2"), "rocov2")
-        result = retrieval(load_encoder("quickstart/model"), data)
+        result = retrieval(load_encoder("small"), data)
         print(result.metrics["global/text_to_image_r5"])
         ```
     """

@@ -30,7 +30,7 @@ def routing(encoder: Encoder, data: EvaluationSet, resamples: int = 1000, seed: 
 
     Example:
         ```python
-        result = routing(load_encoder("quickstart/model"), data)
+        result = routing(load_encoder("small"), data)
         print(result.metrics["image router/accuracy"])
         ```
     """

@@ -66,7 +66,7 @@ def evaluate(
 
     Example:
         ```python
-        results = evaluate(["quickstart/model"], "phantoms", "quickstart", ["zero-shot"])
+        results = evaluate(["scratch/model"], "phantoms", "scratch", ["zero-shot"])
         for result in results:
             print(result.dataset, result.metrics["global/accuracy"])
         ```

@@ -34,7 +34,7 @@ class ZeroShotClassifier:
     Example:
         ```python
         prompts = {"normal": ["The lungs are clear."], "effusion": ["A large pleural effusion."]}
-        classify = ZeroShotClassifier(load_encoder("quickstart/model"), prompts)
+        classify = ZeroShotClassifier(load_encoder("small"), prompts)
         probabilities = classify(["scan.png"])  # (1, 2)
         ```
     """
@@ -102,7 +102,7 @@ def zero_shot(
     Example:
         ```python
         (data,) = open_recipe(load_recipe("chexpert_5x200"), "chexpert")
-        result = zero_shot(load_encoder("quickstart/model"), data)
+        result = zero_shot(load_encoder("small"), data)
         print(result.metrics["global/accuracy"])
         ```
     """
@@ -165,7 +165,7 @@ def multilabel_logits(
 
     Example:
         ```python
-        encoder = load_encoder("quickstart/model")
+        encoder = load_encoder("small")
         prompts = {"effusion": ["There is a pleural effusion."]}
         logits = multilabel_logits(encoder, ["scan.png"], prompts, {"effusion": ["No pleural effusion."]})
         print(logits["global"].sigmoid())

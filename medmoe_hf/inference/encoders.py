@@ -174,7 +174,7 @@ class MedMoEEncoder:
 
     Example:
         ```python
-        encoder = MedMoEEncoder("quickstart/model")
+        encoder = MedMoEEncoder("scratch/model")
         probabilities = encoder.route_images(["scan.png"])
         print(dict(zip(encoder.modalities, probabilities[0].tolist(), strict=True)))
         ```

@@ -150,7 +150,7 @@ def encode_sources(
         ```python
         from medmoe_hf.data.sources import load_sources
 
-        record = encode_sources(load_sources("sources.yaml"), "embeds", "quickstart/model")
+        record = encode_sources(load_sources("sources.yaml"), "embeds", "scratch/model")
         print(record)
         ```
     """

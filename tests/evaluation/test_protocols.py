@@ -46,8 +46,8 @@ class FakeEncoder:
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
-    """Sixty phantoms in the quickstart's layout."""
-    folder = tmp_path_factory.mktemp("quickstart")
+    """Sixty phantoms as the example writes them."""
+    folder = tmp_path_factory.mktemp("scratch")
     write_webdataset(folder / "unseen", shards=1, samples_per_shard=60, seed=2, image_size=64)
     prompts = {modality: zero_shot_prompts(modality) for modality in MODALITIES}
     (folder / "prompts.json").write_text(json.dumps(prompts))

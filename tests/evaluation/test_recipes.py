@@ -197,7 +197,7 @@ def rocov2(folder: Path) -> list[str]:
     return write_images(folder / "test_images/test", *(f"ROCOv2_2023_test_00000{n}.jpg" for n in (1, 2, 3)))
 
 
-def quickstart(folder: Path, samples: int = 24) -> None:
+def write_phantoms(folder: Path, samples: int = 24) -> None:
     write_webdataset(folder / "unseen", shards=2, samples_per_shard=samples // 2, seed=2, image_size=48)
     prompts = {modality: zero_shot_prompts(modality) for modality in FINDINGS}
     (folder / "prompts.json").write_text(json.dumps(prompts))
@@ -405,7 +405,7 @@ def test_ms_cxr_from_json_and_from_csv(tmp_path):
 
 
 def test_phantoms(tmp_path):
-    quickstart(tmp_path)
+    write_phantoms(tmp_path)
     sets = open_recipe(load_recipe("phantoms"), tmp_path)
     drawn = [phantom_sample(2, index, image_size=48) for index in range(24)]
     assert [one.name for one in sets] == [
@@ -596,15 +596,15 @@ def test_phantoms_of_another_folder(tmp_path):
     message = problems("phantoms", tmp_path)
     assert f"{tmp_path / 'prompts.json'} is missing" in message
     assert f"No file matches {tmp_path / 'unseen/*.tar'}" in message
-    assert "quickstart.py" in message
-    quickstart(tmp_path, samples=4)
+    assert "train_from_scratch.py" in message
+    write_phantoms(tmp_path, samples=4)
     shard = tmp_path / "unseen/phantom-000000.tar"
     shard.write_bytes(shard.read_bytes()[:3000])
     assert f"{shard} is truncated" in problems("phantoms", tmp_path)
 
 
 def test_phantoms_without_prompts_for_a_finding(tmp_path):
-    quickstart(tmp_path, samples=12)
+    write_phantoms(tmp_path, samples=12)
     prompts = json.loads((tmp_path / "prompts.json").read_text())
     (tmp_path / "prompts.json").write_text(json.dumps({name: {"normal": prompts[name]["normal"]} for name in prompts}))
     assert "which has no prompts" in problems("phantoms", tmp_path)

@@ -1,9 +1,9 @@
 """Benchmark of precision: zero-shot accuracy and retrieval of a trained model in bfloat16, int8 and as ONNX.
 
-    python examples/experiments/benchmarks/precision.py [--model quickstart/model] [--data quickstart]
+    python examples/experiments/benchmarks/precision.py [--model scratch/model] [--data scratch]
 
-By default the model of the quickstart on its unseen phantoms. Each format encodes the same images and texts; the
-cosines compare its embeddings with those in float32. int8 by torchao needs `pip install torchao`, ONNX needs `pip
+By default the model of `train_from_scratch.py` on its unseen phantoms. Each format encodes the same images and texts;
+the cosines compare its embeddings with those in float32. int8 by torchao needs `pip install torchao`, ONNX needs `pip
 install "medmoe_hf[export]"`. `inference.py` measures the speed of each format.
 """
 
@@ -57,8 +57,8 @@ def formats(model: str, folder: Path) -> Iterator[tuple[str, Encoder]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="quickstart/model", help="folder or Hub id")
-    parser.add_argument("--data", type=Path, default=Path("quickstart"), help="folder of the data")
+    parser.add_argument("--model", default="scratch/model", help="folder or Hub id")
+    parser.add_argument("--data", type=Path, default=Path("scratch"), help="folder of the data")
     parser.add_argument("--recipe", default="phantoms", help="name or path of a recipe")
     arguments = parser.parse_args()
     read = load_recipe(arguments.recipe)

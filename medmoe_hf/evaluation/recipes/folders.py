@@ -1,4 +1,4 @@
-"""Images in a folder per class, and the folder that `examples/quickstart.py` writes."""
+"""Images in a folder per class, and the folder that `examples/train_from_scratch.py` writes."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -44,19 +44,19 @@ def read_phantoms(layout: PhantomLayout, folder: Path, copy: LocalCopy) -> None:
     try:
         copy.prompts = json.loads(prompts.read_text(encoding="utf-8"))
     except OSError:
-        copy.problems.append(f"{prompts} is missing. Run examples/quickstart.py; it writes it.")
+        copy.problems.append(f"{prompts} is missing. Run examples/train_from_scratch.py; it writes it.")
     except ValueError as error:
-        copy.problems.append(f"{prompts} is not valid JSON: {error}. Run examples/quickstart.py again.")
+        copy.problems.append(f"{prompts} is not valid JSON: {error}. Run examples/train_from_scratch.py again.")
     shards = sorted(folder.glob(layout.shards))
     if not shards:
         copy.problems.append(
-            f"No file matches {folder / layout.shards}. Run examples/quickstart.py; it writes shards."
+            f"No file matches {folder / layout.shards}. Run examples/train_from_scratch.py; it writes shards."
         )
     for path in shards:
         try:
             copy.rows += _phantom_rows(path, copy.prompts)
         except (ShardError, RecipeError) as error:
-            copy.problems.append(f"{error} Run examples/quickstart.py again.")
+            copy.problems.append(f"{error} Run examples/train_from_scratch.py again.")
 
 
 def _phantom_rows(path: Path, prompts: Mapping[str, Mapping[str, list[str]]]) -> Iterator[Row]:
@@ -76,7 +76,7 @@ def _phantom_rows(path: Path, prompts: Mapping[str, Mapping[str, list[str]]]) ->
                 boxes=[(box[0], box[1], box[2], box[3])] if box else [],
             )
         except (KeyError, ValueError, IndexError, OSError) as error:
-            expected = "png, txt, cls and json (id, finding, finding_word, box), as in the quickstart's shards"
+            expected = "png, txt, cls and json (id, finding, finding_word, box), as in the shards that it writes"
             raise RecipeError(f"{path}: sample {sample['__key__']} lacks {expected}; {error!r}.") from error
         name = MODALITIES[modality] if modality in range(len(MODALITIES)) else None
         if prompts and finding not in prompts.get(name or "", {}):

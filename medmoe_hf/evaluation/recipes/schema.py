@@ -140,7 +140,7 @@ class BoxesLayout(_Layout):
 
 
 class PhantomLayout(_Layout):
-    """The folder that `examples/quickstart.py` writes: tar shards of phantoms and the prompts of their findings.
+    """The folder that `examples/train_from_scratch.py` writes: shards of phantoms and the prompts of their findings.
 
     Attributes:
         shards: Glob pattern of the shards.

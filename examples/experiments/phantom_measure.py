@@ -1,8 +1,8 @@
-"""Second half of the quickstart: evaluate a saved MedMoE folder in a process that cannot import `medmoe_hf`.
+"""Second half of `train_from_scratch.py`: evaluate a saved MedMoE folder in a process that cannot import `medmoe_hf`.
 
-    python examples/experiments/quickstart_measure.py FOLDER
+    python examples/experiments/phantom_measure.py FOLDER
 
-FOLDER is the output folder of `examples/quickstart.py`. Everything here needs transformers and the model's
+FOLDER is the output folder of `examples/train_from_scratch.py`. Everything here needs transformers and the model's
 folder (or its repository on the Hub) only.
 """
 

@@ -1,6 +1,6 @@
-"""Fails if a quickstart report falls short of what the README promises.
+"""Fails if the report of examples/train_from_scratch.py falls short of what the README promises.
 
-python .ci/check_quickstart.py quickstart/report.json
+python .ci/check_scratch.py scratch/report.json
 """
 
 import json

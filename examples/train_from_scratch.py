@@ -1,12 +1,12 @@
-"""Train and evaluate a small MedMoE from scratch: one command, offline, on a laptop.
+"""Train and evaluate a small MedMoE from scratch on synthetic phantoms: one command, offline.
 
-    python examples/quickstart.py [--output quickstart]
+    python examples/train_from_scratch.py [--output scratch]
 
 The script
 
 1. trains the `tiny` preset on synthetic image-report pairs (phantoms) of six modalities;
 2. saves the model as a folder that is ready for the Hub;
-3. starts a second process that cannot import `medmoe_hf` (`experiments/quickstart_measure.py`), which loads the folder
+3. starts a second process that cannot import `medmoe_hf` (`experiments/phantom_measure.py`), which loads the folder
    with the Auto classes, evaluates the model on unseen phantoms and routes three real images;
 4. prints a table, and writes `report.json` and `heatmaps.png` to the output folder.
 
@@ -30,7 +30,7 @@ TRAIN_SEED, HELD_OUT_SEED, UNSEEN_SEED = 0, 1, 2
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, default=Path("quickstart"), help="new folder for all results")
+    parser.add_argument("--output", type=Path, default=Path("scratch"), help="new folder for all results")
     parser.add_argument("--steps", type=int, default=1000, help="number of training steps")
     parser.add_argument("--unseen", type=int, default=600, help="number of phantoms to evaluate on")
     arguments = parser.parse_args()
@@ -63,7 +63,7 @@ def main() -> None:
     )
     prompts = {modality: zero_shot_prompts(modality) for modality in FINDINGS}
     (arguments.output / "prompts.json").write_text(json.dumps(prompts, indent=1) + "\n")
-    measure = Path(__file__).parent / "experiments" / "quickstart_measure.py"
+    measure = Path(__file__).parent / "experiments" / "phantom_measure.py"
     subprocess.run([sys.executable, str(measure), str(arguments.output)], check=True)
     report_path = arguments.output / "report.json"
     report = json.loads(report_path.read_text())
@@ -77,7 +77,7 @@ def print_table(report: dict[str, Any]) -> None:
     """Print the content of `report.json` as a table."""
     count = report["unseen_phantoms"]
     training = report["training"]
-    print(f"\nMedMoE quickstart: {training['pairs']} phantom pairs in {training['seconds']:.0f} s of training;")
+    print(f"\nMedMoE from scratch: {training['pairs']} phantom pairs in {training['seconds']:.0f} s of training;")
     print(f"evaluated on {count} unseen phantoms (drawings, not patients), in a process without medmoe_hf\n")
 
     def row(name: str, value: float, note: str = "") -> None:
