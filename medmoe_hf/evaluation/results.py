@@ -86,8 +86,8 @@ class Result:
         confusions: Variant -> confusion matrix.
         calibrations: Variant -> result of `metrics.calibration`.
         examples: Heat-maps for a figure; not part of the JSON.
-        probabilities: Variant -> (N, R, C) probabilities of the test images in R runs (linear probe), for paired
-            comparisons of variants; not part of the JSON.
+        probabilities: Variant -> (N, R, C) probabilities of the test images in R runs (zero-shot has one), for paired
+            comparisons; not part of the JSON.
 
     Example:
         >>> result = Result("zero-shot", "you/medmoe", "toy", 4, {"global/accuracy": Interval(0.75, 0.5, 1.0, 4)}, {})
@@ -197,6 +197,34 @@ class Result:
         left_out = ("examples", "probabilities")
         plain: dict[str, Any] = _plain({name: value for name, value in _shallow(self).items() if name not in left_out})
         return plain
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> "Result":
+        """Converts back from plain objects; confusion matrices, calibrations and examples stay behind.
+
+        Args:
+            entry: What `to_json` returned.
+
+        Returns:
+            The result.
+
+        Raises:
+            KeyError: If a field is missing.
+            TypeError: If a field is of another type.
+
+        Example:
+            ```python
+            results = [Result.from_json(entry) for entry in json.loads(path.read_text())]
+            ```
+        """
+        return cls(
+            entry["protocol"],
+            entry["model"],
+            entry["dataset"],
+            entry["count"],
+            {name: Interval(**_with_nan(interval)) for name, interval in entry["metrics"].items()},
+            entry["facts"],
+        )
 
     def rows_of(self, interval: Interval) -> int:
         """Returns the number of images that an interval is over: a variant may leave out some.
@@ -314,6 +342,11 @@ def common_facts(
         "resamples": resamples,
         "versions": {name: found for name in PACKAGES if (found := _version(name)) is not None},
     }
+
+
+def _with_nan(interval: Mapping[str, Any]) -> dict[str, Any]:
+    # JSON has no NaN; undefined values are null.
+    return {key: math.nan if value is None and key != "rows" else value for key, value in interval.items()}
 
 
 def _shallow(result: Result) -> dict[str, Any]:

@@ -132,6 +132,7 @@ def zero_shot(
     else:
         for kind, logits in _class_logits(encoder, data.images, data.prompts, scores).items():
             probabilities = logits.double().softmax(dim=1).numpy()
+            result.probabilities[kind] = probabilities[:, None]
             result.add_classification(kind, probabilities, data.labels, data.classes, data.subjects)
     if isinstance(encoder, MedMoEEncoder) and data.modalities is not None:
         _add_routing(result, encoder, data, data.modalities)

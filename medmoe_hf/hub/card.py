@@ -253,22 +253,11 @@ def _read_training(folder: Path, training: str | Path | None) -> tuple[dict[str,
 def _read_results(path: Path, names: set[str]) -> list["Result"]:
     """The results of this model."""
     # Imported here, as the evaluation package takes seconds to import.
-    from medmoe_hf.evaluation.intervals import Interval
     from medmoe_hf.evaluation.results import Result
 
     content = _read_json(path)
     try:
-        results = [
-            Result(
-                entry["protocol"],
-                entry["model"],
-                entry["dataset"],
-                entry["count"],
-                {name: Interval(**_with_nan(interval)) for name, interval in entry["metrics"].items()},
-                entry["facts"],
-            )
-            for entry in content
-        ]
+        results = [Result.from_json(entry) for entry in content]
     except (KeyError, TypeError, AttributeError) as error:
         raise CardError(
             f"{path} is no list of results as `medmoe evaluate` writes it ({type(error).__name__}: {error})."
@@ -281,11 +270,6 @@ def _read_results(path: Path, names: set[str]) -> list["Result"]:
             f"{' or '.join(sorted(names))}; leave only this model's results in the file."
         )
     return [result for result in results if PureWindowsPath(result.model).name in own]
-
-
-def _with_nan(interval: dict[str, Any]) -> dict[str, Any]:
-    # JSON has no NaN; undefined values are null.
-    return {key: math.nan if value is None else value for key, value in interval.items()}
 
 
 # Contents

@@ -25,7 +25,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from encode import StoredEncoder, imagenet_features, pixel_features
@@ -88,11 +87,13 @@ def text_sets(rows: Sequence[Row], folder: Path, split: str) -> list[EvaluationS
     return sets
 
 
-def route(encoder: StoredEncoder, rows: Sequence[Row], folder: Path, **settings: Any) -> list[Result]:
-    """Measures the image router on all rows, and on those of each source."""
-    sources = sorted({row["source"] for row in rows})
-    parts = {"all sources": rows} | {source: [row for row in rows if row["source"] == source] for source in sources}
-    return [routing(encoder, image_set(name, part, folder), **settings) for name, part in parts.items()]
+def route(encoder: StoredEncoder, rows: Sequence[Row], folder: Path, resamples: int, seed: int) -> list[Result]:
+    """Measures the image router on all rows, and on those of each modality and of each source."""
+    parts = {"all sources": list(rows)}
+    for column in ("modality", "source"):
+        for value in dict.fromkeys(row[column] for row in rows):
+            parts[f"{column} {value}"] = [row for row in rows if row[column] == value]
+    return [routing(encoder, image_set(name, part, folder), resamples, seed) for name, part in parts.items()]
 
 
 def probe_set(name: str, rows: Sequence[Row], folder: Path, split: str, seed: int) -> EvaluationSet:
@@ -179,7 +180,7 @@ def mean_over_tasks(probes: Sequence[tuple[Result, EvaluationSet]], resamples: i
 
         def metric(*resampled: np.ndarray) -> dict[str, float]:
             *tables, truth, task = resampled
-            means = {}
+            means: dict[str, float] = {}
             for kind, table in zip(kinds, tables, strict=True):
                 found = [
                     mean_of_runs(table[task == number][:, :, :count], truth[task == number])
@@ -245,9 +246,9 @@ def evaluate(
     Returns:
         The results: routing, zero-shot, linear probes and their mean, retrieval.
     """
-    folder, settings = Path(data), {"resamples": resamples, "seed": seed}
+    folder = Path(data)
     rows = read_manifest(folder)
-    measured = [row for row in rows if row["split"] == split]
+    measured = _of_split(rows, split)
     if not measured:
         raise SystemExit(f"No row of the manifest is in the split {split}.")
     tasks = {key: task for key, task in tasks_of(rows, split).items() if only is None or key in only}
@@ -259,13 +260,15 @@ def evaluate(
     encoder = StoredEncoder(model, name, Path(cache))
     encoder.run(folder, measured, [text for group in groups for text in group["texts"]], groups)
 
-    results = route(encoder, measured, folder, **settings)
-    results += [zero_shot(encoder, one, **settings) for one in sets.values()]
+    results = route(encoder, measured, folder, resamples, seed)
+    results += [zero_shot(encoder, one, resamples=resamples, seed=seed) for one in sets.values()]
     probed = [key for key, task in tasks.items() if task.probe and probes]
     if probed:
-        others = for_training(rows) if split == "val" else [*for_training(rows), *_of_split(rows, "val")]
-        encoder.run(folder, others)
-        for part in (measured, others):
+        # Each split on its own, so that the cache of one evaluation serves the others.
+        learned = [for_training(rows), *([] if split == "val" else [_of_split(rows, "val")])]
+        for part in learned:
+            encoder.run(folder, part)
+        for part in (measured, *learned):
             baselines = {
                 "imagenet": imagenet_features(folder, part, Path(cache)),
                 "pixels": pixel_features(folder, part, Path(cache)),
@@ -274,14 +277,20 @@ def evaluate(
         found = []
         for key in probed:
             one = probe_set(key, rows, folder, split, seed)
-            result = linear_probe(encoder, one, seeds=probe_seeds, strengths=STRENGTHS, **settings)
+            result = linear_probe(encoder, one, seeds=probe_seeds, strengths=STRENGTHS, resamples=resamples, seed=seed)
             compare_features(result, one, resamples, seed)
             found.append((result, one))
         results += [result for result, _ in found]
         if len(found) > 1:
             results.append(mean_over_tasks(found, resamples, seed))
-    results += [retrieval(encoder, one, **settings) for one in texts]
-    origin = {"model_hash": encoder.hash, "manifest_hash": sha256(folder / "manifest.csv"), "split": split}
+    results += [retrieval(encoder, one, resamples=resamples, seed=seed) for one in texts]
+    similarity = json.loads((Path(model) / "config.json").read_text(encoding="utf-8")).get("similarity", "global")
+    origin = {
+        "similarity": similarity,
+        "model_hash": encoder.hash,
+        "manifest_hash": sha256(folder / "manifest.csv"),
+        "split": split,
+    }
     for result in results:
         result.facts |= origin
     return results

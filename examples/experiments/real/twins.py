@@ -1,0 +1,189 @@
+"""The question of the paper on real scans: routed experts, one shared expert of equal size, or none.
+
+    python examples/experiments/real/twins.py --recipe train.yaml --data ../shared/real --models MODELS
+        --out twins.json --init="--preset small --vision timm/NAME@FILE --text FOLDER" [--split val] [--seeds 0 1 2]
+        [--without nih-cxr14] [--set KEY=VALUE ...]
+
+Each variant starts from a model that `medmoe init` makes with the same arguments and the overrides of `VARIANTS`, and
+trains with the same recipe, data, order and number of steps. Sources of `--without` are left out of the training and
+measured as other sources, and so is `external` together with `--split test`. Runs that exist are not repeated.
+"""
+
+import argparse
+import json
+import shlex
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from evaluate import evaluate
+from manifest import read_manifest
+from safetensors import safe_open
+from tasks import TASKS, tasks_of
+from trainings import Overrides, command, merged, read_recipe, train, without_sources
+
+from medmoe_hf.common.files import atomic_write
+from medmoe_hf.evaluation.results import Result
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the table.
+
+    Attributes:
+        label: What it is.
+        init: Fields of the configuration of the new model that differ, with dotted names.
+        train: Keys of the recipe that differ.
+    """
+
+    label: str
+    init: Mapping[str, Any] = field(default_factory=dict)
+    train: Overrides = field(default_factory=dict)
+
+
+# The width at which one expert of the preset `small` has as many parameters as six, see `test_real_scans.py`.
+VARIANTS: dict[str, Variant] = {
+    "routed": Variant("six routed experts"),
+    "shared": Variant(
+        "one shared expert with the parameters of six",
+        init={"vision_config.expert_type": "shared", "vision_config.expert_hidden_size": 180},
+    ),
+    "none": Variant("no expert: the global embedding is the backbone's", init={"vision_config.expert_type": "none"}),
+}
+
+MEASURES = ("tasks", "other sources", "routing")
+
+
+def task_metrics(results: Sequence[Result]) -> dict[str, dict[str, float]]:
+    """Returns task or `routing` -> metric -> value, of the global score."""
+    found = {}
+    for result in results:
+        metrics = result.by_variant()
+        if result.protocol == "zero-shot":
+            found[result.dataset] = {name: one.value for name, one in metrics["global"].items()}
+        elif result.protocol == "routing" and result.dataset == "all sources":
+            found["routing"] = {name: one.value for name, one in metrics["image router"].items()}
+    return found
+
+
+def summarize(runs: Mapping[str, Mapping[str, Any]], others: Sequence[str]) -> dict[str, dict[str, list[float]]]:
+    """Averages each run over its tasks.
+
+    Args:
+        runs: Variant -> seed -> `{"metrics": task_metrics(...)}`.
+        others: Tasks of sources that were not trained on.
+
+    Returns:
+        Variant -> measure -> one value per seed. `tasks` is the mean balanced accuracy over the finding tasks of the
+        trained sources, `other sources` the mean AUROC over `others`, `routing` a balanced accuracy.
+    """
+    table: dict[str, dict[str, list[float]]] = {}
+    for variant, by_seed in runs.items():
+        values: dict[str, list[float]] = {measure: [] for measure in MEASURES}
+        for _, run in sorted(by_seed.items()):
+            metrics = run["metrics"]
+            own = [metrics[name]["balanced_accuracy"] for name in metrics if name in TASKS and _is_own(name, others)]
+            foreign = [metrics[name]["macro_auroc"] for name in metrics if name in others]
+            values["tasks"].append(statistics.fmean(own) if own else float("nan"))
+            values["other sources"].append(statistics.fmean(foreign) if foreign else float("nan"))
+            values["routing"].append(metrics.get("routing", {}).get("balanced_accuracy", float("nan")))
+        table[variant] = values
+    return table
+
+
+def _is_own(name: str, others: Sequence[str]) -> bool:
+    return TASKS[name].probe and name not in others
+
+
+def _parameters(folder: Path) -> int:
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+    return sum(_product(shape) for shape in shapes)
+
+
+def _product(shape: Sequence[int]) -> int:
+    product = 1
+    for side in shape:
+        product *= side
+    return product
+
+
+def run(
+    name: str,
+    seed: int,
+    recipe: Mapping[str, Any],
+    init: Sequence[str],
+    models: Path,
+    data: Path,
+    splits: Sequence[str],
+    cache: Path,
+    resamples: int,
+) -> dict[str, Any]:
+    """Makes, trains and measures a variant with a seed."""
+    variant = VARIANTS[name]
+    start, folder = models / f"{name}-{seed}-start", models / f"{name}-{seed}"
+    if not (start / "config.json").is_file():
+        overrides = [part for key, value in variant.init.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+        command("init", str(start), *init, *overrides, "--seed", str(seed))
+    model: dict[str, Any] = {**dict.fromkeys(recipe["model"]), "from_pretrained": str(start), "overrides": {}}
+    train(merged({**recipe, "model": model, "seed": seed}, variant.train), folder)
+    results = [
+        result
+        for split in splits
+        for result in evaluate(folder, data, split, cache=cache, probes=False, resamples=resamples)
+    ]
+    seconds = json.loads((folder / "training.json").read_text(encoding="utf-8"))["seconds"]
+    return {"parameters": _parameters(folder), "seconds": seconds, "metrics": task_metrics(results)}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--recipe", required=True, type=Path, help="training YAML")
+    parser.add_argument("--data", required=True, type=Path, help="folder with manifest.csv")
+    parser.add_argument("--models", required=True, type=Path, help="folder for the models")
+    parser.add_argument("--init", required=True, help="arguments of `medmoe init`, in one string")
+    parser.add_argument("--out", required=True, type=Path, help="JSON file to write")
+    parser.add_argument("--split", choices=("val", "test"), default="val")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--without", nargs="+", default=[], metavar="SOURCE", help="sources left out of the training")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")
+    parser.add_argument("--cache", type=Path, help="folder for features; by default `cache` beside OUT")
+    parser.add_argument("--resamples", type=int, default=1, help="of intervals, which the table does not show")
+    given = parser.parse_args(arguments)
+    recipe = without_sources(read_recipe(given.recipe, given.set), given.without)
+    splits = [given.split, *(["external"] if given.split == "test" else [])]
+    rows = read_manifest(given.data)
+    others = [
+        name
+        for split in splits
+        for name, task in tasks_of(rows, split).items()
+        if not name.startswith(("modality", "region"))
+        and (task.external or set(task.where.get("source", ())) & set(given.without))
+    ]
+    runs: dict[str, dict[str, Any]] = {}
+    for seed in given.seeds:
+        for name in given.only:
+            cache = given.cache or given.out.parent / "cache"
+            found = run(
+                name, seed, recipe, shlex.split(given.init), given.models, given.data, splits, cache, given.resamples
+            )
+            runs.setdefault(name, {})[str(seed)] = found
+            content = {
+                "labels": {key: VARIANTS[key].label for key in runs},
+                "split": given.split,
+                "without": given.without,
+                "others": others,
+                "runs": runs,
+                "table": summarize(runs, others),
+            }
+            given.out.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(given.out) as partial:
+                partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(summarize(runs, others), indent=1))
+
+
+if __name__ == "__main__":
+    main()
