@@ -1,0 +1,292 @@
+"""Tables of the results on real scans, for the results page and the model card: no number is typed by hand.
+
+    python examples/experiments/real/report.py RUN [--page docs/pages/results.md]
+
+RUN is the folder with `test.json` and `external.json` of `evaluate.py`, `crossings.json`, `twins.json` and
+`check.json`; what is missing is left out. With --page the tables replace what is between the two marks on that page.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tasks import CROSSINGS, TASKS
+
+from medmoe_hf.common.files import atomic_write
+from medmoe_hf.errors import SourceError
+from medmoe_hf.evaluation.intervals import Interval
+from medmoe_hf.evaluation.linear_probe import FRACTIONS
+from medmoe_hf.evaluation.results import Result
+from medmoe_hf.hub.card import markdown_table
+
+BEGIN = "<!-- real scans: written by examples/experiments/real/report.py -->"
+END = "<!-- real scans: end -->"
+FILES = ("val", "test", "external", "crossings", "twins", "check")
+
+Run = Mapping[str, Any]
+
+
+def read_run(folder: str | Path) -> dict[str, Any]:
+    """Reads the files of a run.
+
+    Args:
+        folder: Folder with JSON files; those of `evaluate.py` and `leave_one_out.py` become lists of `Result`.
+
+    Raises:
+        SourceError: If there is none.
+    """
+    found: dict[str, Any] = {}
+    for name in FILES:
+        path = Path(folder) / f"{name}.json"
+        if path.is_file():
+            content = json.loads(path.read_text(encoding="utf-8"))
+            found[name] = [Result.from_json(entry) for entry in content] if isinstance(content, list) else content
+    if not found:
+        raise SourceError(f"{folder} has none of {', '.join(f'{name}.json' for name in FILES)}.")
+    return found
+
+
+def shown(interval: Interval | None) -> str:
+    """Returns a value with its interval, three digits each."""
+    if interval is None or np.isnan(interval.value):
+        return "–"
+    if np.isnan(interval.low):
+        return f"{interval.value:.3f}"
+    return f"{interval.value:.3f} ({interval.low:.3f} to {interval.high:.3f})"
+
+
+def counted(result: Result) -> str:
+    """Returns the number of images, and of subjects in brackets."""
+    subjects = next(iter(result.metrics.values())).n
+    return f"{result.count} ({subjects})"
+
+
+def measured(run: Run, split: str, protocol: str) -> list[Result]:
+    """Returns the results of a protocol on a split."""
+    return [result for result in run.get(split, ()) if result.protocol == protocol]
+
+
+def routing_table(run: Run, split: str) -> str:
+    """Returns the accuracy of the image router: on all sources, by modality and by source."""
+    rows = []
+    for result in measured(run, split, "routing"):
+        metrics = result.by_variant()["image router"]
+        balanced = shown(metrics["balanced_accuracy"]) if result.dataset == "all sources" else ""
+        rows.append([result.dataset, counted(result), shown(metrics["accuracy"]), balanced])
+    return markdown_table(("images", "N (subjects)", "accuracy", "balanced accuracy"), rows)
+
+
+def zero_shot_table(run: Run, split: str) -> str:
+    """Returns zero-shot classification by task, beside chance and the linear probes of the two baselines."""
+    probes = {result.dataset: result.metrics for result in measured(run, split, "linear-probe")}
+    rows = []
+    for result in measured(run, split, "zero-shot"):
+        metrics = result.by_variant()[result.facts.get("similarity", "global")]
+        classes = len(result.facts["count_by_class"])
+        balanced, what = metrics["balanced_accuracy"], ""
+        if np.isnan(balanced.value):
+            balanced, what = metrics["accuracy"], "accuracy "
+        auroc = metrics["macro_auroc"] if classes == 2 else None
+        probe = probes.get(result.dataset, {})
+        baselines = [shown(probe.get(f"{name} 100%/balanced_accuracy")) for name in ("imagenet", "pixels")]
+        title = result.facts.get("title", result.dataset)
+        rows.append([title, counted(result), f"{1 / classes:.2f}", what + shown(balanced), shown(auroc), *baselines])
+    header = ("task", "N (subjects)", "chance", "balanced accuracy", "AUROC", "probe, ImageNet", "probe, 16x16 pixels")
+    return markdown_table(header, rows)
+
+
+def probe_table(run: Run, split: str) -> str:
+    """Returns linear probes as means over tasks, and the differences to the baselines."""
+    rows = []
+    for result in measured(run, split, "linear-probe"):
+        if result.dataset != "mean over tasks":
+            continue
+        for fraction in FRACTIONS:
+            share = f"{fraction:.0%}"
+            kinds = ("v_g", "embedding", "imagenet", "pixels", "v_g - imagenet", "embedding - imagenet")
+            rows.append([share, *(shown(result.metrics.get(f"{kind} {share}/balanced_accuracy")) for kind in kinds)])
+    header = ("train rows", "v_g", "embedding", "ImageNet", "16x16 pixels", "v_g − ImageNet", "embedding − ImageNet")
+    return markdown_table(header, rows)
+
+
+def probe_tasks_table(run: Run, split: str, share: str = "10%") -> str:
+    """Returns linear probes by task, with a share of the train rows."""
+    rows = [
+        [
+            result.facts.get("title", result.dataset),
+            counted(result),
+            *(
+                shown(result.metrics.get(f"{kind} {share}/balanced_accuracy"))
+                for kind in ("v_g", "imagenet", "pixels", "v_g - imagenet")
+            ),
+        ]
+        for result in measured(run, split, "linear-probe")
+        if result.dataset != "mean over tasks"
+    ]
+    return markdown_table(("task", "N (subjects)", "v_g", "ImageNet", "16x16 pixels", "v_g − ImageNet"), rows)
+
+
+def retrieval_table(run: Run, split: str) -> str:
+    """Returns recall on the sources' texts, beside chance."""
+    rows = []
+    for result in measured(run, split, "retrieval"):
+        metrics = result.by_variant()[result.facts.get("similarity", "global")]
+        for direction, arrow in (("image_to_text", "image → text"), ("text_to_image", "text → image")):
+            cells = [
+                f"{shown(metrics[f'{direction}_r{k}'])}, chance {result.facts['chance'][f'r{k}']:.2f}"
+                for k in (1, 5, 10)
+            ]
+            rows.append([result.dataset, counted(result), arrow, *cells])
+    return markdown_table(("texts", "N (subjects)", "direction", "R@1", "R@5", "R@10"), rows)
+
+
+def crossing_table(run: Run) -> str:
+    """Returns the AUROC on sources that a model has not seen, beside that of the bare ImageNet backbone."""
+    results = run.get("crossings", ())
+    probes = {result.dataset: result.metrics for result in results if result.protocol == "linear-probe"}
+    rows = []
+    for result in results:
+        if result.protocol != "zero-shot":
+            continue
+        score = result.facts.get("similarity", "global")
+        probe = probes[result.dataset]
+        rows.append(
+            [
+                CROSSINGS[result.dataset].title,
+                f"{result.facts['split']}, {counted(result)}",
+                shown(result.metrics[f"{score}/macro_auroc"]),
+                shown(probe["imagenet 100%/macro_auroc"]),
+                shown(probe["pixels 100%/macro_auroc"]),
+                shown(result.metrics[f"{score} - imagenet 100%/macro_auroc"]),
+            ]
+        )
+    header = ("crossing", "split, N (subjects)", "zero-shot AUROC", "probe, ImageNet", "probe, pixels", "difference")
+    return markdown_table(header, rows)
+
+
+def twins_table(run: Run) -> str:
+    """Returns means and ranges over seeds of the variants with and without experts."""
+    twins = run.get("twins")
+    if not twins:
+        return ""
+    rows = []
+    for name, values in twins["table"].items():
+        some = next(iter(twins["runs"][name].values()))
+        rows.append(
+            [
+                twins["labels"][name],
+                f"{some['parameters'] / 1e6:.2f} M",
+                str(len(twins["runs"][name])),
+                *(_mean_and_range(own) for own in values.values()),
+            ]
+        )
+    header = ("variant", "parameters", "seeds", "tasks", "other sources, AUROC", "routing")
+    return markdown_table(header, rows)
+
+
+def _mean_and_range(values: Sequence[float]) -> str:
+    known = [value for value in values if value is not None and not np.isnan(value)]
+    if not known:
+        return "–"
+    return f"{statistics.fmean(known):.3f} ({min(known):.3f} to {max(known):.3f})"
+
+
+def notes(run: Run) -> str:
+    """Returns what limits the tasks that were measured, as a list."""
+    names = [result.dataset for split in ("test", "external") for result in measured(run, split, "zero-shot")]
+    lines = [f"- {TASKS[name].title}: {TASKS[name].note}" for name in names if TASKS[name].note]
+    return "\n".join(dict.fromkeys(lines))
+
+
+def setup_table(run: Run) -> str:
+    """Returns what identifies the model and the data of a run."""
+    results = [result for split in ("test", "external", "val") for result in run.get(split, ())]
+    if not results:
+        return ""
+    facts = results[0].facts
+    rows = [
+        ["weights, configuration and code (SHA-256)", facts["model_hash"]],
+        ["manifest of the images (SHA-256)", facts["manifest_hash"]],
+        ["similarity of zero-shot and retrieval", facts.get("similarity", "global")],
+        ["resamples, seed of the bootstrap", f"{facts['resamples']}, {facts['seed']}"],
+        ["versions", [f"{name} {version}" for name, version in facts["versions"].items()]],
+    ]
+    return markdown_table(("what", "value"), rows)
+
+
+_SECTIONS: tuple[tuple[str, str, Callable[[Run], str]], ...] = (
+    ("Image router, `test`", "No text is given. Sources of `test` are those of the training, with other subjects.",
+     lambda run: routing_table(run, "test")),
+    ("Image router, `external`", "Sources that no training image comes from.",
+     lambda run: routing_table(run, "external")),
+    ("Zero-shot, `test`",
+     "Classes described by sentences. The two probes beside it are trained on all train rows of the task.",
+     lambda run: zero_shot_table(run, "test")),
+    ("Zero-shot, `external`", "Where a class has no image, the table has the accuracy.",
+     lambda run: zero_shot_table(run, "external")),
+    ("Across sources",
+     "Trained without the measured source; the probe is trained on the same source as the model was.", crossing_table),
+    ("Linear probes, `test`, mean over tasks",
+     "Balanced accuracy. v_g is the image embedding before its projection, `embedding` the one in the shared space.",
+     lambda run: probe_table(run, "test")),
+    ("Linear probes, `test`, 10 % of the train rows", "Balanced accuracy.",
+     lambda run: probe_tasks_table(run, "test")),
+    ("Retrieval, `test`", "Texts that came with the images; texts of another modality are easy to rule out.",
+     lambda run: retrieval_table(run, "test")),
+    ("Retrieval, `external`", "", lambda run: retrieval_table(run, "external")),
+    ("Routed experts, a shared one, or none",
+     "Mean over seeds, in brackets the range. Same data, order and number of steps. `tasks`: mean balanced accuracy "
+     "of zero-shot classification.", twins_table),
+    ("What limits these tasks", "", notes),
+    ("Setup", "", setup_table),
+)  # fmt: skip
+
+
+def sections(run: Run, level: int = 3) -> str:
+    """Returns all tables that a run has data for, with headings.
+
+    Args:
+        run: Of `read_run`.
+        level: Level of the headings.
+    """
+    parts = []
+    for title, lead, table in _SECTIONS:
+        body = table(run)
+        if body:
+            parts.append("\n\n".join(part for part in (f"{'#' * level} {title}", lead, body) if part))
+    return "\n\n".join(parts)
+
+
+def write_page(path: Path, text: str) -> None:
+    """Replaces what is between the marks on a page.
+
+    Raises:
+        SourceError: If the page lacks them.
+    """
+    content = path.read_text(encoding="utf-8")
+    before, begin, rest = content.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SourceError(f"{path} lacks the lines\n{BEGIN}\n{END}\nbetween which the tables are written.")
+    with atomic_write(path) as partial:
+        partial.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("run", type=Path, help="folder with the JSON files")
+    parser.add_argument("--page", type=Path, help="Markdown page to write the tables into")
+    given = parser.parse_args(arguments)
+    text = sections(read_run(given.run))
+    if given.page:
+        write_page(given.page, text)
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()
