@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from medmoe_hf.model.image_processing_medmoe import to_rgb
 
 _SIDES = re.compile(r"(?i:\b(?:left|right|(?:sinistr|dextr)\w*)\b)|\b(?:L|R|OD|OS)\b")
+_BLACK = 8  # Grey levels below are padding, or air around a body.
 _MARGIN = 1.25  # of the model's side: what a zoom may still use
 
 
@@ -36,6 +37,8 @@ class Augmentation(BaseModel):
         brightness: largest shift of the grey values, as a share of their range.
         contrast: contrast is scaled by a factor from 1 / (1 + contrast) to 1 + contrast.
         gamma: the exponent of the grey values lies between 1 / (1 + gamma) and 1 + gamma.
+        equalize: probability that the histogram is equalized, by a random share: 0 leaves the image, 1 gives all grey
+            levels the same frequency. It hides how a scan was exposed, windowed or post-processed.
         color: each channel is scaled by its own factor from 1 / (1 + color) to 1 + color; grey images stay grey.
         blur: probability of a Gaussian blur of up to 1 % of the side, or of a loss of resolution.
         sharpen: probability of an unsharp mask.
@@ -58,6 +61,7 @@ class Augmentation(BaseModel):
     brightness: float = Field(default=0.12, ge=0, le=1)
     contrast: float = Field(default=0.35, ge=0, le=3)
     gamma: float = Field(default=0.4, ge=0, le=3)
+    equalize: float = Field(default=0.0, ge=0, le=1)
     color: float = Field(default=0.0, ge=0, le=1)
     blur: float = Field(default=0.2, ge=0, le=1)
     sharpen: float = Field(default=0.1, ge=0, le=1)
@@ -134,12 +138,15 @@ def augment(
     table = _intensity_table(a, rng, channels=len(image.getbands()))
     draws = [rng.random() for _ in range(6)]
     seeds = [rng.getrandbits(32) for _ in range(6)]
+    equalized, share = rng.random() < a.equalize, rng.random()
     if side:
         # Image.thumbnail would decode anew; a box filter by whole factors is the cheapest there is.
         factor = int(min(image.size) / (_MARGIN * side))
         if factor > 1:
             image = image.reduce(factor)
     image = _warp(image, geometry)
+    if equalized:
+        image = _equalize(image, share)
     if table is not None:
         image = image.point(table)
     steps: tuple[tuple[float, Callable[[Image.Image, random.Random], Image.Image]], ...] = (
@@ -213,6 +220,19 @@ def _intensity_table(a: Augmentation, rng: random.Random, channels: int) -> list
     values = plain + share * ((plain - 0.5) * (contrast - 1) + brightness)
     tables = [values * factor for factor in factors] if channels == 3 else [values]
     return [int(value) for table in tables for value in np.clip(255 * table + 0.5, 0, 255)]
+
+
+def _equalize(image: Image.Image, share: float) -> Image.Image:
+    """Moves each gray level towards its quantile among the pixels that are not black, equally in all channels."""
+    counts = np.asarray(image.convert("L").histogram(), dtype=np.float64)
+    counts[:_BLACK] = 0  # Otherwise padding and the air around a body would determine the result.
+    if not counts.any():
+        return image
+    levels = np.arange(256)
+    quantiles = _BLACK + (255 - _BLACK) * (np.cumsum(counts) - counts / 2) / counts.sum()
+    quantiles[:_BLACK] = levels[:_BLACK]
+    table = np.clip(levels + share * (quantiles - levels) + 0.5, 0, 255).astype(int).tolist()
+    return image.point(table * len(image.getbands()))
 
 
 def _blur(image: Image.Image, rng: random.Random) -> Image.Image:

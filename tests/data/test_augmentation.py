@@ -119,6 +119,32 @@ def test_gamma_alone_is_a_power():
     assert 1 / 1.5 <= exponents.mean() <= 1.5
 
 
+def test_equalizing_replaces_gray_levels_by_their_quantiles():
+    """Against ranks of the pixels; what is black stays black and counts for nothing."""
+    rng = np.random.default_rng(0)
+    pixels = np.clip(8 + rng.exponential(20, (64, 96)), 8, 255).astype(np.uint8)
+    pixels[:, :32] = 3
+    body = pixels[:, 32:].astype(int)
+    below, equal = (body[..., None] > body.ravel()).mean(-1), (body[..., None] == body.ravel()).mean(-1)
+    quantiles = 8 + 247 * (below + equal / 2)
+    shares = set()
+    for seed in range(20):
+        changed = np.asarray(augment(Image.fromarray(pixels), only(equalize=1.0), random.Random(seed))).astype(float)
+        assert (changed[:, :32] == 3).all()
+        share = ((changed[:, 32:] - body).sum() / (quantiles - body).sum()).round(2)
+        assert np.abs(changed[:, 32:] - (body + share * (quantiles - body))).max() < 2
+        shares.add(share)
+    assert min(shares) < 0.15
+    assert max(shares) > 0.85
+    color = np.stack([pixels, pixels, pixels], -1)
+    for seed in range(3):
+        gray = augment(Image.fromarray(pixels), only(equalize=1.0), random.Random(seed))
+        rgb = np.asarray(augment(Image.fromarray(color), only(equalize=1.0), random.Random(seed)))
+        assert (rgb == np.asarray(gray)[..., None]).all()
+    black = Image.new("L", (8, 8), 2)
+    assert np.array_equal(augment(black, only(equalize=1.0), random.Random(0)), black)
+
+
 def test_noise_has_the_size_that_is_promised_and_is_grey():
     flat = Image.new("RGB", (128, 128), (120, 120, 120))
     deviations = []
