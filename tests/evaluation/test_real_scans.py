@@ -1,0 +1,541 @@
+"""`examples/experiments/real`: data check, tasks, statistics, tables, card, on a small folder of the same layout."""
+
+import csv
+import importlib
+import json
+import shutil
+import sys
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import balanced_accuracy_score, roc_auc_score
+from small_encoders import medmoe_folder
+
+from medmoe_hf.data import phantom_sample
+from medmoe_hf.errors import CardError, SourceError
+from medmoe_hf.evaluation.dataset import EvaluationSet
+from medmoe_hf.evaluation.intervals import Interval
+from medmoe_hf.evaluation.results import Result
+from medmoe_hf.inference.encoders import MedMoEEncoder
+
+FOLDER = Path(__file__).parents[2] / "examples" / "experiments" / "real"
+NAMES = (
+    "manifest", "tasks", "clean_encode", "encode", "evaluate", "check", "report", "card", "trainings", "leave_one_out",
+    "twins", "figures",
+)  # fmt: skip
+
+# The scripts import each other by name; other modules of these names must not be hidden from other tests.
+_before = {name: sys.modules.pop(name) for name in NAMES if name in sys.modules}
+sys.path.insert(0, str(FOLDER))
+scripts = {name: importlib.import_module(name) for name in NAMES}
+sys.path.remove(str(FOLDER))
+for _name in NAMES:
+    sys.modules.pop(_name)
+sys.modules.update(_before)
+
+SOURCES = (  # source, modality, body part, labels, license, splits
+    ("kermany-cxr", "xray", "chest", ("no finding", "pneumonia"), "CC BY 4.0", ("train", "val", "test")),
+    ("nih-cxr14", "xray", "chest", ("no finding", "pneumonia"), "attribution asked", ("train", "val", "test")),
+    ("hygd", "fundus", "retina", ("no glaucoma", "glaucoma"), "ODC-By 1.0", ("train", "val", "test")),
+    ("hrf-full", "fundus", "retina", ("no finding", "glaucoma", "diabetic retinopathy"), "CC BY 4.0", ("external",)),
+    ("msd-heart", "mri", "heart", ("heart",), "CC BY-SA 4.0", ("train", "val")),
+    ("vqa-rad", "ct", "abdomen", ("",), "CC0 1.0", ("val", "test")),
+)
+COLUMNS = (
+    "file", "modality", "split", "source", "subject", "label", "body_part", "view", "text", "text_kind", "licence",
+    "source_repo", "width", "height", "sha256",
+)  # fmt: skip
+
+
+def write_manifest(folder, rows):
+    with (folder / "manifest.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A few dozen phantoms as JPEGs: four subjects of two images per source, split and label."""
+    folder = tmp_path_factory.mktemp("scans")
+    rows, number = [], 0
+    for source, modality, part, labels, licence, splits in SOURCES:
+        (folder / modality / source).mkdir(parents=True, exist_ok=True)
+        for split in splits:
+            for label in labels:
+                for index in range(8 if label == "" else 4):
+                    number += 1
+                    name = f"{modality}/{source}/{number:03d}.jpg"
+                    phantom_sample(7, number, image_size=64, modalities=[modality])["image"].save(folder / name)
+                    rows.append(
+                        {
+                            "file": name,
+                            "modality": modality,
+                            "split": split,
+                            "source": source,
+                            "subject": f"{source}/{split}-{label}-{index // 2}",
+                            "label": label,
+                            "body_part": part,
+                            "view": "axial" if modality == "ct" else "",
+                            "text": f"Q: Is there a mass? A: no | Q: What is seen? A: cyst {number}"
+                            if not label
+                            else "",
+                            "licence": licence,
+                            "sha256": sha256((folder / name).read_bytes()).hexdigest(),
+                        }
+                    )
+    write_manifest(folder, rows)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return medmoe_folder(tmp_path_factory.mktemp("models") / "small", similarity="global", router="both")
+
+
+@pytest.fixture
+def copied(data, tmp_path):
+    shutil.copytree(data, tmp_path / "scans")
+    return tmp_path / "scans"
+
+
+def rows_of(folder):
+    return scripts["manifest"].read_manifest(folder)
+
+
+# The data check
+
+
+def test_the_check_counts_and_finds_nothing_wrong(data, tmp_path, capsys):
+    scripts["check"].main(["--data", str(data), "--out", str(tmp_path / "check.json")])
+    found = json.loads((tmp_path / "check.json").read_text())
+    assert found["problems"] == []
+    assert len(found["files"]) == len(rows_of(data)) == 3 * 3 * 8 + 12 + 8 + 16
+    by_source = {one["source"]: one for one in found["sources"]}
+    assert [by_source["hygd"][split] for split in ("train", "val", "test", "external")] == [8, 8, 8, 0]
+    assert by_source["hygd"]["subjects"] == 12
+    # Share-alike rows are in the split `train`, and are not trained on.
+    assert by_source["msd-heart"]["train"] == 4
+    assert not by_source["msd-heart"]["trained_on"]
+    assert found["train_files"] == 24
+    shown = capsys.readouterr().out
+    assert "share-alike: msd-heart" in shown
+    assert "nih-cxr14: the terms are recalled" in shown
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("file", "has changed"),
+        ("missing", "missing"),
+        ("subject", "is in several splits: test, train"),
+        ("image", "the image with the SHA-256"),
+        ("external", "the source hygd is external, but has images in other splits"),
+        ("twice", "listed 2 times"),
+    ],
+)
+def test_the_check_names_what_is_wrong(copied, tmp_path, change, message, capsys):
+    rows = rows_of(copied)
+    train = next(row for row in rows if row["source"] == "hygd" and row["split"] == "train")
+    test = next(row for row in rows if row["source"] == "hygd" and row["split"] == "test")
+    if change == "file":
+        (copied / train["file"]).write_bytes((copied / train["file"]).read_bytes() + b"0")
+    elif change == "missing":
+        (copied / train["file"]).unlink()
+    elif change == "subject":
+        test["subject"] = train["subject"]
+    elif change == "image":
+        shutil.copyfile(copied / train["file"], copied / test["file"])
+        test["sha256"] = train["sha256"]
+    elif change == "external":
+        test["split"] = "external"
+    else:
+        rows.append(dict(train))
+    write_manifest(copied, rows)
+    with pytest.raises(SystemExit) as stopped:
+        scripts["check"].main(["--data", str(copied), "--out", str(tmp_path / "check.json")])
+    assert stopped.value.code == 1
+    assert message in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [("split", "testing", "line 2: split is 'testing'"), ("modality", "pet", "line 2: modality is 'pet'")],
+)
+def test_a_manifest_with_an_unknown_value_is_refused(copied, column, value, message):
+    rows = rows_of(copied)
+    rows[0][column] = value
+    write_manifest(copied, rows)
+    with pytest.raises(SourceError, match=message):
+        rows_of(copied)
+
+
+def test_a_folder_without_manifest_is_refused(tmp_path):
+    with pytest.raises(SourceError, match=r"manifest\.csv does not exist"):
+        rows_of(tmp_path)
+
+
+# Tasks
+
+
+def test_tasks_offer_what_a_split_has(data):
+    tasks, rows = scripts["tasks"], rows_of(data)
+    assert {"pneumonia-children", "pneumonia-adults", "glaucoma", "modality"} <= set(tasks.tasks_of(rows, "val"))
+    assert not {"knee-severe", "glaucoma-external", "region-xray"} & set(tasks.tasks_of(rows, "val"))
+    assert {"fundus-external", "glaucoma-external"} <= set(tasks.tasks_of(rows, "external"))
+    one = tasks.evaluation_set("glaucoma-external", rows, data, "external")
+    assert one.classes == ["no finding", "glaucoma"]
+    assert np.bincount(one.labels).tolist() == [4, 4]
+    assert [Path(path).is_file() for path in one.images] == [True] * 8
+    # Outside of `external` a class without images is not offered, and labels count the others.
+    two = tasks.evaluation_set("modality", rows, data, "test")
+    assert two.classes == ["xray", "ct", "fundus"]
+    assert np.bincount(two.labels).tolist() == [16, 8, 8]
+
+
+def test_all_tasks_have_prompts_and_disjoint_classes():
+    for name, task in scripts["tasks"].TASKS.items():
+        prompts = task.prompts()
+        assert list(prompts) == list(task.classes), name
+        everything = [sentence for own in prompts.values() for sentence in own]
+        assert len(set(everything)) == len(everything), f"{name}: a sentence describes two classes"
+        assert all(sentence[0].isupper() and "{" not in sentence for sentence in everything)
+    assert "X-ray of the chest: pneumonia." in scripts["tasks"].TASKS["pneumonia-adults"].prompts()["pneumonia"]
+
+
+def test_a_row_of_two_classes_is_refused(data):
+    tasks = scripts["tasks"]
+    task = tasks.TASKS["glaucoma"]
+    both = {**task.classes, "any": tasks.labelled(("an eye",), "glaucoma", "no glaucoma")}
+    with pytest.raises(SourceError, match="belongs to two classes of a task: no glaucoma and any"):
+        replace(task, classes=both).rows(rows_of(data), ["val"])
+
+
+def test_questions_become_sentences():
+    spoken = scripts["evaluate"].spoken
+    text = "Q: Is there a mass? A: Yes | Q: Where is it? A: Left lobe | Q: Which lobe? A: left lobe | Q: Edema? A: no"
+    assert spoken(text) == "Is there a mass? Yes. Left lobe. Edema? no."
+    assert spoken("A report: normal | end.") == "A report: normal | end."
+
+
+# Encoding
+
+
+def job_of(data, rows):
+    images = [str(data / row["file"]) for row in rows]
+    texts = ["Chest X-ray: pneumonia.", "No finding.", "A fundus photograph with glaucoma, which is a longer text."]
+    return {"images": images, "texts": texts, "batch_size": 5, "groups": [{"images": range(7), "texts": [0, 2]}]}
+
+
+def test_the_clean_encoder_agrees_with_the_package(data, model):
+    rows = [row for row in rows_of(data) if row["split"] == "val"][:12]
+    encoder, job = MedMoEEncoder(model, batch_size=4), job_of(data, rows)
+    found = scripts["clean_encode"].encode(encoder.model, encoder.processor, job)
+    for name, expected in {
+        "embedding": encoder.encode_images(job["images"]),
+        "texts": encoder.encode_texts(job["texts"]),
+        "router": encoder.route_images(job["images"]),
+        "v_g": encoder.features(job["images"])[encoder.model.config.vision_config.global_features],
+    }.items():
+        torch.testing.assert_close(torch.from_numpy(found[name]), expected, rtol=1e-4, atol=1e-5)
+    assert float(found["scale"]) == pytest.approx(encoder.logit_scale)
+    local = encoder.local_scores(job["images"], job["texts"]).numpy()
+    np.testing.assert_allclose(found["local"][:7][:, [0, 2]], local[:7][:, [0, 2]], rtol=1e-4, atol=1e-4)
+    # Images that share a batch with these are scored too, all others are not.
+    assert np.isnan(found["local"][10:]).all()
+    assert np.isnan(found["local"][:, 1]).all()
+
+
+@pytest.fixture
+def in_process(monkeypatch, model):
+    """Encodes in this process, which saves the start of another one. Returns the jobs."""
+    jobs = []
+
+    def run(code, folder, job, out, show):
+        assert "RefusePackage" in code
+        encoder = MedMoEEncoder(folder)
+        jobs.append(json.loads(Path(job).read_text()))
+        np.savez(out, **scripts["clean_encode"].encode(encoder.model, encoder.processor, jobs[-1]))
+
+    monkeypatch.setattr(scripts["encode"], "run_clean", run)
+    return jobs
+
+
+def test_what_was_encoded_is_not_encoded_again(data, model, tmp_path, in_process):
+    rows = [row for row in rows_of(data) if row["split"] == "external"]
+    stored = scripts["encode"].StoredEncoder
+    first = stored(model, "small", tmp_path)
+    first.run(data, rows, ["Glaucoma."])
+    again = stored(model, None, tmp_path)
+    again.run(data, rows, ["Glaucoma."])
+    assert len(in_process) == 1
+    paths = [str(data / row["file"]) for row in rows]
+    assert torch.equal(first.encode_images(paths), again.encode_images(paths))
+    assert (first.name, again.name) == ("small", "/".join(model.parts[-2:]))
+    again.run(data, rows, ["Another text."])
+    changed = tmp_path / "changed"
+    shutil.copytree(model, changed)
+    (changed / "config.json").write_text((model / "config.json").read_text() + "\n")
+    stored(changed, None, tmp_path).run(data, rows, ["Glaucoma."])
+    assert len(in_process) == 3
+    # The card is no part of what outputs depend on.
+    (changed / "README.md").write_text("A card.")
+    stored(changed, None, tmp_path).run(data, rows, ["Glaucoma."])
+    assert len(in_process) == 3
+
+
+# Statistics
+
+
+def probe_of(name, tests, subjects, generator):
+    """Hand-made probabilities of a task's probes, and its data."""
+    labels = generator.integers(0, 2, size=tests)
+    labels[:2] = 0, 1
+    result = Result("linear-probe", "small", name, tests, {}, {"resamples": 50, "seed": 0})
+    for kind in ("v_g", "embedding", "imagenet", "pixels"):
+        for share, runs in (("1%", 3), ("10%", 3), ("100%", 1)):
+            own = generator.random((tests, runs)) * 0.6 + 0.4 * labels[:, None] * (kind == "v_g")
+            result.probabilities[f"{kind} {share}"] = np.stack([1 - own, own], axis=2)
+    data = EvaluationSet(
+        name, [f"{name}{row}.png" for row in range(tests)], labels=labels, classes=["a", "b"], subjects=subjects
+    )
+    return result, data
+
+
+def test_means_over_tasks_are_those_of_scikit_learn():
+    generator = np.random.default_rng(3)
+    probes = [
+        probe_of("one", 40, [f"one{row // 2}" for row in range(40)], generator),
+        probe_of("two", 24, [f"two{row // 3}" for row in range(24)], generator),
+    ]
+    result = scripts["evaluate"].mean_over_tasks(probes, resamples=50, seed=0)
+
+    def plain(kind, share, metric):
+        values = []
+        for one, data in probes:
+            runs = one.probabilities[f"{kind} {share}"]
+            scores = [
+                balanced_accuracy_score(data.labels, runs[:, run].argmax(axis=1))
+                if metric == "balanced_accuracy"
+                else roc_auc_score(data.labels, runs[:, run, 1])
+                for run in range(runs.shape[1])
+            ]
+            values.append(np.mean(scores))
+        return np.mean(values)
+
+    for share in ("1%", "10%", "100%"):
+        for metric in ("balanced_accuracy", "macro_auroc"):
+            values = {kind: plain(kind, share, metric) for kind in ("v_g", "imagenet")}
+            for kind, value in values.items():
+                assert result.metrics[f"{kind} {share}/{metric}"].value == pytest.approx(value)
+            difference = result.metrics[f"v_g - imagenet {share}/{metric}"]
+            assert difference.value == pytest.approx(values["v_g"] - values["imagenet"])
+            assert difference.low <= difference.value <= difference.high
+            assert difference.n == 20 + 8
+    assert result.count == 64
+    assert result.facts["tasks"] == ["one", "two"]
+
+
+def test_differences_of_features_are_paired():
+    probe, data = probe_of("one", 60, [f"s{row // 2}" for row in range(60)], np.random.default_rng(0))
+    probe.probabilities["imagenet 10%"] = probe.probabilities["v_g 10%"]
+    scripts["evaluate"].compare_features(probe, data, resamples=50, seed=0)
+    same = probe.metrics["v_g - imagenet 10%/balanced_accuracy"]
+    # Resampled on their own, equal features would differ.
+    assert (same.value, same.low, same.high, same.n) == (0, 0, 0, 30)
+    first, second = (
+        balanced_accuracy_score(data.labels, probe.probabilities[f"{kind} 100%"][:, 0].argmax(axis=1))
+        for kind in ("v_g", "pixels")
+    )
+    assert probe.metrics["v_g - pixels 100%/balanced_accuracy"].value == pytest.approx(first - second)
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_probes_never_choose_on_what_is_measured(data, split):
+    one = scripts["evaluate"].probe_set("glaucoma", rows_of(data), data, split, seed=0)
+    parts = {name: one.split(name) for name in ("train", "validation", "test")}
+    subjects = [set(part.subjects) for part in parts.values()]
+    assert all(subjects)
+    assert sum(map(len, subjects)) == len(set().union(*subjects))
+    assert {subject.split("/")[1].split("-")[0] for subject in subjects[2]} == {split}
+    assert {subject.split("/")[1].split("-")[0] for subject in subjects[1]} == {"train" if split == "val" else "val"}
+
+
+def test_a_crossing_learns_on_one_source_and_measures_on_another(data):
+    crossings, module = scripts["tasks"].CROSSINGS, scripts["leave_one_out"]
+    one = module.crossing_set(crossings["glaucoma-camera"], rows_of(data), data, "external")
+    sources = {name: {Path(path).parent.name for path in one.split(name).images} for name in set(one.splits)}
+    assert sources == {"train": {"hygd"}, "validation": {"hygd"}, "test": {"hrf-full"}}
+    assert one.classes == ["no finding", "glaucoma"]
+    assert np.bincount(one.split("test").labels).tolist() == [4, 4]
+    rows = [row for row in rows_of(data) if row["label"] != "no glaucoma"]
+    with pytest.raises(SourceError, match="the train images are of glaucoma"):
+        module.crossing_set(crossings["glaucoma-camera"], rows, data, "external")
+
+
+def test_recipes_leave_sources_out():
+    without = scripts["trainings"].without_sources
+    table = {"kind": "csv", "files": ["manifest.csv"], "where_not": {"licence": ["*-SA*"], "source": ["a"]}}
+    recipe = {"data": {"train": [table], "evaluation": {**table, "where_not": None}}, "seed": 1}
+    found = without(recipe, ["nih-cxr14"])
+    assert found["data"]["train"][0]["where_not"] == {"licence": ["*-SA*"], "source": ["a", "nih-cxr14"]}
+    assert found["data"]["evaluation"][0]["where_not"] == {"source": ["nih-cxr14"]}
+    assert recipe["data"]["train"][0]["where_not"]["source"] == ["a"]
+    with pytest.raises(ValueError, match="webdataset source have no column"):
+        without({"data": {"train": {"kind": "webdataset", "files": ["a.tar"]}}}, ["nih-cxr14"])
+
+
+def test_twins_are_averaged_over_tasks_per_seed():
+    values = {"pneumonia-children": (0.9, 0.95), "glaucoma": (0.7, 0.8), "fundus-external": (0.4, 0.6)}
+    metrics = {name: {"balanced_accuracy": one, "macro_auroc": two} for name, (one, two) in values.items()}
+    # Body regions are nearly always right, and do not count.
+    metrics |= {"region-xray": {"balanced_accuracy": 1.0, "macro_auroc": 1.0}, "routing": {"balanced_accuracy": 0.99}}
+    other = {**metrics, "glaucoma": {"balanced_accuracy": 0.5, "macro_auroc": 0.5}}
+    runs = {"routed": {"0": {"metrics": metrics}, "1": {"metrics": other}}}
+    found = scripts["twins"].summarize(runs, ["fundus-external"])
+    assert found["routed"]["tasks"] == pytest.approx([0.8, 0.7])
+    assert found["routed"]["other sources"] == pytest.approx([0.6, 0.6])
+    assert found["routed"]["routing"] == [0.99, 0.99]
+
+
+# Tables and card
+
+
+def interval(value, n=7):
+    return Interval(value, value - 0.05, value + 0.05, n)
+
+
+def run_files(folder, check):
+    """Hand-made results of a run."""
+    facts = {
+        "model_hash": "abc123",
+        "manifest_hash": "def456",
+        "similarity": "global",
+        "resamples": 1000,
+        "seed": 0,
+        "versions": {"torch": "2.14"},
+        "count_by_class": {"no finding": 4, "pneumonia": 4},
+        "title": "Pneumonia, chest X-rays of adults",
+        "split": "test",
+    }
+    metrics = {f"{score}/{name}": interval(value) for score, value in (("global", 0.81), ("local", 0.6))
+               for name in ("accuracy", "balanced_accuracy", "macro_auroc")}  # fmt: skip
+    probe = {f"{kind} 100%/{name}": interval(value) for kind, value in (("imagenet", 0.72), ("pixels", 0.55))
+             for name in ("balanced_accuracy", "macro_auroc")}  # fmt: skip
+    routed = {f"image router/{name}": interval(0.9876) for name in ("accuracy", "balanced_accuracy", "macro_auroc")}
+    results = [
+        Result("routing", "mine/small", "all sources", 16, routed, facts),
+        Result("zero-shot", "mine/small", "pneumonia-adults", 8, metrics, facts),
+        Result("linear-probe", "mine/small", "pneumonia-adults", 8, probe, facts),
+    ]
+    folder.mkdir(exist_ok=True)
+    (folder / "test.json").write_text(json.dumps([result.to_json() for result in results]))
+    (folder / "check.json").write_text(json.dumps(check))
+    return folder
+
+
+def test_tables_come_from_the_results(data, tmp_path):
+    report = scripts["report"]
+    run = report.read_run(run_files(tmp_path / "run", scripts["check"].check(data)))
+    lines = report.zero_shot_table(run, "test").splitlines()
+    cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
+    assert cells == [
+        "Pneumonia, chest X-rays of adults", "8 (7)", "0.50", "0.810 (0.760 to 0.860)", "0.810 (0.760 to 0.860)",
+        "0.720 (0.670 to 0.770)", "0.550 (0.500 to 0.600)",
+    ]  # fmt: skip
+    page = tmp_path / "page.md"
+    page.write_text(f"# Title\n\n{report.BEGIN}\nold\n{report.END}\n\nAfter.\n")
+    report.main([str(tmp_path / "run"), "--page", str(page)])
+    first = page.read_text()
+    assert "old" not in first
+    assert "0.988 (0.938 to 1.038)" in first
+    assert "- Pneumonia, chest X-rays of adults: Labels were mined from reports." in first
+    assert first.startswith("# Title\n")
+    assert first.endswith("\n\nAfter.\n")
+    report.main([str(tmp_path / "run"), "--page", str(page)])
+    assert page.read_text() == first
+    page.write_text("no marks")
+    with pytest.raises(SourceError, match="lacks the lines"):
+        report.main([str(tmp_path / "run"), "--page", str(page)])
+
+
+def test_the_results_page_has_the_marks():
+    page = (FOLDER.parents[2] / "docs" / "pages" / "results.md").read_text()
+    assert page.index(scripts["report"].BEGIN) < page.index(scripts["report"].END)
+
+
+def test_the_card_credits_every_source(data, model, tmp_path):
+    folder = tmp_path / "small"
+    shutil.copytree(model, folder)
+    check = scripts["check"].check(data)
+    run = run_files(tmp_path / "run", check)
+    write = scripts["card"].write
+    text = write(folder, run, None, None, None).read_text()
+    for expected in (
+        "license: cc-by-4.0",
+        "| kermany-cxr | xray | Kermany et al. 2018, Cell 172:1122; Mendeley Data rscbjbr9sj | CC BY 4.0 | 8 |",
+        "Share-alike sources (msd-heart) were left out",
+        "- nih-cxr14: the terms are recalled",
+        "0.810 (0.760 to 0.860)",
+        "abc123",
+    ):
+        assert expected in text, expected
+    trained, measured = text.split("Measured only:")
+    assert "| msd-heart |" not in trained.split("## Images and licenses")[1]
+    assert "| hrf-full | fundus |" in measured
+    # Written again, it is the same; what someone added stays.
+    added = text.replace(scripts["card"].BEGIN, f"My own words.\n\n{scripts['card'].BEGIN}")
+    (folder / "README.md").write_text(added)
+    assert write(folder, run, None, None, None).read_text() == added
+    check["sources"][0]["source"] = "unheard-of"
+    (run / "check.json").write_text(json.dumps(check))
+    with pytest.raises(CardError, match="no entry for unheard-of"):
+        write(folder, run, None, None, None)
+
+
+def test_the_real_sources_have_credits():
+    import yaml
+
+    credits = yaml.safe_load((FOLDER / "attributions.yaml").read_text())
+    assert set(scripts["manifest"].DOUBTFUL) <= set(credits)
+    sources = {name for task in scripts["tasks"].TASKS.values() for name in task.where.get("source", ())}
+    assert sources <= set(credits)
+
+
+def test_heatmaps_are_of_findings(data):
+    picks = scripts["figures"].chosen(rows_of(data), "val", per_modality=2, seed=0)
+    labels = [(row["modality"], row["label"]) for row, _ in picks]
+    assert labels.count(("xray", "pneumonia")) == 2
+    assert labels.count(("fundus", "glaucoma")) == 2
+    assert {phrase for row, phrase in picks if row["modality"] == "fundus"} == {"Fundus photograph showing glaucoma."}
+
+
+@pytest.mark.slow
+def test_evaluation_in_a_clean_process(data, model, tmp_path, capsys):
+    out = tmp_path / "run" / "val.json"
+    arguments = ["--model", str(model), "--data", str(data), "--split", "val", "--out", str(out), "--resamples", "20"]
+    scripts["evaluate"].main([*arguments, "--only", "glaucoma", "pneumonia-adults", "--name", "me/small"])
+    results = [Result.from_json(entry) for entry in json.loads(out.read_text())]
+    assert {result.model for result in results} == {"me/small"}
+    found = {(result.protocol, result.dataset): result for result in results}
+    zero_shot = found["zero-shot", "glaucoma"]
+    assert zero_shot.count == 8
+    assert {name.split("/")[0] for name in zero_shot.metrics} == {"global", "local", "mean", "image router"} - (
+        {"image router"} if "image router/routing_accuracy" not in zero_shot.metrics else set()
+    )
+    probe = found["linear-probe", "glaucoma"]
+    assert {"v_g 100%", "imagenet 10%", "v_g - imagenet 10%"} <= set(probe.by_variant())
+    assert ("linear-probe", "mean over tasks") in found
+    encoder = MedMoEEncoder(model)
+    one = scripts["tasks"].evaluation_set("glaucoma", rows_of(data), data, "val")
+    from medmoe_hf.evaluation.zero_shot import zero_shot as measure
+
+    expected = measure(encoder, one, resamples=20)
+    for name, interval_ in expected.metrics.items():
+        assert zero_shot.metrics[name].value == pytest.approx(interval_.value, abs=1e-4), name
+    scripts["evaluate"].main([*arguments[:5], "external", *arguments[6:], "--no-probes"])
+    assert "measured once" in capsys.readouterr().err
