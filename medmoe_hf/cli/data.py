@@ -25,6 +25,11 @@ def inspect_data(
         ),
     ] = None,
     num_workers: Annotated[int, typer.Option(min=0, help="Number of processes that read, if all pairs are read.")] = 0,
+    balance: Annotated[
+        str | None,
+        typer.Option(help="Also print the shares that these keys lead to in training, such as modality,source,label."),
+    ] = None,
+    balance_power: Annotated[float | None, typer.Option(min=0, max=1, help="As in a training YAML.")] = None,
 ) -> None:
     """Count pairs, and show samples and problems per source. Warning: prints captions, which may contain PHI."""
     from medmoe_hf.data.inspection import inspect_sources
@@ -45,6 +50,17 @@ def inspect_data(
     typer.echo(f"Contact sheet: {sheet}" if seen else "No contact sheet: no image could be read.")
     if problems is not None:
         typer.echo(f"Problems: {problems}")
+    if balance is not None:
+        from medmoe_hf.data.balancing import DEFAULT_POWER
+        from medmoe_hf.data.stream import SampleStream
+
+        with errors_of("data inspect"):
+            keys = [key.strip() for key in balance.split(",")]
+            power = DEFAULT_POWER if balance_power is None else balance_power
+            rows = SampleStream(load_sources(sources), balance=keys, balance_power=power).balanced_rows
+        typer.echo(f"\nBalanced by {', '.join(keys)} (power {power:g})")
+        for line in rows.lines():
+            typer.echo(line)
     if any(report.problems for report in reports):
         raise typer.Exit(1)
 

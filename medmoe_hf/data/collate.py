@@ -1,6 +1,7 @@
 """Collation: from samples of a stream to a batch for the model."""
 
 import hashlib
+import random
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from medmoe_hf.data.captions import is_empty
+from medmoe_hf.data.sentences import sample_run
 from medmoe_hf.errors import ArgumentError
 from medmoe_hf.model import MedMoEImageProcessor
 
@@ -99,6 +101,29 @@ class ContrastiveCollator:
             rgb = images.process_image(image)
         resized: NDArray[Any] = images.resize(rgb, images.size, images.resample).contiguous().numpy()
         return resized
+
+    def shorten(self, caption: str, rng: random.Random) -> str:
+        """Returns a caption that is no longer than the text tower reads.
+
+        Args:
+            caption: A caption of any length.
+            rng: Generator that draws the part to keep.
+
+        Returns:
+            The caption if it fits, otherwise a random run of adjacent sentences that does (see
+            `medmoe_hf.data.sentences.sample_run`).
+        """
+        tokenizer = self.processor.tokenizer
+        limit = getattr(self.processor, "max_length", None) or tokenizer.model_max_length
+        # A token has at least one byte: most captions need not be tokenized twice.
+        if len(caption.encode(errors="surrogatepass")) + tokenizer.num_special_tokens_to_add() <= limit:
+            return caption
+
+        def lengths(texts: Sequence[str]) -> list[int]:
+            ids = tokenizer(list(texts), padding=False, truncation=False, verbose=False)["input_ids"]
+            return [len(one) for one in ids]
+
+        return caption if lengths([caption])[0] <= limit else sample_run(caption, limit, lengths, rng)
 
     def assemble(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Stacks prepared samples into a batch.

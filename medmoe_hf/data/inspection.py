@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from medmoe_hf.common.console import progress
 from medmoe_hf.common.files import atomic_write
+from medmoe_hf.data.caption_report import caption_lines, caption_warnings
 from medmoe_hf.data.captions import detect_rule
 from medmoe_hf.data.faults import Fault
 from medmoe_hf.data.sources import source_names
@@ -26,6 +27,7 @@ from medmoe_hf.model.modalities_medmoe import MODALITIES
 _MAX_COUNTED_SHARDS = 20  # opening thousands of shards to count their samples would take minutes
 _THUMBNAIL, _COLUMNS = 112, 12
 _MAX_TITLE = 200  # characters of a source's name on a contact sheet
+_MAX_PEEKED = 100_000  # rows of a source of which captions are made
 _MAX_EXAMPLES = 3  # duplicates listed in a report
 
 COLUMNS = ("source", "file", "row", "path", "field", "problem", "reason")
@@ -73,10 +75,12 @@ class SourceReport:
         shards: Number of shards.
         counted: Number of shards whose samples were counted.
         samples: Number of samples in these shards; None for an endless source.
+        selected: Number of them that `where` and `where_not` leave; None without these keys.
         fields: Names of the fields of the first sample.
         read: Number of samples that were read.
         modalities: Number of these samples by modality (including `unknown`).
         captions: Some of their captions, after the caption rule.
+        templates: Lines about the entries of `captions`, with examples.
         sizes: ((width, height) of the smallest, (width, height) of the largest), in pixels, each side on its own.
         parts: A `PartReport` each for `training` and `validation`, if a validation share was given.
         warnings: What may be intended but usually is not.
@@ -87,10 +91,12 @@ class SourceReport:
     shards: int = 0
     counted: int = 0
     samples: int | None = 0
+    selected: int | None = None
     fields: list[str] = field(default_factory=list)
     read: int = 0
     modalities: Counter[str] = field(default_factory=Counter)
     captions: list[str] = field(default_factory=list)
+    templates: list[str] = field(default_factory=list)
     sizes: tuple[tuple[int, int], tuple[int, int]] | None = None
     parts: dict[str, PartReport] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -102,6 +108,8 @@ class SourceReport:
         else:
             part = "" if self.counted == self.shards else f" in the first {self.counted}"
             amount = f"{_counted(self.samples, 'sample')}{part}"
+            if self.selected is not None:
+                amount += f", of which `where` leaves {self.selected}"
         lines = [f"{self.name}: {_counted(self.shards, 'shard')}, {amount}"]
         if self.fields:
             lines.append(f"  fields      {', '.join(self.fields)}")
@@ -111,7 +119,10 @@ class SourceReport:
         if self.sizes is not None:
             (narrow, low), (wide, high) = self.sizes
             lines.append(f"  sizes       {narrow}x{low} to {wide}x{high} pixels")
-        lines += [f"  caption     {caption}" for caption in self.captions]
+        if self.templates:
+            lines += [f"  captions    {line}" for line in self.templates]
+        else:
+            lines += [f"  caption     {caption}" for caption in self.captions]
         if self.parts:
             lines.append(f"  split       {'':<12}{'pairs':>8}{'subjects':>10}{'images':>10}")
             for title, one in self.parts.items():
@@ -230,7 +241,10 @@ def _read_some(source: Any, name: str, count: int, seed: int) -> tuple[SourceRep
     report.shards, report.counted = len(shards), min(len(shards), _MAX_COUNTED_SHARDS)
     endless = source.kind == "phantom" and source.length is None
     report.samples = None if endless else 0
-    for shard in shards[: report.counted]:
+    peeked: list[dict[str, Any]] = []
+    if source.filter_fields:
+        report.selected = 0
+    for number, shard in enumerate(shards[: report.counted]):
         try:
             length = len(shard)
             if length and not report.fields:
@@ -239,6 +253,15 @@ def _read_some(source: Any, name: str, count: int, seed: int) -> tuple[SourceRep
             continue  # counted as a fault by the stream
         if report.samples is not None:
             report.samples += length
+            rows = stream.known_rows.rows(0, number)
+            if report.selected is not None:
+                report.selected += len(rows)
+            if source.caption_fields and len(peeked) < _MAX_PEEKED:
+                peeked += shard.peek(rows[: _MAX_PEEKED - len(peeked)], set(source.caption_fields))
+    if peeked:
+        report.templates = caption_lines(source, peeked, seed)
+    if peeked and report.counted == report.shards and len(peeked) < _MAX_PEEKED:
+        report.warnings += caption_warnings(source, peeked)
     widths, heights, rules = [], [], set()
     try:
         for sample in islice(stream, count):

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from medmoe_hf.data.caption_templates import choose_template, fill_template
 from medmoe_hf.data.captions import RULE_MODALITY, apply_rule, detect_rule, is_empty
 from medmoe_hf.data.faults import SampleError
-from medmoe_hf.data.fields import CAPTION_FIELDS, MODALITY_FIELDS, find_field, template_fields
+from medmoe_hf.data.fields import CAPTION_FIELDS, MODALITY_FIELDS, find_field
 from medmoe_hf.data.modality_words import modality_from_text
 from medmoe_hf.data.sources import PhantomSource
 from medmoe_hf.errors import CaptionError
@@ -70,19 +71,26 @@ def label_of(row: Mapping[str, Any], field: str | None) -> str | int | float | N
     return None if is_empty(value) or not isinstance(value, (str, int, float)) else value
 
 
-def caption_of(source: Any, row: dict[str, Any], rng: random.Random) -> tuple[str, str]:
+def caption_of(source: Any, row: dict[str, Any], rng: random.Random, fixed: bool = False) -> tuple[str, str]:
     """Returns the caption rule of a row, and the caption.
 
     Args:
         source: The source.
         row: Fields of the sample.
-        rng: Generator for rules that choose one of several sentences.
+        rng: Generator for rules that choose one of several sentences, for templates and for synonyms.
+        fixed: Whether to use the first template that fits, and the first synonym, instead of random ones.
 
     Raises:
         SampleError: If there is no caption.
     """
-    if source.caption_template is not None:
-        return "plain", _filled(source.caption_template, row)
+    template, drawn = source.caption_template, None if fixed else rng
+    if source.captions is not None:
+        entry = choose_template(source.captions, row, drawn)
+        if entry.field is not None:
+            return "plain", _text(row[entry.field], entry.field).strip()
+        template = entry.template
+    if template is not None:
+        return "plain", fill_template(template, row, source.synonyms, drawn)
     key = find_field(row, source.caption, CAPTION_FIELDS)
     if key is None:
         wanted = f"`{source.caption}`" if source.caption is not None else ", ".join(CAPTION_FIELDS)
@@ -110,26 +118,6 @@ def _text(value: Any, key: str) -> str:
         kind = f"a {type(value).__name__}" + (f" of {len(value)}" if isinstance(value, (list, tuple, dict)) else "")
         raise SampleError("caption is not text", f"the caption is {kind}; one text is expected", key)
     return value
-
-
-def _filled(template: str, row: dict[str, Any]) -> str:
-    """Returns a template filled with the values of a row. Empty cells are replaced by nothing."""
-    try:
-        names = set(template_fields(template))
-        missing = sorted(names - row.keys())
-        if missing:
-            raise SampleError(f"no field {missing[0]}", f"the row has no field `{missing[0]}`", missing[0])
-        values = {name: "" if is_empty(row[name]) else row[name] for name in names}
-        if names and all(value == "" for value in values.values()):
-            raise SampleError("empty caption", "every field of `caption_template` is empty", min(names))
-        for name, value in values.items():
-            if isinstance(value, (bytes, bytearray)):
-                values[name] = _text(value, name).strip()
-        return template.format(**values)
-    except (KeyError, IndexError, ValueError, AttributeError, TypeError):
-        raise SampleError(
-            "caption template does not fit", f"the row's values do not fit `caption_template` {template!r}"
-        ) from None
 
 
 def modality_of(source: Any, row: dict[str, Any], rule: str, caption: str, header: str | None) -> int:
@@ -225,7 +213,7 @@ def modality_before_reading(source: Any, row: dict[str, Any]) -> int:
         rule, caption = _rule(source), ""
         if _needs_caption(source):
             # Where a rule chooses one of several sentences, any of them represents the others.
-            rule, caption = caption_of(source, row, random.Random(0))
+            rule, caption = caption_of(source, row, random.Random(0), fixed=True)
         return modality_of(source, row, rule, caption, None)
     except SampleError:
         return UNKNOWN_MODALITY  # counted as a fault when the sample is read
@@ -239,7 +227,7 @@ def fields_before_reading(source: Any) -> set[str]:
         fields |= set(MODALITY_FIELDS)
     if _needs_caption(source):
         fields |= {source.caption} if source.caption is not None else set(CAPTION_FIELDS)
-        fields |= set(template_fields(source.caption_template or ""))
+        fields |= set(source.caption_fields)
     return fields
 
 

@@ -90,6 +90,8 @@ class Reader(Dataset[Sample | Fault | Excluded]):
         draft: Side in pixels to which JPEGs may be reduced while decoding; None for full resolution.
         seed: Seed of random caption choices and augmentation, and the epoch.
         augmentation: Modality to its augmentation, see `medmoe_hf.data.augmentation`; None for no augmentation.
+        shorten: Called with each caption and a generator; returns the part of the caption to use. None for all of it.
+        fixed_captions: Whether captions and synonyms are the first ones that fit instead of random ones.
     """
 
     def __init__(
@@ -101,9 +103,12 @@ class Reader(Dataset[Sample | Fault | Excluded]):
         draft: int | None,
         seed: tuple[int, int],
         augmentation: Mapping[str, Augmentation] | None = None,
+        shorten: Callable[[str, random.Random], str] | None = None,
+        fixed_captions: bool = False,
     ) -> None:
         self.sources, self.shards, self.split = sources, shards, split
         self.prepare, self.draft, self.seed, self.augmentation = prepare, draft, seed, augmentation
+        self.shorten, self.fixed_captions = shorten, fixed_captions
 
     def __getitem__(self, index: SampleIndex) -> Sample | Fault | Excluded:
         source, shard = self.sources[index.source], self.shards[index.source][index.shard]
@@ -151,11 +156,15 @@ class Reader(Dataset[Sample | Fault | Excluded]):
                 return Excluded(index.position)
         progress.stage = "caption"
         # Random choices depend on the epoch and the position only, not on the worker.
-        rule, caption = caption_of(source, row, random.Random(f"{self.seed} {index.position}"))
+        rng = random.Random(f"{self.seed} {index.position}")
+        rule, caption = caption_of(source, row, rng, self.fixed_captions)
         progress.stage = "image"
         image, header = self._decode(content, source.window)
         progress.stage = "modality"
         modality = modality_of(source, row, rule, caption, header)
+        if self.shorten is not None:
+            # After the modality, which any part of the caption may name.
+            caption = self.shorten(caption, random.Random(f"{self.seed} {index.position} sentences"))
         progress.stage = "prepare"
         if self.augmentation is not None:
             # Likewise: a resumed run sees the same images.

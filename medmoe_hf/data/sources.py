@@ -5,16 +5,18 @@ import hashlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import datasets
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from medmoe_hf.common.loading import explain_loading
 from medmoe_hf.common.yaml_files import explain, nearest, read_yaml
+from medmoe_hf.data.caption_templates import Captions, Synonyms, check_template
 from medmoe_hf.data.captions import CAPTION_RULES
+from medmoe_hf.data.cells import cell_text
 from medmoe_hf.data.checksums import file_checksums
 from medmoe_hf.data.fields import CAPTION_FIELDS, IMAGE_FIELDS, find_field, template_fields
 from medmoe_hf.data.file_patterns import expand, expand_environment
@@ -31,6 +33,18 @@ _MAX_CHECKED_SHARDS = 20  # shards opened to look for a field: tars may differ i
 _MAX_NAMED_FIELDS = 20  # fields listed in a message
 
 
+def _as_values(value: Any) -> Any:
+    """Converts the wanted values of a field, one or a list, to texts as of `cell_text`."""
+    values = value if isinstance(value, list) else [value]
+    for one in values:
+        if isinstance(one, bool) or not (one is None or isinstance(one, (str, int, float))):
+            raise ValueError(f"the value {one!r} is not text; put it in quotation marks")
+    return [cell_text(one) for one in values]
+
+
+_Values = dict[str, Annotated[list[str], BeforeValidator(_as_values), Field(min_length=1)]]
+
+
 class BaseSource(BaseModel):
     """The keys that all kinds of sources share.
 
@@ -44,7 +58,18 @@ class BaseSource(BaseModel):
         caption_rule: How the caption is taken from the field: `plain` (as it is), the rule of a tag (see
             `medmoe_hf.data.captions`), or `auto` (the rule whose tag the text contains).
         caption_template: Caption with fields in braces, such as `"a chest radiograph with {label}"`, used instead of
-            the field.
+            the field; short for a single entry of `captions`, except that it is used as long as one of its fields has
+            a value.
+        captions: Several templates, one of which is drawn for each visit of a row, among those whose fields all have a
+            value in it. An entry is a text with fields in braces, or has the keys of
+            `medmoe_hf.data.caption_templates.CaptionTemplate`: `{template: "{label}", weight: 0.5}`, or
+            `{field: report, weight: 3}` for the text of a field. Held-out pairs have the first one that fits.
+        synonyms: Field to values to words, for templates: `{label: {"no finding": [normal, unremarkable]}}`. One of
+            the words, drawn for each visit, replaces the value (held-out pairs: the first one). The letter case of
+            values does not matter.
+        where: Field to one value or a list: only rows with one of these values in each of the fields are used.
+            `msd-*` is a pattern, and `null` an empty cell.
+        where_not: Likewise: rows with one of these values in any of the fields are not used.
         modality: Where the modality comes from: its name, alias or DICOM code; `field:NAME` (a field with a name,
             alias or id); `caption` (the words of the caption); `dicom` (the header); or `unknown`. The entries of a
             list are tried in order until one yields a modality. By default it is that of the caption rule, if the rule
@@ -65,10 +90,16 @@ class BaseSource(BaseModel):
     caption: str | None = None
     caption_rule: str = "plain"
     caption_template: str | None = None
+    captions: Captions | None = None
+    synonyms: Synonyms | None = None
+    where: _Values | None = None
+    where_not: _Values | None = None
     modality: str | Annotated[list[str], Field(min_length=1)] | None = None
     subject: str | None = None
     label: str | None = None
     window: str | tuple[float, float] | tuple[str, str, str] | None = None
+
+    later_keys: ClassVar[frozenset[str]] = frozenset(("captions", "label", "synonyms", "where", "where_not"))
 
     @model_validator(mode="after")
     def _known_rule(self) -> "BaseSource":
@@ -78,13 +109,43 @@ class BaseSource(BaseModel):
             if isinstance(name, str) and name not in WINDOWS:
                 raise ValueError(f"unknown `window` {name}; use {', '.join(WINDOWS)}")
         if self.caption_template is not None:
-            try:
-                template_fields(self.caption_template)
-            except ValueError as error:
-                raise ValueError(
-                    f"`caption_template`: {error}; write fields as `{{label}}`, braces as `{{{{`"
-                ) from None
+            check_template(self.caption_template, "caption_template")
+        if self.captions is not None and (self.caption, self.caption_template, self.caption_rule) != (
+            None,
+            None,
+            "plain",
+        ):
+            raise ValueError(
+                "`captions` replaces `caption`, `caption_template` and `caption_rule`; write them as entries of it: "
+                "`{field: report}` or a template"
+            )
+        templates = [entry.template for entry in self.captions or ()] + [self.caption_template]
+        used = {name for template in templates if template is not None for name in template_fields(template)}
+        if unused := sorted((self.synonyms or {}).keys() - used):
+            raise ValueError(f"`synonyms` apply to fields of templates, and no template has `{{{unused[0]}}}`")
         return self
+
+    @property
+    def caption_fields(self) -> list[str]:
+        """Fields that captions are made of, as far as `caption_template` or `captions` name them."""
+        fields = [name for entry in self.captions or () for name in entry.fields]
+        return list(dict.fromkeys(fields + template_fields(self.caption_template or "")))
+
+    @property
+    def filter_fields(self) -> list[str]:
+        """Fields that `where` and `where_not` use."""
+        return list(dict.fromkeys([*(self.where or {}), *(self.where_not or {})]))
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what the order and content of samples depend on, as plain values for JSON.
+
+        Keys that an earlier version did not have are left out unless they are set, so that its states stay valid.
+        """
+        return {
+            name: value
+            for name, value in self.model_dump(mode="json").items()
+            if value is not None or name not in self.later_keys
+        }
 
     def check(self, shards: Sequence[Shard]) -> None:
         """Checks that the fields of this source exist, before a sample is read.
@@ -94,8 +155,8 @@ class BaseSource(BaseModel):
 
         Raises:
             SourceError: If there are no samples, or no sample has the field that `image`, `caption`,
-                `caption_template`, `modality`, `subject` or `label` requires. The message lists the fields and
-                suggests the nearest one.
+                `caption_template`, `captions`, `where`, `where_not`, `modality`, `subject` or `label` requires. The
+                message lists the fields and suggests the nearest one.
         """
         if all(isinstance(shard, (TableShard, DatasetShard)) and not len(shard) for shard in shards):
             raise SourceError(f"{self.name or (shards[0].name if shards else self.kind)} has no samples.")
@@ -118,10 +179,13 @@ class BaseSource(BaseModel):
     def _needed(self) -> list[tuple[str, Sequence[str]]]:
         """Returns the keys that require a field, each with the fields that it accepts."""
         needed: list[tuple[str, Sequence[str]]] = [("image", IMAGE_FIELDS if self.image is None else (self.image,))]
-        if self.caption_template is not None:
-            needed += [("caption_template", (name,)) for name in template_fields(self.caption_template)]
+        if self.caption_template is not None or self.captions is not None:
+            key = "captions" if self.caption_template is None else "caption_template"
+            needed += [(key, (name,)) for name in self.caption_fields]
         else:
             needed.append(("caption", CAPTION_FIELDS if self.caption is None else (self.caption,)))
+        conditions: dict[str, Mapping[str, Any] | None] = {"where": self.where, "where_not": self.where_not}
+        needed += [(key, (name,)) for key, fields in conditions.items() for name in fields or ()]
         said = [self.modality] if isinstance(self.modality, str) else self.modality or []
         needed += [("modality", (one.removeprefix("field:"),)) for one in said if one.startswith("field:")]
         named = {"subject": self.subject, "label": self.label}
@@ -159,6 +223,15 @@ class PhantomSource(BaseSource):
     image_size: int = Field(default=224, ge=48)
     modalities: list[str] = list(MODALITIES)
     length: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _unfiltered(self) -> "PhantomSource":
+        if self.where is not None or self.where_not is not None:
+            raise ValueError(
+                "phantoms are drawn while they are read, so that `where` cannot select some of them; use "
+                "`modalities`, or write them to tars with `medmoe phantom`"
+            )
+        return self
 
     def shards(self) -> list[Shard]:
         """Returns the shards of the source."""
@@ -398,15 +471,20 @@ def _missing_field(key: str, names: Sequence[str], fields: Collection[str]) -> s
     return f"no column `{names[0]}`" + (f"; did you mean `{near}`?" if near else "") + f" (`{key}`)"
 
 
-def has_labels(source: Any, shards: Sequence[Shard]) -> bool:
-    """Returns whether samples of a source have its `label` field, by its first shards."""
+def source_fields(shards: Sequence[Shard]) -> set[str]:
+    """Returns the names of the fields of a source, by its first shards."""
+    fields: set[str] = set()
     for shard in shards[:_MAX_CHECKED_SHARDS]:
         try:
-            if (source.label or "label") in shard.fields():
-                return True
+            fields.update(name for name in shard.fields() if name is not None)
         except (ShardError, OSError):
             continue  # counted as a fault when it is read
-    return False
+    return fields
+
+
+def has_labels(source: Any, shards: Sequence[Shard]) -> bool:
+    """Returns whether samples of a source have its `label` field, by its first shards."""
+    return any((source.label or "label") in source_fields([shard]) for shard in shards[:_MAX_CHECKED_SHARDS])
 
 
 def load_sources(path: str | Path) -> list[Any]:

@@ -22,15 +22,17 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from medmoe_hf.common.console import progress
 from medmoe_hf.data.augmentation import Augmentation
+from medmoe_hf.data.balancing import DEFAULT_POWER, BalancedRows, check_balance, generator, powers_of
 from medmoe_hf.data.faults import Fault, FaultLog
-from medmoe_hf.data.fields import template_fields
+from medmoe_hf.data.groups import check_groups, find_groups
+from medmoe_hf.data.known_rows import KnownRows
 from medmoe_hf.data.parsing import fields_before_reading, modality_before_reading, modality_of_source
 from medmoe_hf.data.reading import STRICT, Reader, Sample, SampleIndex
-from medmoe_hf.data.shards import TarShard
+from medmoe_hf.data.shards import DatasetShard, TarShard
 from medmoe_hf.data.sources import PhantomSource, source_names
 from medmoe_hf.data.split import Split
+from medmoe_hf.data.tables import FaultyRow, TableShard
 from medmoe_hf.errors import ShardError, StreamError
 from medmoe_hf.model.modalities_medmoe import MODALITIES, UNKNOWN_MODALITY
 
@@ -68,6 +70,12 @@ class SampleStream:
             source, a field or the caption, which requires a pass over all rows (without images) before the first
             sample. Samples whose modality is unknown, or known only from the image's header, are treated as one more
             modality.
+        balance: Keys by which samples are drawn in a balanced way, from the outermost level: `modality`, `source` (the
+            field `source` of a row, or else the name of its source), `label`, or any field. Empty to draw each sample
+            once. An epoch then has as many draws as there are rows, some of which are drawn several times and others
+            not at all (see `medmoe_hf.data.balancing`); `mixing` and `once` do not apply, and the weights of sources
+            multiply their shares. This requires a pass over all rows, without images, before the first sample.
+        balance_power: How far shares are balanced, for all keys or by key: 0 (as in the data) to 1 (equal).
         once: Whether each sample occurs exactly once per epoch. If False, exhausted sources start again in a new
             order, so that the proportions are kept and the epoch never ends.
         shuffle: Whether to shuffle shards and rows. Rows of tables, parquet files, folders and datasets are fully
@@ -80,16 +88,22 @@ class SampleStream:
         draft: Side in pixels to which images will be resized. JPEGs are decoded at the smallest scale that is not
             smaller. None decodes them at full resolution.
         augmentation: Modality to its augmentation, as `standard_augmentation` returns it; None for no augmentation.
+        shorten: Called with each caption and a generator; returns the part of the caption to use. Must be picklable if
+            there are workers. None for whole captions.
+        fixed_captions: Whether captions are made of the first template that fits, and of the first synonyms, instead
+            of random ones.
         part: Name of these data in messages; by default `training set` or `validation set` according to `split`.
 
     Attributes:
         faults: The samples that were skipped, a `FaultLog`.
         epoch: The current epoch, from 0.
         names: Name of each source in reports.
+        known_rows: What is known of rows before they are read, such as those that `where` selects; a `KnownRows`.
 
     Raises:
-        StreamError: If there are no sources, or `rank` is out of range.
-        SourceError: If a source has no samples, or lacks a column that it names.
+        StreamError: If there are no sources, `rank` is out of range, or the samples cannot be balanced.
+        SourceError: If a source has no samples, or lacks a column that it names, or no row that `where` selects; or if
+            no source has a field of `balance`.
 
     Example:
         >>> from medmoe_hf.data.sources import PhantomSource
@@ -110,6 +124,8 @@ class SampleStream:
         rank: int = 0,
         world_size: int = 1,
         mixing: Literal["weight", "modality"] = "weight",
+        balance: Sequence[str] = (),
+        balance_power: float | Mapping[str, float] = DEFAULT_POWER,
         once: bool = True,
         shuffle: bool = True,
         buffer: int = 10_000,
@@ -119,6 +135,8 @@ class SampleStream:
         prepare: Callable[[Image.Image], Any] | None = None,
         draft: int | None = None,
         augmentation: Mapping[str, Augmentation] | None = None,
+        shorten: Callable[[str, random.Random], str] | None = None,
+        fixed_captions: bool = False,
         part: str | None = None,
     ) -> None:
         if not sources:
@@ -130,7 +148,9 @@ class SampleStream:
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.mixing, self.once, self.shuffle, self.buffer, self.split = mixing, once, shuffle, buffer, split
         self.max_bad_fraction, self.num_workers = max_bad_fraction, num_workers
+        self.balance, self.balance_power = tuple(balance), balance_power
         self.prepare, self.draft, self.augmentation = prepare, draft, augmentation
+        self.shorten, self.fixed_captions = shorten, fixed_captions
         self.shards = [source.shards() for source in self.sources]
         for source, shards in zip(self.sources, self.shards, strict=True):
             source.check(shards)
@@ -139,7 +159,14 @@ class SampleStream:
         self.faults = FaultLog(part)
         self.epoch = 0
         self._next = rank
-        self._labels: dict[int, list[np.ndarray]] = {}
+        self.known_rows = KnownRows(self.sources, self.shards, self.names, self._length, quiet=rank > 0)
+        if self.balance:
+            check_balance(self.balance, balance_power, mixing, shuffle)
+            check_groups(self.known_rows, self.balance)
+        for index, found in enumerate(self.shards):
+            # Tars and parquet files, of which there may be many, are opened when they are needed.
+            if all(isinstance(shard, (TableShard, DatasetShard)) for shard in found):
+                self.known_rows.selection(index)
 
     # Order
 
@@ -152,9 +179,7 @@ class SampleStream:
             if known is not None:
                 lanes.append(_Lane(index, known, source.weight))
                 continue
-            labels = self._modalities(index)
-            found = sorted(set().union(*(np.unique(part).tolist() for part in labels)))
-            lanes += [_Lane(index, modality, source.weight) for modality in found]
+            lanes += [_Lane(index, modality, source.weight) for modality in self.known_rows.modalities(index)]
         return lanes
 
     def _weights(self, lanes: Sequence[_Lane]) -> list[float]:
@@ -165,30 +190,6 @@ class SampleStream:
         for lane in lanes:
             totals[lane.modality] += lane.weight
         return [lane.weight / totals[lane.modality] for lane in lanes]
-
-    def _modalities(self, source: int) -> list[np.ndarray]:
-        """Returns the modality id of each row, by shard, as far as it is known before the image is read."""
-        if source not in self._labels:
-            model, fields = self.sources[source], fields_before_reading(self.sources[source])
-            labels: list[np.ndarray] = []
-            for shard in progress(
-                self.shards[source],
-                f"modalities of {self.names[source]}",
-                "shard",
-                delay=5,
-                disable=self.rank > 0,
-            ):
-                found = np.full(self._length(source, len(labels)), UNKNOWN_MODALITY, dtype=np.int16)
-                for start in range(0, len(found), _BLOCK):
-                    rows = range(start, min(start + _BLOCK, len(found)))
-                    try:
-                        peeked = shard.peek(rows, fields)
-                    except Exception:
-                        continue  # counted as a fault when it is read
-                    found[start : rows.stop] = [modality_before_reading(model, row) for row in peeked]
-                labels.append(found)
-            self._labels[source] = labels
-        return self._labels[source]
 
     def _rows(self, number: int, lane: _Lane) -> Iterator[tuple[int, int]]:
         """Yields (shard, row) of one lane, once or endlessly."""
@@ -204,9 +205,9 @@ class SampleStream:
 
     def _pass(self, number: int, lane: _Lane, cycle: int) -> Iterator[tuple[int, int]]:
         source, shards = lane.source, self.shards[lane.source]
-        wanted = None
+        wanted = self.known_rows.selection(source)
         if lane.modality is not None and modality_of_source(self.sources[source]) is None:
-            wanted = [np.flatnonzero(part == lane.modality) for part in self._modalities(source)]
+            wanted = self.known_rows.rows_of_modality(source, lane.modality)
         seed = f"{self.seed} {self.epoch} {number} {cycle}"
         # Phantoms are independent of one another, so that shuffling them has no effect.
         shuffled = self.shuffle and not isinstance(self.sources[source], PhantomSource)
@@ -231,10 +232,8 @@ class SampleStream:
             for shard in range(len(self.shards[source]))
         ]
         ends = np.cumsum(lengths)
-        # 4 bytes per row, and the legacy generator, whose numbers are the same in all versions of numpy.
-        order = np.arange(sum(lengths), dtype=np.uint32 if sum(lengths) < 2**32 else np.uint64)
-        digest = np.frombuffer(hashlib.sha256(seed.encode()).digest(), dtype="<u4")
-        np.random.RandomState(digest.tolist()).shuffle(order)
+        order = np.arange(sum(lengths), dtype=np.uint32 if sum(lengths) < 2**32 else np.uint64)  # 4 bytes per row
+        generator(seed).shuffle(order)
         for start in range(0, len(order), _BLOCK):
             block = order[start : start + _BLOCK].astype(np.int64)
             shards = np.searchsorted(ends, block, side="right")
@@ -262,6 +261,9 @@ class SampleStream:
 
     def _sample_order(self) -> Iterator[SampleIndex]:
         """Yields the complete epoch, for all ranks."""
+        if self.balance:
+            yield from self._balanced_order()
+            return
         rng = random.Random(f"{self.seed} {self.epoch} mix")
         lanes = self._lanes()
         rows = [self._rows(number, lane) for number, lane in enumerate(lanes)]
@@ -277,6 +279,26 @@ class SampleStream:
                 continue
             yield SampleIndex(position, lanes[number].source, *found)
             position += 1
+
+    # Balance
+
+    @cached_property
+    def balanced_rows(self) -> BalancedRows:
+        """The groups of `balance`, with their rows and shares. The first use reads fields of all rows."""
+        return find_groups(self.known_rows, self.balance, self.balance_power, self.split, self._record_faulty_row)
+
+    def _record_faulty_row(self, row: FaultyRow, source: int, shard: int, number: int) -> None:
+        """Counts a row that is in no group, and therefore never drawn."""
+        if shard % self.world_size == self.rank and (source, shard, number) not in self.faults:
+            name = self.shards[source][shard].name
+            self.record_fault(Fault(row.cause, row.cause, None, name, name, source, shard, number, -1))
+
+    def _balanced_order(self) -> Iterator[SampleIndex]:
+        order = self.balanced_rows.order(self.seed, self.epoch)
+        for start in range(0, len(order), _BLOCK):
+            found = self.known_rows.locate(order[start : start + _BLOCK])
+            for position, location in enumerate(found, start):
+                yield SampleIndex(position, *location)
 
     def _own_chunks(self) -> Iterator[list[SampleIndex]]:
         """Yields what this rank has yet to read, in chunks for its workers."""
@@ -302,6 +324,8 @@ class SampleStream:
             self.draft,
             (self.seed, self.epoch),
             self.augmentation,
+            self.shorten,
+            self.fixed_captions,
         )
 
     def __iter__(self) -> Iterator[Sample]:
@@ -374,7 +398,7 @@ class SampleStream:
         Returns:
             One sentence per affected source.
         """
-        if self.mixing == "modality":
+        if self.mixing == "modality" or self.balance:
             return []
         return [text for source in range(len(self.sources)) for text in self._order_warnings(source)]
 
@@ -389,18 +413,18 @@ class SampleStream:
         first: list[tuple[int, int]] = []
         while order and len(first) < window:
             shard = order.pop(0)
-            first += [(shard, row) for row in range(self._length(source, shard))]
+            first += [(shard, row) for row in self.known_rows.rows(source, shard)]
         rest = first[window:]
         del first[window:]
         later = order[:: max(1, len(order) // _MAX_COMPARED_SHARDS)][:_MAX_COMPARED_SHARDS]
-        lengths = [self._length(source, shard) for shard in later]
+        lengths = [len(self.known_rows.rows(source, shard)) for shard in later]
         in_rest = len(rest) + (sum(lengths) / len(lengths) * len(order) if lengths else 0)
-        rest += [(shard, row) for shard, length in zip(later, lengths, strict=True) for row in range(length)]
+        rest += [(shard, row) for shard in later for row in self.known_rows.rows(source, shard)]
         if not first or not rest:
             return
         share_of_rest = in_rest / (len(first) + in_rest)
         fields = fields_before_reading(model)
-        others = {*template_fields(model.caption_template or ""), model.label or "label"}
+        others = {*model.caption_fields, model.label or "label"}
         seen = [self._peek(source, _evenly(rows, _MAX_COMPARED_ROWS), fields | others) for rows in (first, rest)]
         kinds: dict[str, Callable[[dict[str, Any]], str]] = {f"`{key}`": _cell(key) for key in sorted(others)}
         if modality_of_source(model) is None:
@@ -453,7 +477,7 @@ class SampleStream:
     def fingerprint(self) -> str:
         """Hash of everything that the order depends on: the configuration and the content of the sources."""
         facts = {
-            "sources": [source.model_dump(mode="json") for source in self.sources],
+            "sources": [source.identity() for source in self.sources],
             "content": self.content,
             "seed": self.seed,
             "world_size": self.world_size,
@@ -461,6 +485,8 @@ class SampleStream:
             # The empty string keeps the states of earlier versions valid.
             "split": None if self.split is None else [self.split.part, self.split.share, ""],
         }
+        if self.balance:
+            facts["balance"] = [list(self.balance), powers_of(self.balance, self.balance_power)]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
     def state_dict(self) -> dict[str, Any]:

@@ -55,7 +55,10 @@ class TableShard:
         return row
 
     def peek(self, rows: Sequence[int], names: Collection[str]) -> list[dict[str, Any]]:
-        return [{name: self.rows[row][name] for name in names if name in self.rows[row]} for row in rows]
+        found = [self.rows[row] for row in rows]
+        return [
+            row if isinstance(row, FaultyRow) else {name: row[name] for name in names if name in row} for row in found
+        ]
 
     def fields(self) -> list[str]:
         return list(dict.fromkeys(chain.from_iterable(self.rows)))

@@ -133,7 +133,7 @@ def export_data(
                 findings += _in_files(source)
             _refuse(findings)
         (partial / "data").mkdir()
-        stream = SampleStream(sources, shuffle=False, prepare=_png)
+        stream = SampleStream(sources, shuffle=False, fixed_captions=True, prepare=_png)
         counts: Counter[tuple[int, int]] = Counter()
         shard: list[dict[str, Any]] = []
         number = 0

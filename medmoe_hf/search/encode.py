@@ -85,7 +85,7 @@ class _LocatedStream(SampleStream):
     """A stream in the order of the sources, which also knows the shard and row of each sample."""
 
     def __init__(self, sources: Sequence[Any], **arguments: Any) -> None:
-        super().__init__(sources, shuffle=False, **arguments)
+        super().__init__(sources, shuffle=False, fixed_captions=True, **arguments)
         self._waiting: deque[SampleIndex] = deque()
         self._begun = [0] * len(self.sources)
 
@@ -184,7 +184,7 @@ def encode_sources(
         "dtype": dtype,
         "keep_captions": keep_captions,
         "mixed_precision": accelerator.mixed_precision,
-        "sources": [source.model_dump(mode="json") for source in sources],
+        "sources": [source.identity() for source in sources],
         # New files that match a pattern would shift every position, and changed files were encoded as they were.
         "content": [[name, source.content_checksums()] for name, source in zip(stream.names, sources, strict=True)],
     }

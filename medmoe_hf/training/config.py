@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from medmoe_hf.common.yaml_files import explain, read_yaml, set_values
 from medmoe_hf.data.augmentation import Augmentation, standard_augmentation
+from medmoe_hf.data.balancing import DEFAULT_POWER, check_balance
 from medmoe_hf.data.sources import SOURCE_SECTIONS, Source, load_sources
 from medmoe_hf.errors import ConfigError, SourceError
 
@@ -55,8 +56,14 @@ class DataSection(BaseModel):
         validation_share: Share of the training data that is held out for evaluation, in [0, 1). Data are split by
             subject if the source names one, otherwise by image.
         mixing: How sources are mixed: `"weight"` by their weights, `"modality"` with equal frequency per modality.
+        balance: Keys by which training pairs are drawn in a balanced way instead: `modality`, `source` (the field
+            `source` of a row, or else the name of its source), `label`, or any field. Each key divides the groups of
+            the one before it. An epoch has as many draws as there are pairs; `None` draws each pair once.
+        balance_power: How far the shares of groups are balanced, in [0, 1]: a group of n pairs gets a share of its
+            parent that is proportional to n^(1 - power). 0 leaves the data as they are, 1 makes groups equal. One
+            number, or one for each key.
         once: Whether each sample is used once per epoch. Otherwise small sources are repeated, so that the mixture
-            stays constant.
+            stays constant. Does not apply with `balance`.
         shuffle_buffer: Number of rows per source that are shuffled at a time; 0 keeps the order of the files.
         max_bad_fraction: Share of unreadable samples above which the run stops, in [0, 1].
         reduced_decode: Whether large JPEGs are decoded at 1/2, 1/4 or 1/8 of their size if that is at least the size
@@ -64,6 +71,9 @@ class DataSection(BaseModel):
         augmentation: Random changes to training images, never to held-out ones: `"none"`, `"standard"` (a choice per
             modality, see `medmoe_hf.data.augmentation.STANDARD`), or what differs from it: a modality, or `all`, to
             fields of `medmoe_hf.data.augmentation.Augmentation`, as in `{all: {noise: 0}, fundus: {rotation: 30}}`.
+        long_captions: What is read of training captions that are longer than the text tower reads: a random run of
+            sentences that fits, another one at each visit (`"sample"`), or the beginning (`"cut"`), as in the paper's
+            code. Of held-out captions it is always the beginning.
         num_workers: Number of processes per training process that read and decode data; 0 for none.
 
     Example:
@@ -80,11 +90,14 @@ class DataSection(BaseModel):
     evaluation: Source | list[Source] | None = None
     validation_share: float = Field(default=0.0, ge=0, lt=1)
     mixing: Literal["weight", "modality"] = "weight"
+    balance: Annotated[list[str], Field(min_length=1)] | None = None
+    balance_power: float | dict[str, float] = DEFAULT_POWER
     once: bool = True
     shuffle_buffer: int = Field(default=10_000, ge=0)
     max_bad_fraction: float = Field(default=0.05, ge=0, le=1)
     reduced_decode: bool = True
     augmentation: Literal["none", "standard"] | dict[str, dict[str, Any]] = "none"
+    long_captions: Literal["sample", "cut"] = "sample"
     num_workers: int = Field(default=1, ge=0)
 
     @field_validator("train", "evaluation", mode="before")
@@ -100,6 +113,15 @@ class DataSection(BaseModel):
     @model_validator(mode="after")
     def _known_augmentation(self) -> "DataSection":
         self.augmentations()
+        return self
+
+    @model_validator(mode="after")
+    def _usable_balance(self) -> "DataSection":
+        if self.balance is None:
+            if isinstance(self.balance_power, dict):
+                raise ValueError("`balance_power` requires `balance`")
+        else:
+            check_balance(self.balance, self.balance_power, self.mixing, shuffle=self.shuffle_buffer > 0)
         return self
 
     def augmentations(self) -> dict[str, Augmentation] | None:

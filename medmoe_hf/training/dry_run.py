@@ -44,6 +44,7 @@ class Plan:
         device: Name of the device.
         losses: Losses of the two steps.
         locations: Lines that name the folders of model, checkpoints and logs.
+        balance: Lines about the groups of `data.balance`: their rows and shares.
     """
 
     parameters: int
@@ -65,6 +66,7 @@ class Plan:
     device: str
     losses: list[float] = field(default_factory=list)
     locations: list[str] = field(default_factory=list)
+    balance: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         hours = self.step_seconds * self.max_steps / 3600
@@ -87,6 +89,7 @@ class Plan:
             f"disk        {_size(self.checkpoint_bytes)} per checkpoint",
             f"losses      {', '.join(f'{loss:.3f}' for loss in self.losses)}",
             *self.locations,
+            *self.balance,
         ]
         return "\n".join(lines)
 
@@ -169,6 +172,7 @@ def plan(config: TrainConfig) -> Plan:
             f"checkpoints {config.run_dir / 'checkpoints'}",
             *([f"logs        {config.run_dir / 'logs'}"] if config.trackers else []),
         ],
+        balance=list(run.stream.balanced_rows.lines()) if run.stream.balance else [],
     )
 
 

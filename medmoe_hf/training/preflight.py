@@ -76,13 +76,14 @@ def _unusable(stream: SampleStream, source: int) -> str | None:
     for part in range(_SAMPLES_TRIED):
         number = part * len(shards) // _SAMPLES_TRIED
         try:
-            shard, rows = shards[number], len(shards[number])
+            rows = stream.known_rows.rows(source, number)
+            if not rows:
+                continue
+            row = rows[part * len(rows) // _SAMPLES_TRIED]
+            location = shards[number].locate(row)
         except (ShardError, OSError):
             continue  # counted when it is read
-        if not rows:
-            continue
-        row = part * rows // _SAMPLES_TRIED
-        found = reader[SampleIndex(0, source, number, row, shard.locate(row))]
+        found = reader[SampleIndex(0, source, number, row, location)]
         if not isinstance(found, Fault):
             return None
         faults.append(found)

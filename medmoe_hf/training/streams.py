@@ -29,6 +29,8 @@ def training_stream(config: TrainConfig, collator: ContrastiveCollator, rank: in
         rank=rank,
         world_size=world_size,
         mixing=data.mixing,
+        balance=data.balance or (),
+        balance_power=data.balance_power,
         once=data.once,
         shuffle=data.shuffle_buffer > 0,
         buffer=data.shuffle_buffer,
@@ -38,11 +40,14 @@ def training_stream(config: TrainConfig, collator: ContrastiveCollator, rank: in
         prepare=collator.prepare,
         draft=collator.side if data.reduced_decode else None,
         augmentation=data.augmentations(),
+        shorten=collator.shorten if data.long_captions == "sample" else None,
     )
 
 
 def held_out_stream(config: TrainConfig, collator: ContrastiveCollator) -> SampleStream:
-    """The held-out pairs, all of them in every process.
+    """The held-out pairs, all of them in every process, in a random order that is the same in every run.
+
+    Of tables that are sorted by class, the first pairs would be of one class.
 
     Args:
         config: A configuration with held-out data (`config.evaluates`).
@@ -55,10 +60,10 @@ def held_out_stream(config: TrainConfig, collator: ContrastiveCollator) -> Sampl
     return _open(
         "Held-out data",
         data.train if data.evaluation is None else data.evaluation,
-        shuffle=False,
         split=Split("validation", data.validation_share) if data.evaluation is None else None,
         max_bad_fraction=data.max_bad_fraction,
         prepare=collator.prepare,
+        fixed_captions=True,
     )
 
 

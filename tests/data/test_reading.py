@@ -215,7 +215,7 @@ def test_templates_omit_empty_cells(lines):
         {"image": "x.png", "organ": "liver"},
     ]
     stream = lines(rows, caption_template="{organ} {side}")
-    assert [sample["caption"] for sample in stream] == ["liver left", "liver "]
+    assert [sample["caption"] for sample in stream] == ["liver left", "liver"]
     assert stream.faults.counts == {("t", "empty caption"): 1, ("t", "no field side"): 1}
 
 
