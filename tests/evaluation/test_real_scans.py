@@ -12,15 +12,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from small_encoders import medmoe_folder
 
 from medmoe_hf.data import phantom_sample
+from medmoe_hf.data.stream import SampleStream
 from medmoe_hf.errors import CardError, SourceError
 from medmoe_hf.evaluation.dataset import EvaluationSet
 from medmoe_hf.evaluation.intervals import Interval
 from medmoe_hf.evaluation.results import Result
 from medmoe_hf.inference.encoders import MedMoEEncoder
+from medmoe_hf.training import TrainConfig
 
 FOLDER = Path(__file__).parents[2] / "examples" / "experiments" / "real"
 NAMES = (
@@ -389,6 +392,42 @@ def test_recipes_leave_sources_out():
         without({"data": {"train": {"kind": "webdataset", "files": ["a.tar"]}}}, ["nih-cxr14"])
 
 
+def test_a_recipe_is_trained_without_a_source(data, tmp_path, monkeypatch):
+    module = scripts["trainings"]
+    source = {
+        "kind": "csv",
+        "files": [str(data / "manifest.csv")],
+        "image": "file",
+        "captions": ["{label}", "{modality} of the {body_part}"],
+        "modality": "field:modality",
+        "where": {"split": "train"},
+        "where_not": {"licence": "*-SA*"},
+    }
+    recipe = {
+        "output_dir": str(tmp_path / "unused"),
+        "model": {"preset": "tiny"},
+        "data": {"train": source, "balance": ["modality", "source", "label"]},
+        "max_steps": 3,
+    }
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(recipe))
+    called = []
+    monkeypatch.setattr(module, "command", lambda *arguments: called.append(arguments))
+    read = module.read_recipe(tmp_path / "train.yaml", ["max_steps=7"])
+    folder = module.train(module.without_sources(read, ["nih-cxr14"]), tmp_path / "models" / "without")
+    ((verb, path, *_),) = called
+    config = TrainConfig.from_yaml(path)
+    assert (verb, config.output_dir, config.max_steps) == ("train", folder, 7)
+    (own,) = config.data.train if isinstance(config.data.train, list) else [config.data.train]
+    assert own.where_not == {"licence": ["*-SA*"], "source": ["nih-cxr14"]}
+    # What the training reads: 24 rows of `train` that are not share-alike, a third of them of the excluded source.
+    assert len(list(SampleStream([own]))) == 16
+    # A model that is trained is not trained again.
+    folder.mkdir()
+    (folder / "training.json").write_text("{}")
+    module.train(recipe, folder)
+    assert len(called) == 1
+
+
 def test_twins_are_averaged_over_tasks_per_seed():
     values = {"pneumonia-children": (0.9, 0.95), "glaucoma": (0.7, 0.8), "fundus-external": (0.4, 0.6)}
     metrics = {name: {"balanced_accuracy": one, "macro_auroc": two} for name, (one, two) in values.items()}
@@ -498,8 +537,6 @@ def test_the_card_credits_every_source(data, model, tmp_path):
 
 
 def test_the_real_sources_have_credits():
-    import yaml
-
     credits = yaml.safe_load((FOLDER / "attributions.yaml").read_text())
     assert set(scripts["manifest"].DOUBTFUL) <= set(credits)
     sources = {name for task in scripts["tasks"].TASKS.values() for name in task.where.get("source", ())}
