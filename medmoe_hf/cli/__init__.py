@@ -122,32 +122,61 @@ def phantom(
 @app.command()
 def init(
     out: Out,
-    preset: Annotated[str, typer.Option(help="Preset: paper, plus, official or tiny.")],
+    preset: Annotated[str, typer.Option(help="Preset: paper, plus, official, small or tiny.")],
     vision: Annotated[
         str | None,
         typer.Option(
-            help="Image encoder: folder, Hub id or file of a Swin; or timm/<name> of any hierarchical model."
+            help="Image encoder: folder, Hub id or file of a Swin; timm/NAME of any hierarchical model; or "
+            "timm/NAME@FILE with the weights of a local file."
         ),
     ] = None,
     text: Annotated[str | None, typer.Option(help="Text encoder: folder or Hub id of any BERT-like model.")] = None,
+    text_layers: Annotated[
+        int | None, typer.Option(min=1, help="Number of first layers of --text to keep; by default all.")
+    ] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder, Hub id or vocab.txt; by default that of --text.")
     ] = None,
+    vocabulary: Annotated[
+        Path | None,
+        typer.Option(
+            help="Corpus to which a WordPiece vocabulary is reduced: text file with one text per line, or YAML file "
+            "of sources."
+        ),
+    ] = None,
+    vocabulary_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Number of tokens to keep: more than the corpus needs, the most frequent first."),
+    ] = None,
     projection_dim: Annotated[int | None, typer.Option(min=1, help="Width of the shared space.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Override a field of the configuration: vision_config.image_size=224; may be repeated.",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Random seed of the new weights.")] = 0,
     force: Force = False,
 ) -> None:
     """Create a new model of a preset from published image and text encoders."""
+    from medmoe_hf.common.yaml_files import set_values
+    from medmoe_hf.errors import ConvertError
     from medmoe_hf.hub import init_model
 
     with errors_of("init"):
+        overrides = {} if projection_dim is None else {"projection_dim": projection_dim}
         report = init_model(
             out,
             preset,
             vision=vision,
             text=text,
+            text_layers=text_layers,
             tokenizer=tokenizer,
-            overrides={} if projection_dim is None else {"projection_dim": projection_dim},
+            vocabulary=vocabulary,
+            vocabulary_size=vocabulary_size,
+            overrides=set_values(overrides, set_ or (), ConvertError),
             seed=seed,
             force=force,
         )

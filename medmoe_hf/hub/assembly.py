@@ -15,7 +15,7 @@ from medmoe_hf.common.files import atomic_dir, redact_paths
 from medmoe_hf.data.checkpoint_names import refuse_missing_folder
 from medmoe_hf.errors import ConvertError, PathExistsError
 from medmoe_hf.hub.weight_mapping import LoadReport, listed
-from medmoe_hf.model import MedMoEConfig, MedMoEImageProcessor, MedMoEModel, MedMoEProcessor, MedMoETokenizer
+from medmoe_hf.model import MedMoEImageProcessor, MedMoEModel, MedMoEProcessor, MedMoETokenizer
 from medmoe_hf.model.presets_medmoe import preset_fields
 
 
@@ -103,16 +103,20 @@ def bracket_token_ids(tokenizer: MedMoETokenizer) -> list[int]:
     return sorted(index for token, index in tokenizer.get_vocab().items() if token.startswith("["))
 
 
-def check_vocabulary(tokenizer: MedMoETokenizer, config: MedMoEConfig) -> None:
+def check_vocabulary(tokenizer: MedMoETokenizer, embedded: int) -> None:
     """Refuses a tokenizer with more tokens than the text tower embeds.
+
+    Args:
+        tokenizer: The tokenizer.
+        embedded: Number of tokens that the text tower embeds.
 
     Raises:
         ConvertError: If it has more.
     """
-    if len(tokenizer) > config.text_config.vocab_size:
+    if len(tokenizer) > embedded:
         raise ConvertError(
-            f"The tokenizer has {len(tokenizer)} tokens, the text tower embeds {config.text_config.vocab_size}: they "
-            "do not belong together. Specify the right tokenizer with --tokenizer."
+            f"The tokenizer has {len(tokenizer)} tokens, the text tower embeds {embedded}: they do not belong "
+            "together. Specify the right tokenizer with --tokenizer."
         )
 
 

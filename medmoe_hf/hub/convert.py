@@ -151,7 +151,7 @@ def convert_official(
             **OFFICIAL_VERSIONS[official_version],
         },
     )
-    check_vocabulary(words, config)
+    check_vocabulary(words, config.text_config.vocab_size)
     report = LoadReport(str(checkpoint), dropped=dropped)
     model = MedMoEModel(config)
     load_weights(model, tensors, report, lambda _: True, allow_missing)
@@ -228,7 +228,7 @@ def convert_medclip(
         vision_config={"swin_config": swin_fields(inside(tensors, BACKBONE)), "image_size": image_size},
         **overrides,
     )
-    check_vocabulary(words, config)
+    check_vocabulary(words, config.text_config.vocab_size)
     report = LoadReport(str(checkpoint))
     model = MedMoEModel(config)
     own = model.state_dict()

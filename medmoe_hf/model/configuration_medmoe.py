@@ -495,7 +495,8 @@ class MedMoEConfig(MedMoETextConfig):
         Args:
             name: One of `PRESETS`: `"paper"` (the model of arXiv 2506.08356), `"plus"` (recommended for new training),
                 `"official"` (what the authors' code computes, version 3; `OFFICIAL_VERSIONS` lists the differences of
-                the others) or `"tiny"` (a small `paper`, for demonstrations and tests).
+                the others), `"small"` (a `plus` of a few million parameters on an EfficientNet-Lite0 and a MiniLM) or
+                `"tiny"` (a small `paper`, for demonstrations and tests).
             **overrides: Fields to change; nested dictionaries change single fields of a sub-config.
 
         Returns:
