@@ -184,6 +184,20 @@ def init(
 
 
 @app.command()
+def shrink(
+    folder: Annotated[Path, typer.Argument(help="Folder of a model and its processor.")],
+    out: Out,
+    force: Force = False,
+) -> None:
+    """Copy a checkpoint with weights in float16, half the size; it still computes in float32. Prints the cost."""
+    from medmoe_hf.hub import shrink as run
+
+    with errors_of("shrink"):
+        report = run(folder, out, force)
+    typer.echo(f"{report}\nWrote {out}.")
+
+
+@app.command()
 def push(
     folder: Annotated[
         Path, typer.Argument(help="Folder of a model and its processor, such as `medmoe train` writes; or small.")

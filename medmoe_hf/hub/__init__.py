@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from medmoe_hf.hub.convert import convert_official as convert_official
     from medmoe_hf.hub.folder_checks import check_folder as check_folder
     from medmoe_hf.hub.golden import write_golden as write_golden
+    from medmoe_hf.hub.half_precision import ShrinkReport as ShrinkReport
+    from medmoe_hf.hub.half_precision import shrink as shrink
     from medmoe_hf.hub.new_model import init_model as init_model
     from medmoe_hf.hub.publishing import PublishReport as PublishReport
     from medmoe_hf.hub.publishing import VerifyReport as VerifyReport
@@ -28,6 +30,7 @@ __getattr__, __all__ = lazy_attributes(
         "medmoe_hf.hub.convert": ["convert_medclip", "convert_official"],
         "medmoe_hf.hub.folder_checks": ["check_folder"],
         "medmoe_hf.hub.golden": ["write_golden"],
+        "medmoe_hf.hub.half_precision": ["ShrinkReport", "shrink"],
         "medmoe_hf.hub.new_model": ["init_model"],
         "medmoe_hf.hub.publishing": ["PublishReport", "VerifyReport", "publish", "verify"],
         "medmoe_hf.hub.weight_mapping": ["LoadReport"],

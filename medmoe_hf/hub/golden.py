@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -49,6 +50,33 @@ def golden_images() -> Tensor:
     return torch.stack([slope, rings]).to(torch.uint8)
 
 
+def open_folder(folder: Path) -> tuple[Any, MedMoEProcessor]:
+    """Loads a folder with this package's classes, in float32.
+
+    Args:
+        folder: Folder of a model and its processor.
+
+    Returns:
+        The model, of whatever kind it is, and its processor.
+
+    Raises:
+        PublishError: If the folder does not load, or lacks weights.
+    """
+    try:
+        architecture = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+        kind = _MODELS[architecture]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise PublishError(f"{folder / 'config.json'} names no MedMoE model in `architectures`.") from error
+    try:
+        model, loading = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        processor = MedMoEProcessor.from_pretrained(folder)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise PublishError(f"{folder} does not load: {error}") from error
+    if loading["missing_keys"]:
+        raise PublishError(f"{folder}: the weights lack {', '.join(sorted(loading['missing_keys'])[:8])}.")
+    return model, processor
+
+
 def write_golden(folder: str | Path) -> Path:
     """Writes `golden.safetensors` into a folder, unless it already has one that agrees with the model.
 
@@ -70,18 +98,7 @@ def write_golden(folder: str | Path) -> Path:
         ```
     """
     folder = Path(folder)
-    try:
-        architecture = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
-        kind = _MODELS[architecture]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise PublishError(f"{folder / 'config.json'} names no MedMoE model in `architectures`.") from error
-    try:
-        model, loading = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-        processor = MedMoEProcessor.from_pretrained(folder)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise PublishError(f"{folder} does not load: {error}") from error
-    if loading["missing_keys"]:
-        raise PublishError(f"{folder}: the weights lack {', '.join(sorted(loading['missing_keys'])[:8])}.")
+    model, processor = open_folder(folder)
     images = golden_images()
     try:
         tensors = clean_load.golden_tensors(model, processor, images, _TEXTS)
@@ -105,13 +122,24 @@ def _agrees(path: Path, tensors: dict[str, Tensor]) -> bool:
     try:
         with safe_open(path, "pt") as file:
             texts = json.loads(file.metadata()["golden"])["texts"]
-        return texts == list(_TEXTS) and max(_differences(load_file(path), tensors).values()) <= RELATIVE_TOLERANCE
+        return (
+            texts == list(_TEXTS)
+            and max(relative_differences(load_file(path), tensors).values()) <= RELATIVE_TOLERANCE
+        )
     except (SafetensorError, ValueError, LookupError, TypeError):
         return False
 
 
-def _differences(expected: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, float]:
-    """Largest difference of each tensor, relative to the largest expected value; infinite for another shape."""
+def relative_differences(expected: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, float]:
+    """Returns the largest difference of each tensor, relative to its largest expected value.
+
+    Args:
+        expected: The right tensors, by name.
+        found: The tensors to compare.
+
+    Returns:
+        One number per name; infinite for another shape, a tensor that one side lacks, and integers that differ.
+    """
     differences = {}
     for name in sorted({*expected, *found}):
         first, second = expected.get(name), found.get(name)
@@ -164,7 +192,7 @@ def compare_with_golden(folder: str | Path) -> dict[str, float]:
         except PublishError as error:
             raise PublishError(f"{folder} does not load where medmoe_hf is not installed:\n{error}") from error
         found = load_file(out)
-    return _differences({name: value for name, value in expected.items() if name != "images"}, found)
+    return relative_differences({name: value for name, value in expected.items() if name != "images"}, found)
 
 
 def run_clean(code: str, *arguments: str, show: bool = False) -> None:
