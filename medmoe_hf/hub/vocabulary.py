@@ -15,7 +15,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from medmoe_hf.data.captions import is_empty
-from medmoe_hf.data.fields import CAPTION_FIELDS, template_fields
+from medmoe_hf.data.cells import selects
+from medmoe_hf.data.fields import CAPTION_FIELDS
 from medmoe_hf.data.phantom import phantom_vocabulary
 from medmoe_hf.data.sources import PhantomSource, load_sources
 from medmoe_hf.errors import ConvertError
@@ -29,8 +30,7 @@ def corpus_texts(path: str | Path) -> Iterator[str]:
 
     Args:
         path: A text file (UTF-8) with one text per line, or a YAML file of sources, as `medmoe train` reads them. Of
-            sources, the fields of captions and labels are read, and every text in the YAML, such as templates, but no
-            images.
+            sources, captions, labels and the fields, templates and synonyms of captions are read, but no images.
 
     Raises:
         ConvertError: If there is no such file, or it is not UTF-8.
@@ -66,20 +66,16 @@ def _source_texts(source: Any) -> Iterator[str]:
     if isinstance(source, PhantomSource):
         yield " ".join(phantom_vocabulary())
         return
-    own = source.model_dump(exclude={"files", "path", "root"})
-    written = list(_texts(list(own.values())))
-    yield from written
-    names = {source.caption, source.label, "label"} | (set(CAPTION_FIELDS) if source.caption is None else set())
-    for text in written:
-        try:
-            names |= set(template_fields(text))
-        except ValueError:
-            continue  # not a template
-    columns = {name for name in names if name is not None}
+    written = source.model_dump(include={"caption_template", "captions", "synonyms"})
+    yield from _texts(list(written.values()))
+    names = {*source.caption_fields, "label" if source.label is None else source.label}
+    names |= set(CAPTION_FIELDS) if source.caption is None else {source.caption}
     for shard in source.shards():
         for start in range(0, len(shard), _BLOCK):
-            for row in shard.peek(range(start, min(start + _BLOCK, len(shard))), columns):
-                yield from _texts(row)
+            rows = range(start, min(start + _BLOCK, len(shard)))
+            for row in shard.peek(rows, names | set(source.filter_fields)):
+                if selects(row, source.where, source.where_not):
+                    yield from _texts([row[name] for name in sorted(names) if name in row])
 
 
 def _texts(value: Any) -> Iterator[str]:

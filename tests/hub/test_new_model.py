@@ -289,14 +289,23 @@ def test_pieces_of_words_that_stay_unknown_are_kept(bert):
 
 
 def test_texts_of_a_corpus(tmp_path):
-    (tmp_path / "a.csv").write_text("path,label,report,site\nx.png,cyst,,hospital\ny.png,,Clear lungs.,hospital\n")
-    (tmp_path / "sources.yaml").write_text(
-        '- {kind: csv, files: [a.csv], caption_template: "a {label} there", modality: us}\n'.replace(
-            "a.csv", str(tmp_path / "a.csv")
-        )
+    (tmp_path / "a.csv").write_text(
+        "path,label,report,site\nx.png,cyst,,north\ny.png,nodule,Clear lungs.,north\nz.png,fracture,,south\n"
     )
-    assert set(corpus_texts(tmp_path / "sources.yaml")) >= {"a {label} there", "cyst", "Clear lungs."}
-    assert "hospital" not in set(corpus_texts(tmp_path / "sources.yaml"))
+    (tmp_path / "sources.yaml").write_text(
+        f"""- kind: csv
+  files: [{tmp_path / "a.csv"}]
+  captions: ["a {{label}} there", {{field: report, weight: 2}}]
+  synonyms: {{label: {{cyst: [cavity, blister]}}}}
+  where: {{site: north}}
+  modality: us
+"""
+    )
+    texts = " | ".join(corpus_texts(tmp_path / "sources.yaml"))
+    for text in ("a {label} there", "cyst", "nodule", "cavity", "blister", "Clear lungs."):
+        assert text in texts
+    for text in ("fracture", "north", "png"):
+        assert text not in texts
     (tmp_path / "phantoms.yaml").write_text("- {kind: phantom}")
     assert "effusion" in " ".join(corpus_texts(tmp_path / "phantoms.yaml"))
     (tmp_path / "latin.txt").write_bytes("Ödem".encode("latin-1"))
