@@ -146,7 +146,7 @@ class BalancedRows:
                 first = part * len(rows)
                 drawn.append(once[max(start - first, 0) : stop - first])
             jitter = generator(f"{seed} balance {number} epoch {epoch}").random_sample(stop - start)
-            times.append((np.arange(start, stop) + jitter - offset) / rate)
+            times.append((np.arange(stop - start) + jitter) / (stop - start))
         order: NDArray[np.int64] = np.concatenate(drawn)[np.argsort(np.concatenate(times), kind="stable")]
         return order
 

@@ -84,6 +84,9 @@ def test_draws_have_the_shares_and_use_all_rows_of_a_group_equally_often():
     share = sum(value for group, value in shares.items() if group[0] == "ct")
     windows = [of_ct[start : start + 60].mean() for start in range(0, len(drawn) - 60, 60)]
     assert max(abs(window - share) for window in windows) < 0.12
+    # The groups are small or large in every part of an epoch, also in the first draws.
+    first = np.concatenate([order[:20] for order in orders])
+    assert all(abs(np.isin(first, own).mean() - shares[group]) < 0.03 for group, own in rows.items())
     assert np.array_equal(balanced.order(3, 7), orders[7])
     assert not np.array_equal(balanced.order(4, 0), orders[0])
 
