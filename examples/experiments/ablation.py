@@ -25,7 +25,6 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -111,13 +110,6 @@ register_expert("last-stage", LastStageExpert, exist_ok=True)
 register_expert("flat", FlatExpert, exist_ok=True)
 
 
-def share_expert(model: MedMoEModel) -> None:
-    """Keep one expert for all images; the routers are trained and evaluated as before, but select nothing."""
-    vision = model.vision_model
-    vision.experts = vision.experts[:1]
-    vision.select_experts = lambda router_logits, modality=None: torch.zeros_like(router_logits.argmax(dim=-1))
-
-
 @dataclass(frozen=True)
 class Variant:
     """A row of the table.
@@ -127,14 +119,12 @@ class Variant:
         changes: Fields of `MedMoEConfig` that differ from the configuration of `against`.
         against: The row that this one is compared with; None for the base.
         undoes: Whether the row undoes a difference between `plus` and `paper`; the row `paper` undoes all of them.
-        alter: Changes a new model, where no field of the configuration does.
     """
 
     label: str
     changes: dict[str, Any] = field(default_factory=dict)
     against: str | None = "plus"
     undoes: bool = False
-    alter: Callable[[MedMoEModel], None] | None = None
 
 
 def undo(label: str, changes: dict[str, Any], against: str = "plus") -> Variant:
@@ -176,12 +166,11 @@ VARIANTS: dict[str, Variant] = {
         merged(*(row.changes for name, row in _UNDONE.items() if name not in ("global-backbone", "no-projection"))),
     ),
     "global-expert": Variant("v_g: mean of the expert's map only", {"vision_config": {"global_features": "expert"}}),
-    "shared-expert": Variant("one shared expert of the same size", alter=share_expert),
+    "shared-expert": Variant("one shared expert of the same size", {"vision_config": {"shared_expert": True}}),
     # One expert with C = 132 has as many parameters as six with C = 48.
     "shared-wide": Variant(
         "one shared expert with the parameters of six",
-        {"vision_config": {"expert_hidden_size": 132}},
-        alter=share_expert,
+        {"vision_config": {"shared_expert": True, "expert_hidden_size": 132}},
     ),
     "last-stage": Variant("experts read the last stage only", {"vision_config": {"expert_type": "last-stage"}}),
     # As in the official code, the scale attention reads the aligned scales too.
@@ -231,17 +220,14 @@ def piece_tokenizer() -> MedMoETokenizer:
 
 def new_model(name: str) -> tuple[MedMoEModel, MedMoEProcessor]:
     """Return the untrained model of a row, and its processor."""
-    variant = row = VARIANTS[name]
+    row = VARIANTS[name]
     changes = row.changes
     while row.against is not None:
         row = VARIANTS[row.against]
         changes = merged(row.changes, changes)
     tokenizer = piece_tokenizer()
     config = MedMoEConfig.from_preset("tiny", **merged(changes, {"text_config": {"vocab_size": len(tokenizer)}}))
-    model = MedMoEModel(config)
-    if variant.alter is not None:
-        variant.alter(model)
-    return model, MedMoEProcessor(MedMoEImageProcessor(size={"height": SIDE, "width": SIDE}), tokenizer)
+    return MedMoEModel(config), MedMoEProcessor(MedMoEImageProcessor(size={"height": SIDE, "width": SIDE}), tokenizer)
 
 
 @lru_cache(maxsize=2)

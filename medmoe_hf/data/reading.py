@@ -57,8 +57,8 @@ class SampleIndex(NamedTuple):
 
 Sample = dict[str, Any]
 """One training sample: `image` (a PIL image, or what the stream's `prepare` returned for it), `caption`, `modality`
-(id, or -100), `source`, `shard` and `row` (indices), `subject` and `label` (None where the source has none), `key`
-(its name in the source) and `position` (in the epoch)."""
+(id, or -100), `source`, `shard` and `row` (indices), `subject` and `label` (None where the source has none),
+`origin` (the row's field `source`, likewise), `key` (its name in the source) and `position` (in the epoch)."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +180,7 @@ class Reader(Dataset[Sample | Fault | Excluded]):
             "row": index.row,
             "subject": subject,
             "label": label_of(row, source.label),
+            "origin": label_of(row, "source"),
             "key": _key(row, shard),
             "position": index.position,
         }

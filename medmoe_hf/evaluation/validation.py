@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from medmoe_hf.errors import ArgumentError
+from medmoe_hf.evaluation.label_tasks import HeldOutTasks, score_tasks
 from medmoe_hf.evaluation.metrics import accuracy, recall_at_k
 from medmoe_hf.model.losses_medmoe import cosine_logits
 from medmoe_hf.model.modalities_medmoe import UNKNOWN_MODALITY
@@ -21,6 +22,7 @@ def validate(
     batches: Iterable[Mapping[str, Any]],
     counts: Sequence[bool] | None = None,
     gather: Callable[[Tensor], Tensor] | None = None,
+    zero_shot: HeldOutTasks | None = None,
 ) -> dict[str, float]:
     """Measures a dual encoder on batches of `ContrastiveCollator`.
 
@@ -37,13 +39,16 @@ def validate(
         counts: Whether each batch is measured; the others are computed too, as processes with sharded weights must do
             together. None measures all.
         gather: Function that gathers rows of all processes; None for one process.
+        zero_shot: Classification tasks of the batches, on the model's device; None for none. The global embeddings
+            are compared, as in `medmoe_hf.evaluation.zero_shot`.
 
     Returns:
         Means of `loss`, `loss_global`, `loss_local`, `loss_aux`; accuracies `routing_image` and (with a report router)
         `routing_report`, 0..1, if a label is known; `image_to_text_r1`, `text_to_image_r1`, `..._r5`, `..._r10`, 0..1,
         for k smaller than the number of pairs (recall@k among k pairs is always 1). Also `pairs`, the number of pairs;
         `loss_pairs` and `loss_batch_size`, the pairs that the losses are over and their batch size; and
-        `routing_pairs`, the pairs with a label.
+        `routing_pairs`, the pairs with a modality. With `zero_shot`, the balanced accuracies `zero_shot:NAME` of each
+        task, their mean `zero_shot`, and `zero_shot_pairs`, the pairs that belong to a task.
 
     Raises:
         ValueError: If no batch has two pairs.
@@ -67,9 +72,13 @@ def validate(
             for name in LOSS_PARTS:
                 kept[name] = output[name].view(1)
             kept["size"] = kept["label"].new_tensor([len(kept["label"])])
+            if zero_shot is not None:
+                kept["class"] = zero_shot.classes[number].to(kept["label"].device)
+                kept["alone"] = _without_reports(model, batch, output)
             measured = counts is None or counts[number]
             for name, value in kept.items():
                 columns.setdefault(name, []).append(value if measured else value[:0])
+        texts = [] if zero_shot is None else [model(**text).pooler_output.float() for text in zero_shot.texts]
     finally:
         model.train(was_training)
     if not columns:
@@ -90,12 +99,28 @@ def validate(
         result |= {name: accuracy(joined[name], joined["label"]) for name in routed}
     scores = cosine_logits(joined["image"], joined["text"], 1.0)
     result |= recall_at_k(scores, ks=[k for k in RECALLS if k < pairs])
+    if zero_shot is not None and zero_shot.tasks:
+        embeds = nn.functional.normalize(torch.cat(texts).cpu(), dim=-1)
+        result |= score_tasks(zero_shot.tasks, joined["alone"], joined["class"], embeds)
     return result | {
         "pairs": pairs,
         "loss_pairs": int(sizes[full].sum()),
         "loss_batch_size": largest,
         "routing_pairs": known,
     }
+
+
+def _without_reports(model: Any, batch: Mapping[str, Any], output: Any) -> Tensor:
+    """Embeddings (b, D) of the images by the experts that the image router selects, as where there is no report."""
+    inner = model
+    while hasattr(inner, "module"):  # DDP and others
+        inner = inner.module
+    config = inner.config
+    if config.router != "report" or config.vision_config.global_features == "backbone":
+        embeds: Tensor = output.image_embeds
+        return embeds
+    # The report of an image tells its modality, and has selected the expert.
+    return nn.functional.normalize(model(pixel_values=batch["pixel_values"]).pooler_output.float(), dim=-1)
 
 
 def describe(metrics: Mapping[str, float], positives: str = "none") -> str:
@@ -119,4 +144,7 @@ def describe(metrics: Mapping[str, float], positives: str = "none") -> str:
     ):
         if found := [f"{name} {metrics[name]:.3f}" for name in names if name in metrics]:
             parts.append(f"{', '.join(found)} ({of})")
+    if "zero_shot" in metrics:
+        tasks = sum(name.startswith("zero_shot:") for name in metrics)
+        parts.append(f"zero_shot {metrics['zero_shot']:.3f} ({tasks} tasks, {metrics['zero_shot_pairs']} pairs)")
     return ", ".join(parts)

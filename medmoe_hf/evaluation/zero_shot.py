@@ -45,8 +45,7 @@ class ZeroShotClassifier:
             raise ArgumentError(f"Each class needs a list of sentences; {empty[0] if empty else 'no class'} has none.")
         self.encoder, self.classes = encoder, list(prompts)
         sentences, class_ids = flatten_prompts(prompts)
-        by_class = _by_class(encoder.encode_texts(sentences).t(), class_ids)
-        self.class_embeds = nn.functional.normalize(by_class, dim=0)
+        self.class_embeds = class_embeddings(encoder.encode_texts(sentences), class_ids)
 
     def logits(self, images: Sequence[Any]) -> Tensor:
         """Computes logits: cosines times the encoder's scale.
@@ -210,6 +209,19 @@ def flatten_prompts(prompts: Mapping[str, Sequence[str]]) -> tuple[list[str], Te
     """
     sentences = [sentence for name in prompts for sentence in prompts[name]]
     return sentences, torch.tensor([label for label, name in enumerate(prompts) for _ in prompts[name]])
+
+
+def class_embeddings(text_embeds: Tensor, class_ids: Tensor) -> Tensor:
+    """Averages the sentences of each class.
+
+    Args:
+        text_embeds: (M, D), of unit length.
+        class_ids: (M,), of `flatten_prompts`.
+
+    Returns:
+        (D, C), columns of unit length.
+    """
+    return nn.functional.normalize(_by_class(text_embeds.t(), class_ids), dim=0)
 
 
 def _by_class(by_sentence: Tensor, class_ids: Tensor) -> Tensor:

@@ -296,9 +296,10 @@ def _architecture(config: MedMoEConfig, model_class: Any, folder: Path) -> dict[
     vision, tower = config.vision_config, model.vision_model
     expert_sizes = [_count(expert) for expert in tower.experts]
     hard = vision.mixture == "hard"
+    number = "1 for all" if vision.shared_expert else len(expert_sizes)
     parts = [
         ("backbone", _backbone(vision), _count(tower.backbone)),
-        ("experts", f"{vision.num_experts}, {vision.expert_type}", sum(expert_sizes)),
+        ("experts", f"{number}, {vision.expert_type}", sum(expert_sizes)),
         ("image router", f"MLP, hidden width {vision.router_hidden_size}", _count(tower.router)),
     ]
     if vision.pyramid_norm:
@@ -341,9 +342,10 @@ def _architecture(config: MedMoEConfig, model_class: Any, folder: Path) -> dict[
     else:
         labels = [config.id2label[index] for index in sorted(config.id2label)]
         sizes += [("classes", labels), ("seen by the classifier", config.classifier_features)]
+    by_modality = expert_sizes * (vision.num_experts if vision.shared_expert else 1)
     experts = [
         [index, name, ", ".join(MODALITY_ALIASES.get(name, ())) or "none", f"{size:,}"]
-        for (index, name), size in zip(sorted(vision.modalities.items()), expert_sizes, strict=True)
+        for (index, name), size in zip(sorted(vision.modalities.items()), by_modality, strict=True)
     ]
     return {
         "parts_table": markdown_table(

@@ -170,8 +170,12 @@ class MedMoEVisionConfig(PreTrainedConfig):
         global_features: Source of the global embedding v_g: `"backbone"` (mean of the backbone's last tokens),
             `"expert"` (mean of the selected expert's map) or `"both"` (the two concatenated).
         expert_type: `"convolution"` (three convolutions with BatchNorm per scale, two-dimensional alignment),
-            `"token"` (one linear layer per scale, alignment of the flattened tokens, as in the official code), or a
-            name that was added with `register_expert`.
+            `"token"` (one linear layer per scale, alignment of the flattened tokens, as in the official code),
+            `"linear"` (one linear layer per scale, all scales with equal weight: with `shared_expert` the model
+            without an expert), or a name that was added with `register_expert`.
+        shared_expert: Whether one expert reads the images of all modalities. The routers are the same, trained by the
+            auxiliary loss, but what they select is only the predicted modality. For comparisons with one expert per
+            modality.
         expert_hidden_size: Width of a convolutional expert's 3x3 convolutions.
         local_size: Width D of the local map V that an expert returns.
         map_size: Side of the local map; None for that of the finest level.
@@ -202,6 +206,7 @@ class MedMoEVisionConfig(PreTrainedConfig):
     pyramid_norm: bool = False
     global_features: Literal["backbone", "expert", "both"] = "backbone"
     expert_type: str = "convolution"
+    shared_expert: bool = False
     expert_hidden_size: int = 144
     local_size: int = 768
     map_size: int | None = None
@@ -241,7 +246,7 @@ class MedMoEVisionConfig(PreTrainedConfig):
 
     @property
     def num_experts(self) -> int:
-        """The number of experts K, one per modality."""
+        """The number of modalities K, each with an expert (one for all with `shared_expert`)."""
         return len(self.modalities)
 
     @property
@@ -313,6 +318,12 @@ class MedMoEVisionConfig(PreTrainedConfig):
             )
         if len({name.lower() for name in names}) != len(names) or not all(name.strip() for name in names):
             raise ValueError(f"`modalities` must have a unique name per expert, got {names}.")
+
+    def validate_shared_expert(self) -> None:
+        if self.shared_expert and self.mixture == "soft":
+            raise ValueError(
+                '`mixture="soft"` mixes several experts, and `shared_expert` is one; use `mixture="hard"`.'
+            )
 
     def validate_out_indices(self) -> None:
         if self.out_indices is not None and self.swin_config is not None:

@@ -864,6 +864,34 @@ class MedMoETokenExpert(MedMoEExpert):
         return tokens.unflatten(1, tuple(size))
 
 
+class MedMoELinearExpert(MedMoEExpert):
+    """No expert: each scale is projected by a linear layer, and all scales are averaged with equal weight.
+
+    The size and meaning of its outputs are those of `MedMoEExpert`; the scale weights are constant.
+    """
+
+    def __init__(self, config: MedMoEVisionConfig, channels: Sequence[int]) -> None:
+        nn.Module.__init__(self)
+        self.scale_projections = nn.ModuleList(MedMoEConv2d(width, config.local_size, 1) for width in channels)
+
+    def forward(
+        self,
+        feature_maps: Sequence[Tensor],
+        size: Sequence[int] | None = None,
+        mean_only: bool = False,
+        out: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        size = feature_maps[0].shape[-2:] if size is None else size
+        aligned = [
+            self.align(project(feature_map.contiguous(memory_format=self.memory_format)), size)
+            for project, feature_map in zip(self.scale_projections, feature_maps, strict=True)
+        ]
+        local = torch.mul(sum(aligned[1:], aligned[0]), 1 / len(aligned), out=out)
+        if mean_only:
+            return (local.mean(dim=(2, 3)),)
+        return local, local.new_full((local.shape[0], len(aligned), *local.shape[2:]), 1 / len(aligned))
+
+
 def _floating_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Returns parameters and running statistics by name, without counters."""
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
@@ -876,7 +904,11 @@ def _interpolation(source: int, target: int) -> Tensor:
     return nn.functional.interpolate(rows, size=target, mode="linear", align_corners=False)[0]
 
 
-_EXPERTS: dict[str, type[nn.Module]] = {"convolution": MedMoEExpert, "token": MedMoETokenExpert}
+_EXPERTS: dict[str, type[nn.Module]] = {
+    "convolution": MedMoEExpert,
+    "token": MedMoETokenExpert,
+    "linear": MedMoELinearExpert,
+}
 
 
 def register_expert(name: str, cls: type[nn.Module], exist_ok: bool = False) -> None:
@@ -982,7 +1014,8 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
         )
         self.level_norms = nn.ModuleList(nn.LayerNorm(width) for width in channels if config.pyramid_norm)
         expert = expert_class(config.expert_type)
-        self.experts = nn.ModuleList(expert(config, channels) for _ in range(config.num_experts))
+        number = 1 if config.shared_expert else config.num_experts
+        self.experts = nn.ModuleList(expert(config, channels) for _ in range(number))
         self.post_init()
 
     def feature_size(self, kind: str | None = None) -> int:
@@ -1062,6 +1095,10 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
         ids = ids.view(-1, *[1] * (selected.dim() - 1))
         return torch.where(ids == UNKNOWN_MODALITY, selected, ids)
 
+    def expert_index(self, expert_ids: Tensor) -> Tensor:
+        """Returns the index in `experts` of each expert id: the id itself, or 0 with `shared_expert`."""
+        return torch.zeros_like(expert_ids) if self.config.shared_expert else expert_ids
+
     def mixture_weights(self, router_logits: Tensor, modality: Any = None) -> Tensor | None:
         """Returns the weights of the experts in a soft mixture: the router's probabilities.
 
@@ -1137,6 +1174,7 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
         depend on the routing; there each image brings its expert's parameters instead: the same arithmetic in the same
         modules. This is not done where gradients are needed: experts without images would get zeros instead of None.
         """
+        expert_ids = self.expert_index(expert_ids)
         if torch.compiler.is_compiling() and not self.training and not torch.is_grad_enabled():
             every = [_floating_tensors(expert) for expert in self.experts]
             own = {name: torch.stack([tensors[name] for tensors in every])[expert_ids] for name in every[0]}
@@ -1176,6 +1214,7 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
         Returns:
             Local maps `(B, D, *size)` and scale weights `(B, S, *size)`.
         """
+        expert = 0 if self.config.shared_expert else expert
         if self._on_cpu_for_inference(feature_maps[0]):
             expert_ids = torch.full((len(feature_maps[0]),), expert)
             return self._dispatch_per_sample(feature_maps, expert_ids, size, mean_only=False)
@@ -1379,7 +1418,8 @@ class MedMoETextModel(MedMoEPreTrainedModel):
         if token_type_ids is not None and "token_type_ids" in self._encoder_arguments:
             kwargs["token_type_ids"] = token_type_ids
         outputs = None
-        if self._encodes_once(input_ids, attention_mask) and not wants_states and not kwargs.get("output_attentions"):
+        observed = wants_states or kwargs.get("output_attentions")
+        if input_ids is not None and attention_mask is not None and not observed and self._encodes_once(input_ids):
             last_hidden_state, tokens = self._encode_once(input_ids, attention_mask, kwargs)
         else:
             outputs = self.encoder(
@@ -1417,12 +1457,10 @@ class MedMoETextModel(MedMoEPreTrainedModel):
         last, *others = outputs.hidden_states[-self.config.num_summed_layers :]
         return sum(others, last)
 
-    def _encodes_once(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> bool:
+    def _encodes_once(self, input_ids: Tensor) -> bool:
         """Returns whether `_encode_once` applies: a frozen encoder on a CPU, without dropout."""
         return (
-            input_ids is not None
-            and attention_mask is not None
-            and input_ids.device.type == "cpu"
+            input_ids.device.type == "cpu"
             and not self.encoder.training
             and not torch.compiler.is_compiling()
             and not in_process_group()
@@ -1833,6 +1871,8 @@ class MedMoEModel(MedMoEPreTrainedModel):
             `(B, N)` float32 logits, and what `MedMoEVisionModel.fuse` returns for `expert_ids`: local maps and scale
             weights.
         """
+        pair_ids = self.vision_model.expert_index(pair_ids)
+        expert_ids = None if expert_ids is None else self.vision_model.expert_index(expert_ids)
         if of_any_size(pair_ids) or not len(pair_ids):
             return self._similarity_by_every_expert(backbone_output, texts, pair_ids, expert_ids, kind)
         vision, feature_maps = self.vision_model, backbone_output.feature_maps

@@ -43,7 +43,7 @@ class _Part:
         outputs: Leaves that the loss is computed from: `image` and `text` (b, D), `words` (b, L, D), `terms` of the
             local loss, `router` and `report_router` (b, K).
         word_mask: (b, L).
-        expert_ids: (b,).
+        expert_ids: (b,), indices of `vision_model.experts`.
         mixture: (b, K), or `None` if each image has one expert.
         modality: The caller's, which overrides the routers.
         report_embeds: (b, C), before projection.
@@ -163,7 +163,7 @@ def _encode(model: MedMoEModel, batch: dict[str, Any]) -> _Part:
         maps=[feature_map.detach().requires_grad_() for feature_map in backbone.feature_maps],
         outputs={name: value.detach().requires_grad_() for name, value in outputs.items()},
         word_mask=word_mask,
-        expert_ids=vision.select_experts(selecting, batch.get("modality")),
+        expert_ids=vision.expert_index(vision.select_experts(selecting, batch.get("modality"))),
         mixture=vision.mixture_weights(outputs["router"], batch.get("modality")),
         modality=batch.get("modality"),
         report_embeds=report_embeds,
@@ -285,7 +285,7 @@ def _step_norms(
 ) -> Iterator[list[_StepNorm]]:
     """Pass 2: in the block, the BatchNorms of experts in training mode use the statistics of the entire step."""
     norms: list[_StepNorm] = []
-    depths = max((len(projection) for expert in vision.experts for projection in expert.scale_projections), default=0)
+    depths = max((len(layers) for expert in vision.experts for layers in _sequences(expert)), default=0)
     try:
         for depth in range(depths):
             layers = list(_batch_norms(vision, used, depth))
@@ -309,9 +309,14 @@ def _step_norms(
             norm.layer.normalise = None
 
 
+def _sequences(expert: Any) -> list[nn.Sequential]:
+    """The projections of an expert's scales that have several layers, of which some may be norms."""
+    return [layers for layers in expert.scale_projections if isinstance(layers, nn.Sequential)]
+
+
 def _batch_norms(vision: Any, used: list[int], depth: int) -> Iterator[tuple[int, int, MedMoEBatchNorm]]:
     for expert in used:
-        for scale, projection in enumerate(vision.experts[expert].scale_projections):
+        for scale, projection in enumerate(_sequences(vision.experts[expert])):
             layer = getattr(projection[depth], "batch_norm", None) if depth < len(projection) else None
             if isinstance(layer, MedMoEBatchNorm) and layer.training:
                 yield expert, scale, layer
@@ -372,17 +377,21 @@ def _back_through_towers(
         for name, buffer in vision.backbone.named_buffers()
         if "running_" in name or "num_b" in name
     }
+    encodes = any(
+        parameter.requires_grad for part in (vision.backbone, vision.level_norms) for parameter in part.parameters()
+    )
     for part in parts:
         _set_random_state(part.random_state)
         with autocast():
             outputs = _text_outputs(model, part.texts)[0]
         _backward(list(outputs.values()), [part.outputs[name].grad for name in outputs])
-        with autocast():
-            backbone = vision.encode(part.pixel_values)
-        _backward(
-            [backbone.pooler_output, *backbone.feature_maps],
-            [part.pooled.grad, *(feature_map.grad for feature_map in part.maps)],
-        )
+        if encodes:  # else the backbone is frozen
+            with autocast():
+                backbone = vision.encode(part.pixel_values)
+            _backward(
+                [backbone.pooler_output, *backbone.feature_maps],
+                [part.pooled.grad, *(feature_map.grad for feature_map in part.maps)],
+            )
         # Freed here: the next micro-batch needs the memory.
         part.maps, part.pixel_values = [], part.pixel_values[:0]
     _set_random_state(after)

@@ -205,6 +205,17 @@ def read_state(
     return state, tensors
 
 
+def read_weights(folder: Path, averaged: bool = False) -> dict[str, Tensor]:
+    """The weights of a checkpoint: of a model with adapters, those that are trained, and buffers.
+
+    Args:
+        folder: The checkpoint. `check` it first.
+        averaged: Whether to read the moving average instead.
+    """
+    own = folder / STATE / ("ema.safetensors" if averaged else "weights.safetensors")
+    return load_file(own if averaged or own.exists() else folder / "model.safetensors")
+
+
 def compare_content(checkpoint: Path, part: str, then: list[list[Any]], now: list[list[Any]]) -> None:
     """Compares the data files that a checkpoint was trained on with the present ones.
 

@@ -1,6 +1,7 @@
 """The keys of a training YAML, and clear messages for wrong ones."""
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,6 +12,7 @@ from medmoe_hf.data.augmentation import Augmentation, standard_augmentation
 from medmoe_hf.data.balancing import DEFAULT_POWER, check_balance
 from medmoe_hf.data.sources import SOURCE_SECTIONS, Source, load_sources
 from medmoe_hf.errors import ConfigError, SourceError
+from medmoe_hf.training.stopping import METRICS
 
 
 class ModelSection(BaseModel):
@@ -142,7 +144,7 @@ class CheckpointSection(BaseModel):
         every_minutes: Minutes between checkpoints; 0 to ignore the time. The default loses at most a quarter of an
             hour.
         keep_last: Number of newest checkpoints to keep.
-        keep_best: Whether to write and keep a checkpoint when an evaluation has the lowest loss so far.
+        keep_best: Whether to write and keep a checkpoint when an evaluation is the best so far by `best_metric`.
 
     Example:
         ```python
@@ -194,6 +196,73 @@ class LoraSection(BaseModel):
     merge: bool = False
 
 
+class EarlyStoppingSection(BaseModel):
+    """When a run stops before `max_steps`.
+
+    Attributes:
+        metric: Metric of an evaluation, see `best_metric`; `None` for that one.
+        patience: Number of evaluations in a row without an improvement after which the run stops.
+        min_delta: An improvement is a value that is better than the best before by more than this.
+
+    Example:
+        ```python
+        from medmoe_hf.training.config import EarlyStoppingSection
+
+        section = EarlyStoppingSection(metric="routing_image", patience=3)
+        ```
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    metric: str | None = None
+    patience: int = Field(default=5, ge=1)
+    min_delta: float = Field(default=0.0, ge=0)
+
+
+class ZeroShotSection(BaseModel):
+    """Zero-shot classification of held-out images by their `label`, in each evaluation.
+
+    There is a task per modality, or per modality and source, in which two or more labels occur: the images are
+    classified by sentences for each label. Labels are compared without regard to case and white space.
+
+    Attributes:
+        templates: Sentences for a label, with the fields `{label}` and `{modality}`.
+        prompts: Sentences for single labels, instead of the templates; a modality may precede the label
+            (`"xray/normal"`).
+        by: Whether there is a task per `"modality"` or per `"source"` and modality. Sources are those of the
+            configuration.
+        smallest_class: Smallest number of images of a label; rarer labels are left out of a task.
+
+    Example:
+        ```python
+        from medmoe_hf.training.config import ZeroShotSection
+
+        section = ZeroShotSection(templates=["{modality} image: {label}."], prompts={"normal": ["No finding."]})
+        ```
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    templates: list[str] = Field(default=["{label}"], min_length=1)
+    prompts: dict[str, list[str]] = {}
+    by: Literal["modality", "source"] = "source"
+    smallest_class: int = Field(default=5, ge=1)
+
+    @model_validator(mode="after")
+    def _check_sentences(self) -> "ZeroShotSection":
+        for template in self.templates:
+            try:
+                template.format(label="", modality="")
+            except (KeyError, IndexError, ValueError, AttributeError):
+                raise ValueError(
+                    f'the template "{template}" may have the fields {{label}} and {{modality}} only'
+                ) from None
+        empty = [label for label, sentences in self.prompts.items() if not sentences]
+        if empty:
+            raise ValueError(f'`prompts`: "{empty[0]}" has no sentence')
+        return self
+
+
 class TrainConfig(BaseModel):
     """Configuration of a training run.
 
@@ -215,6 +284,9 @@ class TrainConfig(BaseModel):
             values are described, and is saved with the model; `None` keeps the model's value. Held-out losses use it
             too.
         learning_rate: Highest learning rate of the schedule.
+        learning_rates: Learning rates of parts, instead of `learning_rate`: names or patterns as in `freeze` to rates,
+            as in `{vision_model.backbone: 1.0e-4, "*.experts.*": 5.0e-4}`. Of several that match a parameter the last
+            one counts. `layer_decay` and the schedule apply to them too.
         layer_decay: Factor on the learning rate from each layer of a tower to the next lower one, in (0, 1]; 1 for one
             learning rate for all layers.
         schedule: `"cosine"`, `"linear"`, `"constant_with_warmup"`, or `"plateau"`, which lowers the learning rate when
@@ -233,9 +305,21 @@ class TrainConfig(BaseModel):
         compile_towers: Whether to `torch.compile` the image backbone and the text encoder.
         freeze: Parameters to freeze, by name, by the name of their module, or by pattern: `text_model`,
             `*.experts.2.*`. Frozen modules have no dropout and keep their running statistics.
+        unfreeze_at: Parts that are frozen at first: names or patterns as in `freeze` to the number of steps after
+            which they are trained, as in `{vision_model.backbone: 200}`. They take precedence over `freeze`; of
+            several that match a parameter the last one counts.
+        unfreeze_warmup_steps: Number of steps of linear warm-up of each such part, on top of the schedule.
+        freeze_statistics: Modules, by name or pattern as in `freeze`, whose BatchNorms keep and use their running
+            statistics while their weights are trained: for a pretrained convolutional backbone and small batches.
         lora: Low-rank adapters to train in both towers instead of the towers; `None` to train the towers.
         evaluate_every: Steps between evaluations; 0 evaluates only at the end.
         evaluation_samples: Number of held-out pairs that are evaluated.
+        zero_shot: Zero-shot classification of the held-out pairs by their labels; `None` for none.
+        best_metric: Metric by which evaluations are compared: `"loss"` or a part of it, `"routing_image"`,
+            `"routing_report"`, `"image_to_text_r1"` (`_r5`, `_r10`; `text_to_image_...`), `"zero_shot"` (the mean over
+            tasks) or `"zero_shot:NAME"` (one task). Losses are better when lower, all others when higher.
+        early_stopping: When to stop before `max_steps`; `None` for never.
+        final_model: Whether `output_dir` gets the weights of the `"last"` step, or of the `"best"` evaluation.
         checkpoints: When checkpoints are written, and how many are kept.
         trackers: Where metrics are logged: `"tensorboard"` (files in `<output_dir>-run/logs`), `"wandb"`, `"trackio"`.
         log_every: Steps between entries in `training.json` and the trackers.
@@ -267,6 +351,7 @@ class TrainConfig(BaseModel):
     negatives: Literal["micro_batch", "ranks", "global"] = "global"
     positives: Literal["none", "caption", "label", "text_similarity"] | None = None
     learning_rate: float = Field(default=5e-5, gt=0)
+    learning_rates: dict[str, Annotated[float, Field(gt=0)]] = {}
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     schedule: Literal["cosine", "linear", "constant_with_warmup", "plateau"] = "cosine"
     warmup_steps: int = Field(default=0, ge=0)
@@ -280,9 +365,16 @@ class TrainConfig(BaseModel):
     gradient_checkpointing: bool = False
     compile_towers: bool = False
     freeze: list[str] = []
+    unfreeze_at: dict[str, Annotated[int, Field(ge=1)]] = {}
+    unfreeze_warmup_steps: int = Field(default=0, ge=0)
+    freeze_statistics: list[str] = []
     lora: LoraSection | None = None
     evaluate_every: int = Field(default=0, ge=0)
     evaluation_samples: int = Field(default=256, ge=2)
+    zero_shot: ZeroShotSection | None = None
+    best_metric: str = "loss"
+    early_stopping: EarlyStoppingSection | None = None
+    final_model: Literal["last", "best"] = "last"
     checkpoints: CheckpointSection = CheckpointSection()
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = ["tensorboard"]
     log_every: int = Field(default=10, ge=1)
@@ -303,6 +395,58 @@ class TrainConfig(BaseModel):
         if self.lora is not None and self.model.from_pretrained is None:
             raise ValueError("`lora` adapts a trained model: set `model.from_pretrained`")
         return self
+
+    @model_validator(mode="after")
+    def _check_unfreezing(self) -> "TrainConfig":
+        for name, step in self.unfreeze_at.items():
+            if step >= self.max_steps:
+                raise ValueError(
+                    f"`unfreeze_at`: {name} would be trained after {step} steps, but `max_steps` is {self.max_steps}; "
+                    "to leave it as it is, use `freeze`"
+                )
+        if self.unfreeze_at and self.lora is not None:
+            raise ValueError("`unfreeze_at` trains weights that `lora` leaves as they are: set only one of them")
+        if self.unfreeze_warmup_steps and not self.unfreeze_at:
+            raise ValueError("`unfreeze_warmup_steps` needs `unfreeze_at`: there is no part that is trained later")
+        if self.unfreeze_warmup_steps and self.schedule == "plateau":
+            raise ValueError("`schedule: plateau` has no `unfreeze_warmup_steps`; use another schedule")
+        return self
+
+    @model_validator(mode="after")
+    def _check_metrics(self) -> "TrainConfig":
+        keys = {"best_metric": self.best_metric}
+        if self.early_stopping is not None and self.early_stopping.metric is not None:
+            keys["early_stopping.metric"] = self.early_stopping.metric
+        for key, metric in keys.items():
+            if METRICS.fullmatch(metric) is None:
+                near = get_close_matches(metric, ["loss", "routing_image", "image_to_text_r1", "zero_shot"], 1, 0.5)
+                hint = f" Did you mean `{near[0]}`?" if near else ""
+                raise ValueError(f"`{key}`: evaluations have no metric `{metric}`.{hint}")
+            if metric.startswith("zero_shot") and self.zero_shot is None:
+                raise ValueError(
+                    f"`{key}: {metric}` needs labels and sentences for them: set `zero_shot`, if only to {{}}"
+                )
+        chosen = {
+            "zero_shot": self.zero_shot is not None,
+            "best_metric": self.best_metric != "loss",
+            "early_stopping": self.early_stopping is not None,
+            "final_model: best": self.final_model == "best",
+        }
+        needing = next((key for key, value in chosen.items() if value), None)
+        if needing is not None and not (self.evaluate_every and self.evaluates):
+            raise ValueError(
+                f"`{needing}` depends on evaluations: set `evaluate_every`, and `data.evaluation` or "
+                "`data.validation_share`"
+            )
+        if self.final_model == "best" and not self.checkpoints.keep_best:
+            raise ValueError("`final_model: best` takes the weights from a checkpoint: set `checkpoints.keep_best`")
+        return self
+
+    @property
+    def stopping_metric(self) -> str:
+        """The metric of `early_stopping`."""
+        own = None if self.early_stopping is None else self.early_stopping.metric
+        return own or self.best_metric
 
     @property
     def evaluates(self) -> bool:
@@ -370,5 +514,7 @@ _SECTIONS = {
     "data": list(DataSection.model_fields),
     "checkpoints": list(CheckpointSection.model_fields),
     "lora": list(LoraSection.model_fields),
+    "zero_shot": list(ZeroShotSection.model_fields),
+    "early_stopping": list(EarlyStoppingSection.model_fields),
     **SOURCE_SECTIONS,
 }

@@ -42,7 +42,7 @@ class Plan:
         peak_bytes: Peak memory of the device, or of the process on a CPU, in these steps.
         checkpoint_bytes: Size of a checkpoint on disk.
         device: Name of the device.
-        losses: Losses of the two steps.
+        losses: Losses of the two steps, in which the parts of `unfreeze_at` are trained already.
         locations: Lines that name the folders of model, checkpoints and logs.
         balance: Lines about the groups of `data.balance`: their rows and shares.
     """
@@ -120,6 +120,7 @@ def plan(config: TrainConfig) -> Plan:
         if run.accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         run.check_data()
+        run.unfreezing.starts.clear()  # everything is trained, as at the end: the most time and memory
         batches = run.batches()
         losses, seconds = [], 0.0
         for _ in range(_STEPS):

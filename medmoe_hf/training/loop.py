@@ -28,6 +28,7 @@ from medmoe_hf.training.negatives import gather_rows, max_over_processes
 from medmoe_hf.training.optimizer import train_mode
 from medmoe_hf.training.record import TrainingRecord
 from medmoe_hf.training.run_state import RunState
+from medmoe_hf.training.stopping import best_step, reason_to_stop
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +158,7 @@ class TrainingRun(RunState):
                 raise TrainingError("The training data are empty: no sample in an entire epoch.")
 
     def train(self) -> None:
-        """Trains until `max_steps`, evaluates, and saves the model."""
+        """Trains until `max_steps` or `early_stopping`, evaluates, and saves the model."""
         config, accelerator, record = self.config, self.accelerator, self.record
         if accelerator.is_main_process:
             checkpoints.clean(self.folder)
@@ -195,7 +196,7 @@ class TrainingRun(RunState):
         batches = self.batches()
         if self._evaluation_due:  # when the run was stopped
             self._save_if_due(self._evaluate(bar))
-        while record.steps < config.max_steps:
+        while record.steps < config.max_steps and self._reason_to_stop() is None:
             self.step(batches)
             bar.update()
             last = record.steps == config.max_steps
@@ -205,6 +206,9 @@ class TrainingRun(RunState):
                 self._log(bar)
             best = self._evaluation_due and self._evaluate(bar)
             self._save_if_due(best)
+        record.stopped = "max_steps" if record.steps == config.max_steps else self._reason_to_stop()
+        if record.steps < config.max_steps and self.accelerator.is_main_process:
+            bar.write(f"stopped early after step {record.steps}: {record.stopped}")
 
     def step(self, batches: Iterator[tuple[dict[str, Any], list[str]]]) -> None:
         """One optimizer step.
@@ -228,7 +232,10 @@ class TrainingRun(RunState):
             error = problem
         if self._any_process(error is not None):
             self._stop_for_data(error)
+        self.unfreezing.apply(self.record.steps)
         train_mode(self.model)
+        for norm in self.still_norms:
+            norm.eval()
         losses, counts = self._backward([batch for batch, _ in taken])
         if self._any_process(not torch.isfinite(losses["loss"])):
             self._stop_for_loss(losses["loss"].item(), [key for _, keys in taken for key in keys])
@@ -274,7 +281,7 @@ class TrainingRun(RunState):
             with no_sync:
                 output = self.model(**batch, gather=gather)
                 accelerator.backward(output.loss / len(batches))
-            counts += torch.bincount(output.expert_ids, minlength=experts)
+            counts += torch.bincount(self.inner.vision_model.expert_index(output.expert_ids), minlength=experts)
             for name in LOSS_PARTS:
                 sums[name] = sums.get(name, 0.0) + output[name].detach() / len(batches)
         if in_process_group():
@@ -406,7 +413,7 @@ class TrainingRun(RunState):
         self.accelerator.init_trackers("medmoe", config=plain)
 
     def _log(self, bar: Any) -> None:
-        rate = max(group["lr"] for group in self.optimizer.param_groups)
+        rate = max(group["lr"] for group in self.optimizer.param_groups if group["start"] < self.record.steps)
         entry = {"step": self.record.steps, "learning_rate": rate, **self.last}
         self.record.log.append(entry)
         self.accelerator.log({name: value for name, value in entry.items() if name != "step"}, step=self.record.steps)
@@ -417,22 +424,28 @@ class TrainingRun(RunState):
         """Evaluates on the held-out pairs, the moving average if there is one.
 
         Returns:
-            Whether the loss is the lowest so far.
+            Whether this evaluation is the best so far.
         """
         assert self.held_out is not None
         record = self.record
         metrics = self.held_out.evaluate(self.model if self.ema is None else self.ema.module, record.steps)
-        best = min((one["loss"] for one in record.evaluations), default=float("inf")) > metrics["loss"]
         record.evaluations.append({"step": record.steps, **metrics})
-        if best:
-            record.best_step = record.steps
+        record.best_step = best_step(record.evaluations, self.config.best_metric)
         if self.config.schedule == "plateau" and record.steps > self.config.warmup_steps:
             self.scheduler.step(metrics["loss"])
         self._evaluation_due = False
         self.accelerator.log({f"held-out/{name}": value for name, value in metrics.items()}, step=record.steps)
         if self.accelerator.is_main_process:
             bar.write(f"step {record.steps}: {describe(metrics, self.inner.config.positives)}")
-        return best
+        return record.best_step == record.steps
+
+    def _reason_to_stop(self) -> str | None:
+        section = self.config.early_stopping
+        if section is None:
+            return None
+        return reason_to_stop(
+            self.record.evaluations, self.config.stopping_metric, section.patience, section.min_delta
+        )
 
 
 def _all_finite(model: Any) -> bool:

@@ -1,7 +1,7 @@
 """Which parameters are trained and how: freezing, AdamW's parameter groups, training mode."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import accumulate
@@ -22,6 +22,8 @@ _TOWER = re.compile(r"(?:^|\.)(?:(?P<vision>(?:vision_model\.)?backbone)|(?:text
 # `stages_0.blocks.1.`, `layer1.0.`, `blocks.0.1.`
 _LAYER = re.compile(r"(?:^|[._])(?:layers?|stages?|[a-z]*blocks?)[._]?(\d+)(?:\.(?:blocks\.)?(\d+)(?=\.))?\.")
 
+_BATCH_NORM = nn.modules.batchnorm._BatchNorm
+
 _IN_FRONT: tuple[int, ...] = ()
 """Layer number of a tower's embeddings or stem: sorts before any layer."""
 
@@ -41,7 +43,12 @@ def split_tower(name: str) -> tuple[str, str] | None:
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, learning_rate: float | None = None, layer_decay: float = 1.0
+    model: nn.Module,
+    weight_decay: float,
+    learning_rate: float | None = None,
+    layer_decay: float = 1.0,
+    learning_rates: Mapping[str, float] | None = None,
+    starts: Mapping[nn.Parameter, int] | None = None,
 ) -> list[dict[str, Any]]:
     """Trainable parameters as parameter groups for AdamW: weight decay and the learning rate of each layer.
 
@@ -64,13 +71,19 @@ def parameter_groups(
         weight_decay: Weight decay of the groups with decay.
         learning_rate: Learning rate at distance 0; `None` to leave it to the optimizer.
         layer_decay: Factor from one layer to the next lower one, in (0, 1].
+        learning_rates: Names or patterns, as in `freeze`, to the learning rate at distance 0 of the parameters that
+            match, instead of `learning_rate`. `layer_decay` applies to it too. Of several that match a parameter the
+            last one counts.
+        starts: Step from which a parameter is trained (`Unfreezing.starts`); the others are trained from the first.
 
     Returns:
-        Groups with `name`, `params`, `weight_decay` and (with a `learning_rate`) `lr`: first those with the full
-        learning rate, then the towers from top to bottom. No group is empty, and each parameter is in exactly one.
+        Groups with `name`, `params`, `weight_decay`, `start` and (with a `learning_rate`) `lr`: first those with the
+        full learning rate, then the towers from top to bottom. No group is empty, and each parameter is in exactly
+        one.
 
     Raises:
-        ValueError: If nothing is trainable, or for a `layer_decay` out of range or without a `learning_rate`.
+        ValueError: If nothing is trainable, if a name matches nothing, or for a `layer_decay` out of range or without
+            a `learning_rate`.
 
     Example:
         ```python
@@ -96,20 +109,30 @@ def parameter_groups(
             if distance:
                 places[name] = order, distance, f"{tower} {layer}"
 
-    full_rate = 0, 0, "all" if layer_decay == 1 else "full rate"
-    groups: dict[tuple[int, int, bool], dict[str, Any]] = {}
+    own_rates: dict[nn.Parameter, tuple[int, str, float]] = {}
+    for number, (pattern, rate) in enumerate((learning_rates or {}).items(), start=1):
+        for parameter in matching_parameters(model, pattern, "learning_rates"):
+            own_rates[parameter] = number, pattern, rate
+
+    common = "all" if layer_decay == 1 and not own_rates else "full rate" if not own_rates else "other parts"
+    groups: dict[tuple[int, int, int, int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        order, distance, title = places.get(name, full_rate)
+        number, pattern, rate = own_rates.get(parameter, (0, "", learning_rate))
+        order, distance, title = places.get(name, (0, 0, pattern or common))
+        start = (starts or {}).get(parameter, 0)
         decayed = parameter.ndim > 1 and not _NO_DECAY.search(name)
-        group = groups.setdefault((order, distance, not decayed), {})
+        group = groups.setdefault((order, distance, number, start, not decayed), {})
         if not group:
-            group["name"] = f"{title}, {'decayed' if decayed else 'not decayed'}"
+            parts = [title if title == pattern or not pattern else f"{title} ({pattern})"]
+            parts += ["decayed" if decayed else "not decayed", *([f"from step {start}"] if start else [])]
+            group["name"] = ", ".join(parts)
             group["params"] = []
             group["weight_decay"] = weight_decay if decayed else 0.0
-            if learning_rate is not None:
-                group["lr"] = learning_rate * layer_decay**distance
+            group["start"] = start
+            if rate is not None:
+                group["lr"] = rate * layer_decay**distance
         group["params"].append(parameter)
     if not groups:
         raise ArgumentError("No parameter is trainable: `freeze` covers the whole model. Leave something out of it.")
@@ -162,24 +185,65 @@ def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
     Raises:
         ValueError: If a pattern matches nothing; the message names the parts of the model and the nearest names.
     """
-    # A shared parameter under all of its names.
-    parameters = list(model.named_parameters(remove_duplicate=False))
     for pattern in patterns:
-        whole = pattern.rstrip(".")
-        fitting = [
-            parameter for name, parameter in parameters if fnmatchcase(name, whole) or fnmatchcase(name, f"{whole}.*")
-        ]
-        if not fitting:
-            names = [name for name, _ in parameters]
-            top = sorted({name.split(".")[0] for name in names})
-            near = nearest_names(whole, names)
-            hint = f" Nearest: {', '.join(near)}." if near else ""
-            raise ArgumentError(
-                f'`freeze`: no parameter begins with "{pattern}" or matches it as a pattern. '
-                f"The model has {', '.join(top)}.{hint}"
-            )
-        for parameter in fitting:
+        for parameter in matching_parameters(model, pattern, "freeze"):
             parameter.requires_grad_(False)
+
+
+def matching_parameters(model: nn.Module, pattern: str, key: str) -> list[nn.Parameter]:
+    """The parameters that a name or pattern of `freeze` matches.
+
+    Args:
+        model: The model; names are those without PEFT's wrapper.
+        pattern: A name or pattern.
+        key: Key of the configuration that it comes from, for the message.
+
+    Raises:
+        ValueError: If there are none; the message names the parts of the model and the nearest names.
+    """
+    # A shared parameter under all of its names.
+    found = model.named_parameters(remove_duplicate=False)
+    parameters = {name.removeprefix("base_model.model."): parameter for name, parameter in found}
+    fitting = [parameter for name, parameter in parameters.items() if fits(name, pattern)]
+    if not fitting:
+        known = known_names(pattern, parameters)
+        raise ArgumentError(f'`{key}`: no parameter begins with "{pattern}" or matches it as a pattern. {known}')
+    return fitting
+
+
+def frozen_norms(model: nn.Module, patterns: Iterable[str]) -> list[nn.Module]:
+    """The BatchNorms whose running statistics `freeze_statistics` keeps.
+
+    Args:
+        model: The model.
+        patterns: Names of modules, or patterns, as in `freeze`.
+
+    Raises:
+        ValueError: If a pattern matches no BatchNorm; the message names the nearest that are.
+    """
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, _BATCH_NORM)}
+    chosen: dict[str, nn.Module] = {}
+    for pattern in patterns:
+        fitting = {name: module for name, module in norms.items() if fits(name, pattern)}
+        if not fitting:
+            what = f"no BatchNorm is in `{pattern}`" if norms else "the model has no BatchNorm"
+            raise ArgumentError(f"`freeze_statistics`: {what}. {known_names(pattern, norms) if norms else ''}".strip())
+        chosen |= fitting
+    return list(chosen.values())
+
+
+def fits(name: str, pattern: str) -> bool:
+    """Whether a pattern matches a name from its beginning up to a dot, or all of it."""
+    whole = pattern.rstrip(".")
+    return fnmatchcase(name, whole) or fnmatchcase(name, f"{whole}.*")
+
+
+def known_names(pattern: str, names: Iterable[str]) -> str:
+    """What a model has instead of a pattern without matches, for a message."""
+    names = list(names)
+    near = nearest_names(pattern.rstrip("."), names)
+    hint = f" Nearest: {', '.join(near)}." if near else ""
+    return f"The model has {', '.join(sorted({name.split('.')[0] for name in names}))}.{hint}"
 
 
 def nearest_names(pattern: str, names: Iterable[str]) -> list[str]:
@@ -216,7 +280,7 @@ def train_mode(model: nn.Module) -> None:
         trainable = [parameter.requires_grad for parameter in module.parameters()]
         tower = split_tower(f"{name}.weight")  # with a suffix, so that the tower's own module is recognised
         inside_adapted = tower is not None and tower[0] in adapted
-        normalises = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        normalises = isinstance(module, _BATCH_NORM)
         if trainable and not any(trainable) and (normalises or not inside_adapted):
             module.eval()
             return

@@ -36,7 +36,7 @@ def check_strategy(config: TrainConfig, kind: DistributedType) -> None:
     """Checks that the configuration works with the way the weights are distributed.
 
     Raises:
-        TrainingError: For gradient caching or a moving average with sharded weights.
+        TrainingError: For gradient caching, a moving average, or parts that are trained later, with sharded weights.
     """
     if kind not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         return
@@ -47,6 +47,10 @@ def check_strategy(config: TrainConfig, kind: DistributedType) -> None:
         )
     if config.ema_decay is not None:
         raise TrainingError("`ema_decay` needs all weights in every process; use examples/accelerate/ddp.yaml.")
+    if config.unfreeze_at:
+        raise TrainingError(
+            "FSDP and DeepSpeed decide once what is trained; for `unfreeze_at` use examples/accelerate/ddp.yaml."
+        )
 
 
 def unwritable_folder(folders: Iterable[Path]) -> str | None:

@@ -17,7 +17,9 @@ class TrainingRecord:
         log: One entry per `log_every` steps: step, learning rate, loss terms, gradient norm.
         evaluations: One entry per evaluation: the step and the metrics of `medmoe_hf.evaluation.validate`, with the
             number of pairs behind each.
-        best_step: Step of the evaluation with the lowest loss; `None` before the first evaluation.
+        best_step: Step of the evaluation that was the best by `best_metric`; `None` before the first evaluation.
+        saved_step: Step whose weights were saved, by `final_model`; `None` before the end.
+        stopped: Why the run ended: `"max_steps"`, or what `early_stopping` waited for; `None` before the end.
         skipped: Number of samples that the main process could not read, per source and cause.
         resumed: Steps at which the run was resumed.
         config: The run's configuration.
@@ -40,6 +42,8 @@ class TrainingRecord:
     log: list[dict[str, float]] = field(default_factory=list)
     evaluations: list[dict[str, float]] = field(default_factory=list)
     best_step: int | None = None
+    saved_step: int | None = None
+    stopped: str | None = None
     skipped: dict[str, int] = field(default_factory=dict)
     resumed: list[int] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)

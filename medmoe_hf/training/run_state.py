@@ -1,5 +1,6 @@
 """The state of a training run, and its checkpoints."""
 
+import copy
 import errno
 import json
 import logging
@@ -16,7 +17,6 @@ import transformers
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
 from accelerate.utils import gather_object, set_seed
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 from torch import Tensor
 from transformers import get_scheduler
@@ -32,9 +32,10 @@ from medmoe_hf.training.build import build_model
 from medmoe_hf.training.config import TrainConfig
 from medmoe_hf.training.held_out import HeldOutData
 from medmoe_hf.training.negatives import max_over_processes
-from medmoe_hf.training.optimizer import freeze, parameter_groups
+from medmoe_hf.training.optimizer import freeze, frozen_norms, parameter_groups
 from medmoe_hf.training.record import TrainingRecord
 from medmoe_hf.training.streams import held_out_stream, training_stream
+from medmoe_hf.training.unfreezing import Unfreezing, warm_up_late_groups
 
 logger = logging.getLogger(__name__)
 
@@ -73,8 +74,11 @@ class RunState:
             dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
             log_with=list(config.trackers) or None,
             project_dir=str(config.run_dir / "logs"),
-            # Nothing is unused: with several processes every expert is called. Buffers are the same everywhere.
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            # Nothing is unused (with several processes every expert is called), except parts that are trained later:
+            # DDP knows what was trainable when it wrapped the model. Buffers are the same everywhere.
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=bool(config.unfreeze_at))
+            ],
         )
         preflight.limit_threads(accelerator, config.data.num_workers)
         preflight.check_strategy(config, accelerator.distributed_type)
@@ -92,13 +96,13 @@ class RunState:
         if config.positives is not None:
             model.config.positives = config.positives
         freeze(model, config.freeze)
+        self.unfreezing = Unfreezing(model, config.unfreeze_at)
+        self.still_norms = frozen_norms(model, config.freeze_statistics)
         self.inner = model
         outer: Any = model if config.lora is None else add_lora(model, config.lora)
         if checkpoint is not None:
-            weights = tensors.pop("weights", None)
-            if weights is None:
-                weights = load_file(checkpoint / "model.safetensors")
-            outer.load_state_dict(weights, strict=config.lora is None)
+            tensors.pop("weights", None)
+            outer.load_state_dict(checkpoints.read_weights(checkpoint), strict=config.lora is None)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         self.ema = None
@@ -111,7 +115,14 @@ class RunState:
             model.text_model.encoder.compile()
         optimizer = torch.optim.AdamW(
             # fused: one pass over all parameters; experts have hundreds of small ones
-            parameter_groups(outer, config.weight_decay, config.learning_rate, config.layer_decay),
+            parameter_groups(
+                outer,
+                config.weight_decay,
+                config.learning_rate,
+                config.layer_decay,
+                config.learning_rates,
+                self.unfreezing.starts,
+            ),
             lr=config.learning_rate,
             betas=config.betas,
             fused=True,
@@ -133,12 +144,17 @@ class RunState:
         self.stream = training_stream(config, self.collator, accelerator.process_index, accelerator.num_processes)
         self.held_out: HeldOutData | None = None
         if config.evaluates:
+            metrics = {config.best_metric, config.stopping_metric}
+            if "routing_report" in metrics and model.report_router is None:
+                raise TrainingError("`routing_report` cannot be measured: the model has no report router.")
             self.held_out = HeldOutData(
                 held_out_stream(config, self.collator),
                 accelerator,
                 self.collator,
                 config.evaluation_samples,
                 config.batch_size,
+                config.zero_shot,
+                metrics,
             )
         self._evaluation_due = False
         # Steps whose checkpoints this run has written. There may be others, if it was resumed from an older one.
@@ -175,7 +191,9 @@ class RunState:
     def _make_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
         config = self.config
         if config.schedule != "plateau":
-            return get_scheduler(config.schedule, optimizer, config.warmup_steps, config.max_steps)
+            scheduler = get_scheduler(config.schedule, optimizer, config.warmup_steps, config.max_steps)
+            warm_up_late_groups(scheduler, config.unfreeze_warmup_steps)
+            return scheduler
         self._warm_up()
         return torch.optim.lr_scheduler.ReduceLROnPlateau(
             optimizer, factor=config.plateau_factor, patience=config.plateau_patience
@@ -249,7 +267,7 @@ class RunState:
         with self._main_process_writes(f"The checkpoint of step {self.record.steps}"):
             if accelerator.is_main_process and self.record.steps not in self._written:
                 with atomic_dir(self._checkpoint_path(), force=True) as partial:
-                    self._write_model(partial, weights, averaged=False)
+                    self._write_model(partial, accelerator.unwrap_model(self.model), weights, final=False)
                     checkpoints.write_state(partial, state, tensors)
             if accelerator.is_main_process and rotate:
                 section = self.config.checkpoints
@@ -283,26 +301,43 @@ class RunState:
             + "make room and resume with `--resume auto`."
         ) from problem
 
-    def _write_model(self, folder: Path, weights: dict[str, Tensor], averaged: bool) -> None:
+    def _write_model(self, folder: Path, model: Any, weights: dict[str, Tensor], final: bool) -> None:
         """Writes what `from_pretrained` (for adapters: PEFT) loads, and the processor."""
-        model = self.accelerator.unwrap_model(self.model)
-        if averaged and self.ema is not None:
-            model, weights = self.ema.module, dict(self.ema.module.state_dict())
         with _no_transformers_bars():
             if self.config.lora is None:
                 model.save_pretrained(folder, state_dict=weights)
                 self.processor.save_pretrained(folder)
-            elif averaged and self.config.lora.merge:
+            elif final and self.config.lora.merge:
                 model.merge_and_unload(safe_merge=True).save_pretrained(folder)
                 self.processor.save_pretrained(folder)
             else:
                 save_adapter(model, self.processor, folder, weights)
 
     def _save_model(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        model: Any = self.accelerator.unwrap_model(self.model)
+        if self.ema is not None:
+            model, weights = self.ema.module, dict(self.ema.module.state_dict())
+        self.record.saved_step = self.record.steps
+        if self.config.final_model == "best" and self.record.best_step not in (None, self.record.steps):
+            model, weights = self._best_model(model) or (model, weights)
         with atomic_dir(folder) as partial:
-            self._write_model(partial, weights, averaged=True)
+            self._write_model(partial, model, weights, final=True)
             text = json.dumps(redact_paths(asdict(self.record)), indent=1) + "\n"
             (partial / "training.json").write_text(text, encoding="utf-8")
+
+    def _best_model(self, model: Any) -> tuple[Any, dict[str, Tensor]] | None:
+        """A copy of the model with the weights of the best evaluation; `None` if its checkpoint cannot be used."""
+        path = self.folder / checkpoints.step_name(self.record.best_step or 0)
+        try:
+            checkpoints.check(path)
+            weights = checkpoints.read_weights(path, averaged=self.ema is not None)
+        except (ResumeError, OSError, SafetensorError) as error:
+            logger.error("`final_model: best`: %s The weights of the last step are saved instead.", error)
+            return None
+        model = copy.deepcopy(model)  # the run's own may still be needed, if the folder cannot be written
+        model.load_state_dict(weights, strict=self.config.lora is None)
+        self.record.saved_step = self.record.best_step
+        return model, dict(model.state_dict())
 
     def _restore(self, checkpoint: Path, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
         rank = self.accelerator.process_index

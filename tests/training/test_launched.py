@@ -1,5 +1,6 @@
 """Whole runs on two processes, by DDP and by FSDP2, against one process: weights after the last step."""
 
+import json
 import os
 import socket
 
@@ -98,6 +99,24 @@ def test_ddp_and_fsdp2_equal_one_process(tmp_path, preset):
     for kind in ("ddp", "fsdp"):
         launch(tmp_path, kind, preset, 2)
         assert_near(tmp_path, "one", kind, bound)
+
+
+def test_a_part_that_is_trained_later_and_zero_shot_are_equal_on_two_processes(tmp_path):
+    """DDP is told once which parameters have gradients; here some have none in the first two of three steps."""
+    changes = {"unfreeze_at": {"vision_model.backbone": 2}, "zero_shot": {"smallest_class": 1}}
+    launch(tmp_path, "one", "tiny", 1, **changes)
+    launch(tmp_path, "ddp", "tiny", 2, stop=True, **changes)
+    launch(tmp_path, "ddp", "tiny", 2, **changes)
+    assert_near(tmp_path, "one", "ddp", 2e-5)
+    records = [json.loads((tmp_path / kind / "training.json").read_text()) for kind in ("one", "ddp")]
+    for first, second in zip(*(record["evaluations"] for record in records), strict=True):
+        assert first["zero_shot_pairs"] == second["zero_shot_pairs"] > 0
+        assert first["zero_shot"] == pytest.approx(second["zero_shot"])
+    first, second = (
+        load_file(tmp_path / kind / "model.safetensors") for kind in ("ddp-run/checkpoints/step-00000002", "ddp")
+    )
+    changed = {name for name, value in first.items() if not torch.equal(value, second[name])}
+    assert any(name.startswith("vision_model.backbone.encoder") for name in changed)
 
 
 def test_a_sharded_run_is_resumed_to_the_same_weights(tmp_path):
