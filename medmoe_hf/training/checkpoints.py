@@ -213,7 +213,8 @@ def read_weights(folder: Path, averaged: bool = False) -> dict[str, Tensor]:
         averaged: Whether to read the moving average instead.
     """
     own = folder / STATE / ("ema.safetensors" if averaged else "weights.safetensors")
-    return load_file(own if averaged or own.exists() else folder / "model.safetensors")
+    weights: dict[str, Tensor] = load_file(own if averaged or own.exists() else folder / "model.safetensors")
+    return weights
 
 
 def compare_content(checkpoint: Path, part: str, then: list[list[Any]], now: list[list[Any]]) -> None:

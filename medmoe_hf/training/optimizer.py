@@ -109,7 +109,7 @@ def parameter_groups(
             if distance:
                 places[name] = order, distance, f"{tower} {layer}"
 
-    own_rates: dict[nn.Parameter, tuple[int, str, float]] = {}
+    own_rates: dict[nn.Parameter, tuple[int, str, float | None]] = {}
     for number, (pattern, rate) in enumerate((learning_rates or {}).items(), start=1):
         for parameter in matching_parameters(model, pattern, "learning_rates"):
             own_rates[parameter] = number, pattern, rate
