@@ -545,10 +545,13 @@ def test_the_real_sources_have_credits():
 
 def test_heatmaps_are_of_findings(data):
     picks = scripts["figures"].chosen(rows_of(data), "val", per_modality=2, seed=0)
-    labels = [(row["modality"], row["label"]) for row, _ in picks]
+    labels = [(pick.row["modality"], pick.row["label"]) for pick in picks]
     assert labels.count(("xray", "pneumonia")) == 2
     assert labels.count(("fundus", "glaucoma")) == 2
-    assert {phrase for row, phrase in picks if row["modality"] == "fundus"} == {"Fundus photograph showing glaucoma."}
+    assert {pick.phrase for pick in picks if pick.row["modality"] == "fundus"} == {"glaucoma"}
+    assert {pick.reference[0] for pick in picks if pick.row["modality"] == "xray"} == {
+        "X-ray of the chest: no finding."
+    }
 
 
 @pytest.mark.slow

@@ -1,15 +1,16 @@
-"""Draws heat-maps of one scan per modality, for the prompt of its true label.
+"""Draws heat-maps of one scan per modality, for the name of its true label.
 
     python examples/experiments/real/figures.py --model FOLDER --data ../shared/real --out heatmaps.png
         [--split val] [--seed 0] [--per-modality 1]
 
-The picture holds images of `--data`: it is for looking at, and does not belong into the project. The map of a made-up
-word beside each shows what does not depend on the words.
+A map shows where the label is more similar to the image than the sentences of the class without a finding are; beside
+it is that of a made-up word. The picture holds images of `--data`: it is for looking at, not for the project.
 """
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from manifest import Row, read_manifest
@@ -24,8 +25,16 @@ from medmoe_hf.inference.encoders import MedMoEEncoder
 NONSENSE = "glorbix"
 
 
-def chosen(rows: Sequence[Row], split: str, per_modality: int, seed: int) -> list[tuple[Row, str]]:
-    """Draws images with a finding, and a prompt of their class.
+class Pick(NamedTuple):
+    """An image, a name of its class, and sentences of the class without a finding."""
+
+    row: Row
+    phrase: str
+    reference: tuple[str, ...]
+
+
+def chosen(rows: Sequence[Row], split: str, per_modality: int, seed: int) -> list[Pick]:
+    """Draws images with a finding.
 
     Args:
         rows: The manifest.
@@ -34,36 +43,40 @@ def chosen(rows: Sequence[Row], split: str, per_modality: int, seed: int) -> lis
         seed: Seed of the draw.
 
     Returns:
-        Rows and prompts. Where a modality has no task of findings, its tasks of body regions are used.
+        Images of the first task of findings of each modality, or else of another task.
     """
     generator = np.random.default_rng(seed)
-    found: list[tuple[Row, str]] = []
+    found: list[Pick] = []
     tasks = [task for name, task in tasks_of(rows, split).items() if not name.startswith("modality")]
+    tasks.sort(key=lambda task: not task.probe)
     for modality in MODALITIES:
-        pool: list[tuple[Row, str]] = []
-        # Tasks of findings come first, and their first class is that without a finding.
+        own = [row for row in rows if row["modality"] == modality]
         for task in tasks:
-            prompts = list(task.prompts().values())
-            own, labels = task.rows([row for row in rows if row["modality"] == modality], [split])
-            positive = [(row, prompts[label][0]) for row, label in zip(own, labels.tolist(), strict=True) if label]
-            pool = pool or positive
-            if task.probe and positive:
-                pool = positive
+            names = [choice.names[0] for choice in task.classes.values()]
+            # The first class is that without a finding, where there is one.
+            reference = tuple(next(iter(task.prompts().values())))
+            members, labels = task.rows(own, [split])
+            pool = [
+                Pick(row, names[label], reference)
+                for row, label in zip(members, labels.tolist(), strict=True)
+                if label
+            ]
+            if pool:
+                found += [pool[index] for index in generator.permutation(len(pool))[:per_modality]]
                 break
-        picked = generator.permutation(len(pool))[:per_modality]
-        found += [pool[index] for index in picked]
     return found
 
 
-def examples(encoder: MedMoEEncoder, picks: Sequence[tuple[Row, str]], folder: Path) -> list[HeatmapExample]:
-    """Computes the heat-map of each image's prompt, and that of a made-up word."""
-    paths, phrases = [str(folder / row["file"]) for row, _ in picks], [phrase for _, phrase in picks]
-    maps, controls = encoder.heatmaps(paths, phrases), encoder.heatmaps(paths, [NONSENSE] * len(paths))
+def examples(encoder: MedMoEEncoder, picks: Sequence[Pick], folder: Path) -> list[HeatmapExample]:
+    """Computes the heat-map of each image's label, and that of a made-up word."""
+    paths, references = [str(folder / pick.row["file"]) for pick in picks], [pick.reference for pick in picks]
+    maps = encoder.heatmaps(paths, [pick.phrase for pick in picks], references)
+    controls = encoder.heatmaps(paths, [NONSENSE] * len(picks), references)
     found = []
-    for (row, phrase), path, own, control in zip(picks, paths, maps, controls, strict=True):
+    for pick, path, own, control in zip(picks, paths, maps, controls, strict=True):
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB"))
-        found.append(HeatmapExample(pixels, phrase, own, NONSENSE, control, [], row["modality"]))
+        found.append(HeatmapExample(pixels, pick.phrase, own, NONSENSE, control, [], pick.row["modality"]))
     return found
 
 

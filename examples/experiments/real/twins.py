@@ -1,17 +1,15 @@
 """The question of the paper on real scans: routed experts, one shared expert of equal size, or none.
 
-    python examples/experiments/real/twins.py --recipe train.yaml --data ../shared/real --models MODELS
-        --out twins.json --init="--preset small --vision timm/NAME@FILE --text FOLDER" [--split val] [--seeds 0 1 2]
-        [--without nih-cxr14] [--set KEY=VALUE ...]
+    python examples/experiments/real/twins.py --recipe train.yaml --start START --data ../shared/real --models MODELS
+        --out twins.json [--split val] [--seeds 0 1 2] [--without nih-cxr14] [--set KEY=VALUE ...]
 
-Each variant starts from a model that `medmoe init` makes with the same arguments and the overrides of `VARIANTS`, and
-trains with the same recipe, data, order and number of steps. Sources of `--without` are left out of the training and
-measured as other sources, and so is `external` together with `--split test`. Runs that exist are not repeated.
+For each seed `variants.py` makes three start checkpoints of START, which differ in their experts only. All are trained
+with the same recipe, data, order and number of steps. Sources of `--without` are left out of the training and measured
+as other sources, and so is `external` together with `--split test`. Runs that exist are not repeated.
 """
 
 import argparse
 import json
-import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,9 +20,10 @@ from evaluate import evaluate
 from manifest import read_manifest
 from safetensors import safe_open
 from tasks import TASKS, tasks_of
-from trainings import Overrides, command, merged, read_recipe, train, without_sources
+from trainings import Overrides, merged, read_recipe, train, without_sources
+from variants import write
 
-from medmoe_hf.common.files import atomic_write
+from medmoe_hf.common.files import atomic_dir, atomic_write
 from medmoe_hf.evaluation.results import Result
 
 
@@ -34,24 +33,19 @@ class Variant:
 
     Attributes:
         label: What it is.
-        init: Fields of the configuration of the new model that differ, with dotted names.
         train: Keys of the recipe that differ.
     """
 
     label: str
-    init: Mapping[str, Any] = field(default_factory=dict)
     train: Overrides = field(default_factory=dict)
 
 
-# The width at which one expert of the preset `small` has as many parameters as six, see `test_real_scans.py`.
 VARIANTS: dict[str, Variant] = {
     "routed": Variant("six routed experts"),
-    "shared": Variant(
-        "one shared expert with the parameters of six",
-        init={"vision_config.expert_type": "shared", "vision_config.expert_hidden_size": 180},
-    ),
-    "none": Variant("no expert: the global embedding is the backbone's", init={"vision_config.expert_type": "none"}),
+    "shared": Variant("one shared expert with the parameters of six"),
+    "none": Variant("no expert: linear projections, the global embedding is the backbone's"),
 }
+"""Names of `variants.py` -> what is said about them, and what of the recipe differs."""
 
 MEASURES = ("tasks", "other sources", "routing")
 
@@ -114,25 +108,36 @@ def run(
     name: str,
     seed: int,
     recipe: Mapping[str, Any],
-    init: Sequence[str],
+    start: Path,
     models: Path,
     data: Path,
     splits: Sequence[str],
     cache: Path,
-    resamples: int,
 ) -> dict[str, Any]:
-    """Makes, trains and measures a variant with a seed."""
-    variant = VARIANTS[name]
-    start, folder = models / f"{name}-{seed}-start", models / f"{name}-{seed}"
-    if not (start / "config.json").is_file():
-        overrides = [part for key, value in variant.init.items() for part in ("--set", f"{key}={json.dumps(value)}")]
-        command("init", str(start), *init, *overrides, "--seed", str(seed))
-    model: dict[str, Any] = {**dict.fromkeys(recipe["model"]), "from_pretrained": str(start), "overrides": {}}
-    train(merged({**recipe, "model": model, "seed": seed}, variant.train), folder)
+    """Makes, trains and measures a variant with a seed.
+
+    Args:
+        name: Key of `VARIANTS`.
+        seed: Seed of the new experts and of the training.
+        recipe: A training configuration as plain values.
+        start: Checkpoint that all variants start from.
+        models: Folder for start checkpoints and trained models.
+        data: Folder of the manifest.
+        splits: Splits to measure.
+        cache: Folder for features.
+
+    Returns:
+        `parameters`, `seconds` of the training, and `metrics`, see `task_metrics`.
+    """
+    starts, folder = models / f"starts-{seed}", models / f"{name}-{seed}"
+    if not starts.is_dir():
+        with atomic_dir(starts) as partial:
+            write(str(start), partial, seed)
+    model: dict[str, Any] = {**dict.fromkeys(recipe["model"]), "from_pretrained": str(starts / name), "overrides": {}}
+    train(merged({**recipe, "model": model, "seed": seed}, VARIANTS[name].train), folder)
+    # The table shows ranges over seeds, and no intervals.
     results = [
-        result
-        for split in splits
-        for result in evaluate(folder, data, split, cache=cache, probes=False, resamples=resamples)
+        result for split in splits for result in evaluate(folder, data, split, cache=cache, probes=False, resamples=1)
     ]
     seconds = json.loads((folder / "training.json").read_text(encoding="utf-8"))["seconds"]
     return {"parameters": _parameters(folder), "seconds": seconds, "metrics": task_metrics(results)}
@@ -143,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--recipe", required=True, type=Path, help="training YAML")
     parser.add_argument("--data", required=True, type=Path, help="folder with manifest.csv")
     parser.add_argument("--models", required=True, type=Path, help="folder for the models")
-    parser.add_argument("--init", required=True, help="arguments of `medmoe init`, in one string")
+    parser.add_argument("--start", required=True, type=Path, help="checkpoint that all variants start from")
     parser.add_argument("--out", required=True, type=Path, help="JSON file to write")
     parser.add_argument("--split", choices=("val", "test"), default="val")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -151,7 +156,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--without", nargs="+", default=[], metavar="SOURCE", help="sources left out of the training")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")
     parser.add_argument("--cache", type=Path, help="folder for features; by default `cache` beside OUT")
-    parser.add_argument("--resamples", type=int, default=1, help="of intervals, which the table does not show")
     given = parser.parse_args(arguments)
     recipe = without_sources(read_recipe(given.recipe, given.set), given.without)
     splits = [given.split, *(["external"] if given.split == "test" else [])]
@@ -167,9 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for seed in given.seeds:
         for name in given.only:
             cache = given.cache or given.out.parent / "cache"
-            found = run(
-                name, seed, recipe, shlex.split(given.init), given.models, given.data, splits, cache, given.resamples
-            )
+            found = run(name, seed, recipe, given.start, given.models, given.data, splits, cache)
             runs.setdefault(name, {})[str(seed)] = found
             content = {
                 "labels": {key: VARIANTS[key].label for key in runs},
