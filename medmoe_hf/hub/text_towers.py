@@ -1,6 +1,7 @@
 """Text towers to start from: any BERT-like model, in full or its first layers."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,4 +88,7 @@ def open_text(source: str, layers: int | None = None) -> TextTower:
             tensors[name] = tensor
     embedding = encoder.get_input_embeddings().weight
     words = next(name for name, parameter in encoder.named_parameters() if parameter is embedding)
+    if Path(source).exists():
+        # It would be saved with the model, and a path of this machine must not be published.
+        encoder.config._name_or_path = ""
     return TextTower(encoder.config, tensors, dropped, words)

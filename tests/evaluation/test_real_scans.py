@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from huggingface_hub import metadata_load
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from small_encoders import medmoe_folder
 
@@ -448,9 +449,10 @@ def interval(value, n=7):
     return Interval(value, value - 0.05, value + 0.05, n)
 
 
-def run_files(folder, check):
+def run_files(folder, check, weights="123"):
     """Hand-made results of a run."""
     facts = {
+        "weights_hash": weights,
         "model_hash": "abc123",
         "manifest_hash": "def456",
         "similarity": "global",
@@ -511,7 +513,7 @@ def test_the_card_credits_every_source(data, model, tmp_path):
     folder = tmp_path / "small"
     shutil.copytree(model, folder)
     check = scripts["check"].check(data)
-    run = run_files(tmp_path / "run", check)
+    run = run_files(tmp_path / "run", check, sha256((model / "model.safetensors").read_bytes()).hexdigest())
     write = scripts["card"].write
     text = write(folder, run, None, None, None).read_text()
     for expected in (
@@ -530,6 +532,13 @@ def test_the_card_credits_every_source(data, model, tmp_path):
     added = text.replace(scripts["card"].BEGIN, f"My own words.\n\n{scripts['card'].BEGIN}")
     (folder / "README.md").write_text(added)
     assert write(folder, run, None, None, None).read_text() == added
+    found = metadata_load(folder / "README.md")["model-index"][0]["results"]
+    assert [(one["dataset"]["type"], len(one["metrics"])) for one in found] == [
+        ("all sources, test", 1),
+        ("pneumonia-adults, test", 2),
+    ]
+    with pytest.raises(CardError, match=r"test\.json has the results of other weights"):
+        write(folder, run_files(tmp_path / "other", check), None, None, None)
     check["sources"][0]["source"] = "unheard-of"
     (run / "check.json").write_text(json.dumps(check))
     with pytest.raises(CardError, match="no entry for unheard-of"):

@@ -343,6 +343,7 @@ def test_special_tokens_of_other_post_processors_are_renumbered(bert, kind):
 
 def test_the_first_layers_of_a_text_tower(tmp_path, bert):
     report = init_model(tmp_path / "out", "plus", text=str(bert), text_layers=2, overrides={"num_summed_layers": 1})
+    assert str(tmp_path) not in (tmp_path / "out" / "config.json").read_text()
     text = MedMoETextModel.from_pretrained(tmp_path / "out").eval()
     full = BertModel.from_pretrained(bert).eval()
     inputs = MedMoEProcessor.from_pretrained(tmp_path / "out")(text=["the heart is large"], return_tensors="pt")

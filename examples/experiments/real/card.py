@@ -77,22 +77,38 @@ def doubts(check: Mapping[str, Any]) -> str:
 
 
 def main_results(run: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Returns the results for the card's metadata: routing and zero-shot, two metrics each, with few facts."""
+    """Returns the results for the card's metadata: routing, and zero-shot classification of findings."""
     kept = []
     for split in ("test", "external"):
         for result in run.get(split, ()):
-            variant = {"routing": "image router", "zero-shot": result.facts.get("similarity", "global")}.get(
-                result.protocol
-            )
-            if variant is None or (result.protocol == "routing" and result.dataset != "all sources"):
+            similarity = result.facts.get("similarity", "global")
+            if result.protocol == "routing" and result.dataset == "all sources":
+                keys = ["image router/balanced_accuracy"]
+            elif result.protocol == "zero-shot" and not result.dataset.startswith(("modality", "region")):
+                keys = [f"{similarity}/balanced_accuracy", f"{similarity}/macro_auroc"]
+            else:
                 continue
-            names = ("balanced_accuracy", "macro_auroc")
-            metrics = {f"{variant}/{name}": result.metrics[f"{variant}/{name}"] for name in names}
-            metrics = {name: one for name, one in metrics.items() if not np.isnan(one.value)}
-            dataset = f"{result.dataset}, {split}"
+            metrics = {key: result.metrics[key] for key in keys if not np.isnan(result.metrics[key].value)}
             facts = {"title": f"{result.facts.get('title', result.dataset)}, {split}"}
-            kept.append(Result(result.protocol, result.model, dataset, result.count, metrics, facts).to_json())
+            own = Result(result.protocol, result.model, f"{result.dataset}, {split}", result.count, metrics, facts)
+            kept.append(own.to_json())
     return [one for one in kept if one["metrics"]]
+
+
+def check_weights(folder: Path, run: Mapping[str, Any]) -> None:
+    """Refuses results of other weights.
+
+    Raises:
+        CardError: If `test` or `external` were measured with weights that are not those of the folder.
+    """
+    own = sha256(folder / "model.safetensors")
+    for split in ("test", "external"):
+        for result in run.get(split, ()):
+            if result.facts["weights_hash"] != own:
+                raise CardError(
+                    f"{split}.json has the results of other weights than those of {folder}; measure these weights, or "
+                    "pass the folder that was measured."
+                )
 
 
 def own_part(run: Mapping[str, Any], recipe: Path | None) -> str:
@@ -117,7 +133,7 @@ def own_part(run: Mapping[str, Any], recipe: Path | None) -> str:
         parts += ["The terms of some sources are in doubt:", doubtful]
     parts += [
         "The start weights are EfficientNet-Lite0, trained on ImageNet (Apache-2.0), and the sentence encoder MiniLM "
-        "(Apache-2.0).",
+        "(Apache-2.0, packaged under MIT).",
         "## Limits of these data",
         "\n".join(f"- {limit}" for limit in LIMITS),
         "## All results",
@@ -145,11 +161,12 @@ def write(folder: Path, run_folder: Path, training: Path | None, repo: str | Non
         Path of the card.
 
     Raises:
-        CardError: If the run has no `check.json`.
+        CardError: If the run has no `check.json`, or results of other weights.
     """
     run = read_run(run_folder)
     if "check" not in run:
         raise CardError(f"{run_folder} has no check.json; run check.py first: the card lists the sources it found.")
+    check_weights(folder, run)
     with tempfile.TemporaryDirectory() as scratch:
         found = main_results(run)
         results = Path(scratch) / "results.json"

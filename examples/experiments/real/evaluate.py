@@ -287,6 +287,7 @@ def evaluate(
     similarity = json.loads((Path(model) / "config.json").read_text(encoding="utf-8")).get("similarity", "global")
     origin = {
         "similarity": similarity,
+        "weights_hash": sha256(Path(model) / "model.safetensors"),
         "model_hash": encoder.hash,
         "manifest_hash": sha256(folder / "manifest.csv"),
         "split": split,

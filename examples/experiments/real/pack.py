@@ -9,6 +9,7 @@ weights. Only with --into it is copied into the package too. What half precision
 """
 
 import argparse
+import json
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -32,6 +33,14 @@ def copy_code(folder: Path) -> None:
         old.unlink()
     for path in sorted(Path(medmoe_hf.model.__file__).parent.glob("*_medmoe.py")):
         shutil.copyfile(path, folder / path.name)
+
+
+def remove_paths(path: Path) -> None:
+    """Removes from a configuration where its parts were loaded from, which may be a folder of this machine."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        part.pop("_name_or_path", None)
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def pack(
@@ -59,6 +68,7 @@ def pack(
         report = shrink(trained, folder)
         if report.after > LARGEST:
             raise PublishError(f"The weights have {report.after / 1e6:.1f} MB, more than {LARGEST / 1e6:g} MB.")
+        remove_paths(folder / "config.json")
         copy_code(folder)
         checked = verify(folder, record=True)
         if not checked.ok:
@@ -75,6 +85,9 @@ def copy(folder: Path, target: Path, force: bool) -> None:
     """Copies a checkpoint to a folder that is complete or absent at any time."""
     with atomic_dir(target, force) as partial:
         shutil.copytree(folder, partial, dirs_exist_ok=True)
+        for path in partial.iterdir():
+            # safetensors creates files for their owner only; a package is for all.
+            path.chmod(0o644)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -75,7 +75,7 @@ def routing_table(run: Run, split: str) -> str:
     rows = []
     for result in measured(run, split, "routing"):
         metrics = result.by_variant()["image router"]
-        balanced = shown(metrics["balanced_accuracy"]) if result.dataset == "all sources" else ""
+        balanced = shown(metrics["balanced_accuracy"]) if result.dataset == "all sources" else "–"
         rows.append([result.dataset, counted(result), shown(metrics["accuracy"]), balanced])
     return markdown_table(("images", "N (subjects)", "accuracy", "balanced accuracy"), rows)
 
@@ -209,7 +209,8 @@ def setup_table(run: Run) -> str:
         return ""
     facts = results[0].facts
     rows = [
-        ["weights, configuration and code (SHA-256)", facts["model_hash"]],
+        ["weights (SHA-256)", facts["weights_hash"]],
+        ["weights, configuration, tokenizer and code (SHA-256)", facts["model_hash"]],
         ["manifest of the images (SHA-256)", facts["manifest_hash"]],
         ["similarity of zero-shot and retrieval", facts.get("similarity", "global")],
         ["resamples, seed of the bootstrap", f"{facts['resamples']}, {facts['seed']}"],
