@@ -98,10 +98,18 @@ def group_shares(
     return shares
 
 
-def generator(seed: str) -> np.random.RandomState:
-    """Returns a generator for a text; the legacy one, whose numbers are the same in all versions of numpy."""
-    digest = np.frombuffer(hashlib.sha256(seed.encode()).digest(), dtype="<u4")
-    return np.random.RandomState(digest.tolist())
+def _random_bits(seed: str, start: int, count: int) -> NDArray[np.uint64]:
+    """Returns numbers `start` to `start + count - 1` of a sequence of random 64-bit integers (SplitMix64).
+
+    Any part of the sequence can be computed by itself, and for thousands of small groups this is much faster than to
+    seed a generator for each.
+    """
+    key = np.frombuffer(hashlib.sha256(seed.encode()).digest()[:8], dtype="<u8").astype(np.uint64)
+    bits = key + np.arange(start + 1, start + count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: NDArray[np.uint64] = bits ^ (bits >> np.uint64(31))
+    return mixed
 
 
 @dataclass(frozen=True)
@@ -134,18 +142,21 @@ class BalancedRows:
             epoch: Number of the epoch, from 0.
         """
         drawn, times = [], []
+        total = self.total
         for number, (group, rows) in enumerate(self.rows.items()):
             # Rounded, so that no difference in the last bit between machines changes the number of draws.
-            rate = round(self.total * self.shares[group], 6)
-            offset = generator(f"{seed} balance {number}").random_sample()
+            rate = round(total * self.shares[group], 6)
+            offset = _random_bits(f"{seed} balance {number} offset", 0, 1)[0] / 2**64
             start, stop = int(epoch * rate + offset), int((epoch + 1) * rate + offset)
             if start == stop:
                 continue
-            for part in range(start // len(rows), (stop - 1) // len(rows) + 1):
-                once = rows[generator(f"{seed} balance {number} {part}").permutation(len(rows))]
-                first = part * len(rows)
-                drawn.append(once[max(start - first, 0) : stop - first])
-            jitter = generator(f"{seed} balance {number} epoch {epoch}").random_sample(stop - start)
+            # Each line is one random order of all rows.
+            size, first = len(rows), start // len(rows)
+            lines = (stop - 1) // size + 1 - first
+            bits = _random_bits(f"{seed} balance {number}", first * size, lines * size)
+            orders = np.argsort(bits.reshape(lines, size), axis=1, kind="stable")
+            drawn.append(rows[orders.ravel()[start - first * size : stop - first * size]])
+            jitter = _random_bits(f"{seed} balance {number} epoch {epoch}", 0, stop - start) / 2**64
             times.append((np.arange(stop - start) + jitter) / (stop - start))
         order: NDArray[np.int64] = np.concatenate(drawn)[np.argsort(np.concatenate(times), kind="stable")]
         return order

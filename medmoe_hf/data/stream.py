@@ -23,7 +23,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from medmoe_hf.data.augmentation import Augmentation
-from medmoe_hf.data.balancing import DEFAULT_POWER, BalancedRows, check_balance, generator, powers_of
+from medmoe_hf.data.balancing import DEFAULT_POWER, BalancedRows, check_balance, powers_of
 from medmoe_hf.data.faults import Fault, FaultLog
 from medmoe_hf.data.groups import check_groups, find_groups
 from medmoe_hf.data.known_rows import KnownRows
@@ -233,7 +233,9 @@ class SampleStream:
         ]
         ends = np.cumsum(lengths)
         order = np.arange(sum(lengths), dtype=np.uint32 if sum(lengths) < 2**32 else np.uint64)  # 4 bytes per row
-        generator(seed).shuffle(order)
+        digest = np.frombuffer(hashlib.sha256(seed.encode()).digest(), dtype="<u4")
+        # The legacy generator, whose numbers are the same in all versions of numpy.
+        np.random.RandomState(digest.tolist()).shuffle(order)
         for start in range(0, len(order), _BLOCK):
             block = order[start : start + _BLOCK].astype(np.int64)
             shards = np.searchsorted(ends, block, side="right")
