@@ -381,6 +381,79 @@ def test_a_crossing_learns_on_one_source_and_measures_on_another(data):
         module.crossing_set(crossings["glaucoma-camera"], rows, data, "external")
 
 
+def test_a_crossing_is_measured_beside_the_bare_backbone(data, model, tmp_path, in_process):
+    try:
+        scripts["encode"].imagenet_weights()
+    except SourceError:
+        pytest.skip("the ImageNet backbone is not installed")
+    encoder = scripts["encode"].StoredEncoder(model, "small", tmp_path)
+    measure = scripts["leave_one_out"].measure
+    zero_shot, probe = measure("adults-to-children", encoder, rows_of(data), data, "val", resamples=20, seed=0)
+    assert (zero_shot.dataset, zero_shot.count, zero_shot.metrics["global/macro_auroc"].n) == (
+        "adults-to-children",
+        8,
+        4,
+    )
+    # The classes of the measured source, in the words of its task.
+    one = scripts["tasks"].evaluation_set("pneumonia-children", rows_of(data), data, "val")
+    plain = MedMoEEncoder(model)
+    embeds = [plain.encode_texts(sentences).mean(dim=0) for sentences in one.prompts.values()]
+    text = torch.nn.functional.normalize(torch.stack(embeds), dim=1)
+    logits = plain.logit_scale * plain.encode_images(one.images) @ text.T
+    auroc = roc_auc_score(one.labels, (logits[:, 1] - logits[:, 0]).double().numpy())
+    assert zero_shot.metrics["global/macro_auroc"].value == pytest.approx(auroc)
+    baseline = probe.metrics["imagenet 100%/macro_auroc"].value
+    difference = zero_shot.metrics["global - imagenet 100%/macro_auroc"]
+    assert difference.value == pytest.approx(auroc - baseline)
+    assert probe.facts["train_count_by_class"] == {"no finding": 4, "pneumonia": 4}
+    tables = scripts["report"].crossing_table({"crossings": [zero_shot, probe]})
+    assert f"| {scripts['report'].shown(difference)} |" in tables
+
+
+@pytest.mark.slow
+def test_twins_differ_in_their_experts_only(data, model, tmp_path, in_process, monkeypatch):
+    module = scripts["twins"]
+    trained = []
+
+    def train(recipe, folder):
+        trained.append((folder.name, recipe["model"]["from_pretrained"], recipe["seed"]))
+        shutil.copytree(recipe["model"]["from_pretrained"], folder)
+        (folder / "training.json").write_text('{"seconds": 1.0}')
+        return folder
+
+    monkeypatch.setattr(module, "train", train)
+    recipe = {
+        "output_dir": "unused",
+        "model": {"preset": "tiny"},
+        "data": {"train": {"kind": "csv", "files": [str(data / "manifest.csv")], "image": "file", "caption": "label"}},
+        "max_steps": 1,
+    }
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(recipe))
+    arguments = [
+        "--recipe",
+        tmp_path / "train.yaml",
+        "--start",
+        model,
+        "--data",
+        data,
+        "--models",
+        tmp_path / "models",
+    ]
+    arguments += ["--out", tmp_path / "twins.json", "--seeds", 0, 1, "--without", "nih-cxr14"]
+    module.main(list(map(str, arguments)))
+    found = json.loads((tmp_path / "twins.json").read_text())
+    assert [name for name, *_ in trained] == ["routed-0", "shared-0", "none-0", "routed-1", "shared-1", "none-1"]
+    assert [seed for *_, seed in trained] == [0, 0, 0, 1, 1, 1]
+    assert found["others"] == ["pneumonia-adults"]
+    sizes = {name: runs["0"]["parameters"] for name, runs in found["runs"].items()}
+    assert sizes["none"] < sizes["shared"] == pytest.approx(sizes["routed"], rel=0.02)
+    for name, runs in found["runs"].items():
+        own = [runs["1"]["metrics"][task]["balanced_accuracy"] for task in ("pneumonia-children", "glaucoma")]
+        assert found["table"][name]["tasks"][1] == pytest.approx(np.mean(own))
+        assert found["table"][name]["other sources"][1] == runs["1"]["metrics"]["pneumonia-adults"]["macro_auroc"]
+    assert scripts["report"].twins_table({"twins": found}).count(" M | 2 |") == 3
+
+
 def test_recipes_leave_sources_out():
     without = scripts["trainings"].without_sources
     table = {"kind": "csv", "files": ["manifest.csv"], "where_not": {"licence": ["*-SA*"], "source": ["a"]}}
