@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from small_models import EXACT
 from test_loop import config
+from test_stopping import labelled
 from torch import multiprocessing
 
 pytestmark = pytest.mark.slow
@@ -103,7 +104,12 @@ def test_ddp_and_fsdp2_equal_one_process(tmp_path, preset):
 
 def test_a_part_that_is_trained_later_and_zero_shot_are_equal_on_two_processes(tmp_path):
     """DDP is told once which parameters have gradients; here some have none in the first two of three steps."""
-    changes = {"unfreeze_at": {"vision_model.backbone": 2}, "zero_shot": {"smallest_class": 1}}
+    data = {
+        "train": {"kind": "phantom", "image_size": 64},
+        "evaluation": labelled(tmp_path / "data"),
+        "num_workers": 0,
+    }
+    changes = {"data": data, "unfreeze_at": {"vision_model.backbone": 2}, "zero_shot": {"smallest_class": 1}}
     launch(tmp_path, "one", "tiny", 1, **changes)
     launch(tmp_path, "ddp", "tiny", 2, stop=True, **changes)
     launch(tmp_path, "ddp", "tiny", 2, **changes)
