@@ -83,6 +83,9 @@ def test_captions_differ_by_epoch_and_not_by_reader(lines):
 
     first, second = map(dict, read())
     assert first != second
+    # Also where rows keep their positions.
+    in_order = read(shuffle=False)
+    assert in_order[0] != in_order[1]
     assert read(num_workers=2) == read()
     parts = [read(rank=rank, world_size=2) for rank in range(2)]
     assert [part[0] for part in parts] == [read()[0][rank::2] for rank in range(2)]
