@@ -22,6 +22,7 @@ from medmoe_hf.hub.golden import open_folder, relative_differences, write_golden
 from medmoe_hf.model.modalities_medmoe import MODALITIES
 
 _PAIRS_PER_MODALITY = 2
+_STATISTICS = ("running_mean", "running_var")
 _INDEX = "model.safetensors.index.json"
 
 
@@ -34,7 +35,7 @@ class ShrinkReport:
         after: The same, of the new folder.
         differences: Largest difference of each output, relative to its largest value, on twelve phantoms and their
             reports; infinite if an image is sent to another expert.
-        kept: Names of matrices that stay float32, as they hold values that 16 bits cannot.
+        kept: Names of weights that stay float32, as they hold values that 16 bits cannot.
     """
 
     before: int
@@ -61,10 +62,10 @@ def _same(difference: float) -> str:
 def shrink(folder: str | Path, out: str | Path, force: bool = False) -> ShrinkReport:
     """Writes a copy of a checkpoint with its weights in float16 on disk: half the size.
 
-    Matrices and convolutions are rounded; vectors (biases, norms and their statistics), which take hardly any space,
-    stay float32. The configuration still says float32, so that `from_pretrained` computes in float32, on a CPU too,
-    unless another `dtype` is passed. All other files are copied. `golden.safetensors`, if there is one, is recorded
-    again.
+    All weights are rounded, except for the running statistics of BatchNorm, whose variances may exceed the range of
+    float16, and single numbers. The configuration still says float32, so that `from_pretrained` computes in float32,
+    on a CPU too, unless another `dtype` is passed. All other files are copied. `golden.safetensors`, if there is one,
+    is recorded again.
 
     Args:
         folder: Folder of a model and its processor.
@@ -148,11 +149,12 @@ def _read_weights(folder: Path) -> tuple[dict[str, Tensor], list[Path]]:
 
 
 def _half(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Rounds matrices to float16. Returns all tensors, and the names of those whose values do not fit."""
+    """Rounds weights to float16. Returns all tensors, and the names of those whose values do not fit."""
     result, kept = {}, []
     for name, tensor in tensors.items():
         rounded = tensor
-        if tensor.dtype in (torch.float32, torch.float64) and tensor.dim() > 1:
+        wide = tensor.dtype in (torch.float32, torch.float64)
+        if wide and tensor.dim() and not name.endswith(_STATISTICS):
             rounded = tensor.to(torch.float16)
             if rounded.isinf().any():
                 rounded = tensor
