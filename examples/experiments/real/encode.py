@@ -74,6 +74,10 @@ class StoredEncoder(MedMoEEncoder):
         name: Name in results.
         cache: Folder for what is computed.
         batch_size: Images per batch.
+
+    Attributes:
+        hash: Hash of everything that the outputs depend on.
+        similarity: The similarity by which the model itself scores: `global`, `local` or `mean`.
     """
 
     def __init__(self, folder: str | Path, name: str | None, cache: Path, batch_size: int = BATCH_SIZE) -> None:
@@ -88,6 +92,7 @@ class StoredEncoder(MedMoEEncoder):
         self.preprocessing, self.weights = self.hash, "pretrained"
         config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
         self._modalities = [name for _, name in sorted(config["vision_config"]["modalities"].items(), key=_number)]
+        self.similarity: str = config.get("similarity", "global")
         self.images: dict[str, dict[str, np.ndarray]] = {}
         self.texts: dict[str, np.ndarray] = {}
         self.local: list[tuple[dict[str, int], dict[str, int], np.ndarray]] = []

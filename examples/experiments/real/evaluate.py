@@ -284,9 +284,8 @@ def evaluate(
         if len(found) > 1:
             results.append(mean_over_tasks(found, resamples, seed))
     results += [retrieval(encoder, one, resamples=resamples, seed=seed) for one in texts]
-    similarity = json.loads((Path(model) / "config.json").read_text(encoding="utf-8")).get("similarity", "global")
     origin = {
-        "similarity": similarity,
+        "similarity": encoder.similarity,
         "weights_hash": sha256(Path(model) / "model.safetensors"),
         "model_hash": encoder.hash,
         "manifest_hash": sha256(folder / "manifest.csv"),
@@ -299,6 +298,12 @@ def evaluate(
 
 def _of_split(rows: Sequence[Row], split: str) -> list[Row]:
     return [row for row in rows if row["split"] == split]
+
+
+def warn(split: str) -> None:
+    """Says that a split is not for choosing."""
+    if split != "val":
+        print(f"{split} is to be measured once, with the final checkpoint: choose everything on val.", file=sys.stderr)
 
 
 def summary(results: Sequence[Result]) -> str:
@@ -339,11 +344,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--resamples", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
-    if given.split != "val":
-        print(
-            f"{given.split} is to be measured once, with the final checkpoint: choose everything on val.",
-            file=sys.stderr,
-        )
+    warn(given.split)
     results = evaluate(
         given.model,
         given.data,

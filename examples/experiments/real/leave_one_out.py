@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 from encode import StoredEncoder, imagenet_features, pixel_features
-from evaluate import BASELINES, STRENGTHS, summary, write_results
+from evaluate import BASELINES, STRENGTHS, summary, warn, write_results
 from manifest import Row, read_manifest
 from tasks import CROSSINGS, TASKS, Crossing, evaluation_set
 from trainings import read_recipe, train, without_sources
@@ -110,7 +110,7 @@ def measure(
             )
             result.add(f"{score} - {baseline} 100%", measured)
     for one in (result, probe):
-        one.facts |= {"model_hash": encoder.hash, "split": split}
+        one.facts |= {"model_hash": encoder.hash, "similarity": encoder.similarity, "split": split}
     return [result, probe]
 
 
@@ -133,6 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--resamples", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstraps")
     given = parser.parse_args(arguments)
+    warn(given.split)
     rows, cache = read_manifest(given.data), given.cache or given.out.parent / "cache"
     results: list[Result] = []
     for name in given.only:

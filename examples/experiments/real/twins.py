@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evaluate import evaluate
+from evaluate import evaluate, warn
 from manifest import read_manifest
 from safetensors import safe_open
 from tasks import TASKS, tasks_of
@@ -157,6 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")
     parser.add_argument("--cache", type=Path, help="folder for features; by default `cache` beside OUT")
     given = parser.parse_args(arguments)
+    warn(given.split)
     recipe = without_sources(read_recipe(given.recipe, given.set), given.without)
     splits = [given.split, *(["external"] if given.split == "test" else [])]
     rows = read_manifest(given.data)
