@@ -110,9 +110,9 @@ def parameter_groups(
                 places[name] = order, distance, f"{tower} {layer}"
 
     own_rates: dict[nn.Parameter, tuple[int, str, float | None]] = {}
-    for number, (pattern, rate) in enumerate((learning_rates or {}).items(), start=1):
+    for number, (pattern, own_rate) in enumerate((learning_rates or {}).items(), start=1):
         for parameter in matching_parameters(model, pattern, "learning_rates"):
-            own_rates[parameter] = number, pattern, rate
+            own_rates[parameter] = number, pattern, own_rate
 
     common = "all" if layer_decay == 1 and not own_rates else "full rate" if not own_rates else "other parts"
     groups: dict[tuple[int, int, int, int, bool], dict[str, Any]] = {}
