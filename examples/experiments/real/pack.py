@@ -35,11 +35,16 @@ def copy_code(folder: Path) -> None:
         shutil.copyfile(path, folder / path.name)
 
 
-def remove_paths(path: Path) -> None:
-    """Removes from a configuration where its parts were loaded from, which may be a folder of this machine."""
+def clean_configuration(path: Path) -> None:
+    """Removes from a configuration what belongs to the run and not to the model.
+
+    These are the folders of this machine that its parts were loaded from, and `positives: label`, with which a table
+    without labels could not be trained on.
+    """
     config = json.loads(path.read_text(encoding="utf-8"))
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         part.pop("_name_or_path", None)
+    config.pop("positives", None)
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -68,7 +73,7 @@ def pack(
         report = shrink(trained, folder)
         if report.after > LARGEST:
             raise PublishError(f"The weights have {report.after / 1e6:.1f} MB, more than {LARGEST / 1e6:g} MB.")
-        remove_paths(folder / "config.json")
+        clean_configuration(folder / "config.json")
         copy_code(folder)
         checked = verify(folder, record=True)
         if not checked.ok:
