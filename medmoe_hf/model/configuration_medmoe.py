@@ -439,6 +439,9 @@ class MedMoEConfig(MedMoETextConfig):
         local_loss: `"gloria"` (Huang et al., ICCV 2021) or `"token"` (the formula of section 4.4).
         local_loss_matmul_dtype: Dtype of the matrix products of `gloria`. `"bfloat16"` is faster on hardware with
             matrix units for it and rounds each factor to three digits; sums and everything else stay float32.
+        local_loss_regions: Side to which the local map is pooled where words are compared with regions: in the local
+            loss and in `similarity="local"`; 19 in GLoRIA. A region is then the mean over the area that it covers.
+            Heatmaps read the whole map. None, or a side that the map does not exceed: every position is a region.
         temp1: Inverse temperature of the attention over regions (`gloria`).
         temp1_regions: The number of regions that `temp1` is meant for (361 = 19x19 in GLoRIA): with M regions it
             becomes temp1 + ln(M / temp1_regions), so that the largest possible weight of a region stays the same. None
@@ -483,6 +486,7 @@ class MedMoEConfig(MedMoETextConfig):
     similarity: Literal["global", "local", "mean"] = "global"
     local_loss: Literal["gloria", "token"] = "gloria"
     local_loss_matmul_dtype: Literal["float32", "bfloat16"] = "float32"
+    local_loss_regions: int | None = None
     temp1: float | int = 4.0
     temp1_regions: int | None = None
     temp2: float | int = 5.0
@@ -561,6 +565,10 @@ class MedMoEConfig(MedMoETextConfig):
         _positive(self, "temp1", "temp2", "temp3", "positives_temperature")
         if self.temp1_regions is not None:
             _positive(self, "temp1_regions", most=MAX_IMAGE_SIDE**2)
+
+    def validate_local_loss_regions(self) -> None:
+        if self.local_loss_regions is not None:
+            _positive(self, "local_loss_regions", most=MAX_IMAGE_SIDE)
 
     def validate_routing(self) -> None:
         if self.vision_config.mixture == "soft" and self.router == "report":

@@ -164,6 +164,37 @@ def region_temperature(config: Any, positions: int) -> float:
     return temp1 if config.temp1_regions is None else temp1 + math.log(positions / config.temp1_regions)
 
 
+def contrasted_regions(config: Any, local_embeds: Tensor) -> Tensor:
+    """Pools local maps to the regions that words are contrasted with (see `MedMoEConfig.local_loss_regions`).
+
+    A region is the mean over the area that it covers; positions on its border count in part, so that each position
+    of the map has the same total weight.
+
+    Args:
+        config: A `MedMoEConfig`; `local_loss_regions` is used.
+        local_embeds: Local maps, `(B, D, H', W')`.
+
+    Returns:
+        The maps as they are where neither side exceeds `local_loss_regions`; otherwise float32, with no side longer
+        than it.
+    """
+    most = config.local_loss_regions
+    if most is None or max(local_embeds.shape[2:]) <= most:
+        return local_embeds
+    with torch.autocast(device_type(local_embeds), enabled=False):
+        # Products with two small matrices: unlike adaptive pooling their gradients are deterministic on a GPU.
+        rows, columns = (_area_weights(size, min(size, most), local_embeds.device) for size in local_embeds.shape[2:])
+        return rows @ (local_embeds.float() @ columns.t())
+
+
+def _area_weights(size: int, regions: int, device: torch.device) -> Tensor:
+    """Computes which share of each of `regions` equal intervals each of `size` equal ones covers: (regions, size)."""
+    edges = torch.arange(size + 1, device=device) * regions
+    first = torch.arange(regions, device=device).unsqueeze(1) * size
+    overlap = edges[1:].clamp(max=first + size) - edges[:-1].clamp(min=first)
+    return overlap.clamp_min(0).float() / size
+
+
 def word_attention(config: Any, regions: Tensor, words: Tensor, word_mask: Tensor) -> Tensor:
     """Computes the attention a_ij of each word over regions in the local loss that `config.local_loss` selects.
 
@@ -201,6 +232,7 @@ def local_logits(config: Any, local_embeds: Tensor, word_embeds: Tensor, word_ma
     Returns:
         `(B, N)` float32.
     """
+    local_embeds = contrasted_regions(config, local_embeds)
     if config.local_loss == "gloria":
         temp1 = region_temperature(config, local_embeds.shape[2] * local_embeds.shape[3])
         dtype = getattr(torch, config.local_loss_matmul_dtype)
@@ -231,7 +263,7 @@ def local_terms(
         of this process.
     """
     if config.local_loss == "token":
-        return token_losses(local_embeds, word_embeds, word_mask, config.temp3)
+        return token_losses(contrasted_regions(config, local_embeds), word_embeds, word_mask, config.temp3)
     if gather is not None:
         word_embeds, word_mask = gather(word_embeds), gather(word_mask)
     return local_logits(config, local_embeds, word_embeds, word_mask)

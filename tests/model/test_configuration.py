@@ -160,6 +160,7 @@ def test_a_timm_backbone_has_no_swin():
     (MedMoEVisionConfig, {"swin_config": {"embed_dim": 10**9}}, "`embed_dim` must be at most 65536"),
     (MedMoEVisionConfig, {"modalities": {2 * k: "x" * 99 for k in range(500)}}, r"without a gap, got .{200}\.\.\.\.$"),
     (MedMoEConfig, {"positives_temperature": 0.0}, "`positives_temperature` must be greater than 0"),
+    (MedMoEConfig, {"local_loss_regions": 0}, "`local_loss_regions` must be greater than 0, got 0"),
     (MedMoEConfig, {"local_loss_weight": -1}, "`local_loss_weight` must be finite and not negative, got -1"),
     (MedMoEConfig, {"projection_dim": 0}, "`projection_dim` must be greater than 0"),
     (MedMoEConfig, {"router": "reports"}, "router"),

@@ -131,6 +131,7 @@ def config(local_loss):
         local_loss_matmul_dtype="float32",
         temp1=TEMP1,
         temp1_regions=None,
+        local_loss_regions=None,
         temp2=TEMP2,
         temp3=TEMP3,
         contrast="sum",
@@ -352,6 +353,40 @@ def test_the_attention_grows_with_the_number_of_regions(local, words, word_mask)
     found = losses.local_logits(scaled, local, words, word_mask)
     temp1 = TEMP1 + math.log(SIDE**2 / 361)
     torch.testing.assert_close(found, word_regions_medmoe.gloria_logits(local, words, word_mask, temp1, TEMP2, TEMP3))
+
+
+def finely_pooled(maps, most):
+    """Area means: each position is first repeated so often that regions consist of whole copies."""
+    sides = [min(size, most) for size in maps.shape[2:]]
+    for axis, side in enumerate(sides, start=2):
+        maps = maps.repeat_interleave(side, dim=axis)
+    return torch.nn.functional.avg_pool2d(maps, (maps.shape[2] // sides[0], maps.shape[3] // sides[1]))
+
+
+@pytest.mark.parametrize(("size", "most"), [((6, 6), 3), ((5, 5), 3), ((7, 4), 5), ((9, 2), 4), ((4, 4), 1)])
+@pytest.mark.parametrize("name", ["gloria", "token"])
+def test_words_are_contrasted_with_pooled_regions(name, size, most, words, word_mask):
+    pooled, whole = config(name), config(name)
+    pooled.local_loss_regions = most
+    pooled.temp1_regions = whole.temp1_regions = 361
+    maps = leaf(IMAGES, WIDTH, *size)
+    assert losses.contrasted_regions(pooled, maps).shape == (IMAGES, WIDTH, *(min(side, most) for side in size))
+
+    def slow(regions, pieces):
+        return losses.local_loss(whole, finely_pooled(regions, most), pieces, word_mask)
+
+    assert_same_with_gradients(
+        lambda regions, pieces: losses.local_loss(pooled, regions, pieces, word_mask), slow, maps, words
+    )
+    found = losses.local_logits(pooled, maps, words, word_mask)
+    torch.testing.assert_close(found, losses.local_logits(whole, finely_pooled(maps, most), words, word_mask))
+
+
+@pytest.mark.parametrize("most", [None, SIDE, SIDE + 1])
+def test_maps_that_are_small_enough_are_not_pooled(most, local):
+    settings = config("gloria")
+    settings.local_loss_regions = most
+    assert losses.contrasted_regions(settings, local) is local
 
 
 def test_modality_loss_of_probabilities_is_a_second_softmax():

@@ -4,9 +4,10 @@
 
 Compares the local loss (GLoRIA's, forward and backward; maps of 56x56x768, 25 words per caption) with a loop over
 captions, in float32 and with bfloat16 matrix products, and with the five matrix products that it needs at least; the
-pooling of subwords with a loop over tokens; and a step of the `paper` preset that computes one expert per image with
-all six. Variants take turns, so that other load affects all alike. Times are CPU seconds of all threads, median and
-range over rounds; memory is the peak increase of the process; ratios are medians of the ratios per round.
+same loss on maps pooled by `local_loss_regions`, with the widths and sides of `plus` and `small`; the pooling of
+subwords with a loop over tokens; and a step of the `paper` preset that computes one expert per image with all six.
+Variants take turns, so that other load affects all alike. Times are CPU seconds of all threads, median and range over
+rounds; memory is the peak increase of the process; ratios are medians of the ratios per round.
 """
 
 import argparse
@@ -47,12 +48,13 @@ def reference_gloria(maps: Tensor, words: Tensor) -> Tensor:
     return cross_entropy(logits, target) + cross_entropy(logits.T, target)
 
 
-def our_gloria(products: str) -> Callable[[Tensor, Tensor], Tensor]:
+def our_gloria(products: str, regions: int | None = None) -> Callable[[Tensor, Tensor], Tensor]:
     config = SimpleNamespace(
         local_loss="gloria",
         local_loss_matmul_dtype=products,
         temp1=TEMP1,
         temp1_regions=None,
+        local_loss_regions=regions,
         temp2=TEMP2,
         temp3=TEMP3,
         contrast="sum",
@@ -147,6 +149,26 @@ def local_loss(batch: int, rounds: int) -> None:
         print(f"    gradients of {name}: relative difference to the loop {off:.1e}")
 
 
+def pooled_regions(batch: int, rounds: int) -> None:
+    """Compare the local loss on whole maps with that on pooled ones; the pooling and its gradient are included."""
+    for preset, width, side in (("plus", 512, 56), ("small", 192, 48)):
+        torch.manual_seed(0)
+        maps = torch.randn(batch, width, side, side)
+        words = torch.randn(batch, WORDS, width) * 3 / width**0.5
+
+        def both_passes(most: int | None, inputs: tuple[Tensor, ...] = (maps, words)) -> Callable[[], object]:
+            leaves = [tensor.requires_grad_() for tensor in inputs]
+            loss = our_gloria("float32", most)
+            return lambda: torch.autograd.grad(loss(*leaves), leaves)
+
+        sides = {f"whole map, {side}x{side}": None} | {f"pooled to {most}x{most}": most for most in (28, 19, 14)}
+        compare(
+            f"Local loss of `{preset}`, forward and backward, batch {batch}, width {width}",
+            {name: both_passes(most) for name, most in sides.items()},
+            rounds,
+        )
+
+
 def loop_over_tokens(layers: Tensor, word_ids: list[list[int]]) -> Tensor:
     """Pool subwords as GLoRIA's code does: per report, layer and word."""
     result = torch.zeros(layers.shape[1:])
@@ -234,6 +256,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     for batch in arguments.batches:
         local_loss(batch, arguments.rounds)
+        pooled_regions(batch, arguments.rounds)
     word_pooling(max(10, arguments.rounds))
     training_step(arguments.step_batch, arguments.rounds)
 
