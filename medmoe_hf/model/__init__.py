@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from .modeling_medmoe import MedMoEVisionModel as MedMoEVisionModel
     from .modeling_medmoe import register_expert as register_expert
     from .processing_medmoe import MedMoEProcessor as MedMoEProcessor
+    from .studies_medmoe import Series as Series
+    from .studies_medmoe import Study as Study
+    from .studies_medmoe import read_studies as read_studies
     from .tokenization_medmoe import MedMoETokenizer as MedMoETokenizer
 
 _HOMES = {
@@ -46,8 +49,11 @@ _HOMES = {
     "MedMoEVisionConfig": "configuration",
     "MedMoEVisionModel": "modeling",
     "MedicalImage": "medical_pixels",
+    "Series": "studies",
+    "Study": "studies",
     "load_image": "image_files",
     "read_medical_image": "medical_images",
+    "read_studies": "studies",
     "register_expert": "modeling",
 }
 __all__ = sorted(_HOMES)

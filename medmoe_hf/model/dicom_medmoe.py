@@ -3,20 +3,25 @@
 Warnings and errors name the file and never quote its header, which holds names and dates of patients.
 """
 
-import contextlib
-import copy
-import io
 import math
-import zlib
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from .dicom_files_medmoe import (
+    PIXEL_KEYWORDS,
+    DicomFrames,
+    directions_of,
+    first_number,
+    header_numbers,
+    header_value,
+    pixel_spacing,
+    read_dataset,
+    with_syntax,
+)
 from .errors_medmoe import ImageError, MedicalImageError, MissingPackageError
 from .medical_pixels_medmoe import (
     BYTES_PER_PIXEL,
-    CHUNK_BYTES,
     WINDOWS,
     MedicalImage,
     Windows,
@@ -38,16 +43,12 @@ try:
 except ImportError:  # only DICOM needs it
     pydicom = None
 
-_CENTIMETRES = 3  # of the ultrasound regions' PhysicalUnits (PS3.3 C.8.5.5.1.15)
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # and, with a dot and a number, its multi-frame forms
-_DEFLATED, _NOT_DEFLATED = b"1.2.840.10008.1.2.1.99", b"1.2.840.10008.1.2.1\0\0\0"  # equally long
-_DICOM_HEAD = 2**16  # bytes that hold the file meta information
-_LONG_LENGTHS = (b"OB", b"OW", b"UN", b"SQ", b"UT", b"UC", b"UR", b"OF", b"OD", b"OL", b"OV", b"SV", b"UV")
 
 
 def is_dicom_dataset(source: Any) -> bool:
-    """Returns whether this is a `pydicom` dataset; False without the package."""
-    return pydicom is not None and isinstance(source, pydicom.Dataset)
+    """Returns whether this is a `pydicom` dataset or a `DicomFrames`; False without the package."""
+    return pydicom is not None and isinstance(source, (pydicom.Dataset, DicomFrames))
 
 
 def read_dicom(
@@ -56,7 +57,7 @@ def read_dicom(
     """Reads one frame; see `read_medical_image`.
 
     Args:
-        source: A path, the bytes of a file, or a `pydicom` dataset.
+        source: A path, the bytes of a file, a `pydicom` dataset, or a `DicomFrames`.
         name: How error messages name the source.
         frame: Index of the frame; None for the middle one.
         windows: No windows, one, or three.
@@ -68,18 +69,22 @@ def read_dicom(
     """
     if pydicom is None:
         raise MissingPackageError(missing_package("DICOM", "pydicom"))
-    dataset = source if isinstance(source, pydicom.Dataset) else _dataset(source, name, max_pixels)
-    if not any(key in dataset for key in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
+    by_frame = source if isinstance(source, DicomFrames) else None
+    dataset = by_frame.header(max_pixels) if by_frame else source
+    if not isinstance(dataset, pydicom.Dataset):
+        dataset = read_dataset(source, name, max_pixels)
+    if by_frame is None and not any(key in dataset for key in PIXEL_KEYWORDS):
         raise MedicalImageError(
             f"{name} holds no pixel data: it is a report or a plan, or no DICOM file, or cut off; "
             "choose an image of the series, or export it again"
         )
-    dataset = _with_syntax(dataset)
-    frames = int(_first(_numbers(dataset, "NumberOfFrames", 0)) or 1)
+    dataset = with_syntax(dataset)
+    frames = int(first_number(header_numbers(dataset, "NumberOfFrames", 0)) or 1)
     chosen = choose_frame(frame, frames, name)
     modality = modality_of_dicom(dataset.get("Modality"))
     photometric = _photometric(dataset)
-    stored = _stored(dataset, name, chosen, photometric, max_pixels)
+    pixels_of, index = (dataset, chosen) if by_frame is None else by_frame.frame(chosen)
+    stored = _stored(with_syntax(pixels_of), name, index, photometric, max_pixels)
 
     if photometric == "PALETTE COLOR":
         pixels = _palette(dataset, stored)
@@ -95,86 +100,13 @@ def read_dicom(
         if named and not hounsfield:
             windows = []
         pixels = _gray(dataset, stored, chosen, windows, rescale, hounsfield, modality == "mri", photometric)
-    spacing = _spacing(dataset, chosen)
-    directions = _directions(dataset, chosen)
+    spacing = pixel_spacing(dataset, chosen)
+    directions = directions_of(dataset, chosen)
     if directions is not None:
         pixels, turned = turn_upright(pixels, *directions)
         pixels = np.ascontiguousarray(pixels)
         spacing = spacing[::-1] if spacing and turned else spacing
     return MedicalImage(pixels, modality, spacing, chosen, frames)
-
-
-def _dataset(source: Any, name: str, max_pixels: int) -> Any:
-    """Reads pydicom's dataset of a file; a deflated one is inflated here, because pydicom would not limit its size."""
-    with contextlib.ExitStack() as stack:
-        if isinstance(source, (bytes, bytearray, memoryview)):
-            file: Any = io.BytesIO(source)
-        else:
-            file = stack.enter_context(open(source, "rb"))
-        head = file.read(_DICOM_HEAD)
-        start = _start_of_deflated(head)
-        if start is not None:
-            file.seek(start)
-            inflated = io.BytesIO()
-            inflated.write(head[:start].replace(_DEFLATED, _NOT_DEFLATED))
-            limit = max_pixels * BYTES_PER_PIXEL
-            inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-            while not inflater.eof:
-                chunk = inflater.unconsumed_tail or file.read(CHUNK_BYTES)
-                if not chunk:
-                    raise EOFError
-                inflated.write(inflater.decompress(chunk, CHUNK_BYTES))
-                if inflated.tell() > limit:
-                    raise too_many_bytes(name, limit)
-            file = inflated
-        file.seek(0)
-        # Without `force` files of older devices, which lack the mark, would be refused.
-        return pydicom.dcmread(file, force=True)
-
-
-def _start_of_deflated(head: bytes) -> int | None:
-    """Returns the offset of a file's deflated part, after the file meta information; None for other files."""
-    start = 132 if head[128:132] == b"DICM" else 0
-    deflated = False
-    while head[start : start + 2] == b"\x02\0":
-        # Group, element, type of value, length (of 2 bytes, or of 4 behind 2 reserved ones), value.
-        if head[start + 4 : start + 6] in _LONG_LENGTHS:
-            behind = start + 12
-            length = int.from_bytes(head[behind - 4 : behind], "little")
-        else:
-            behind = start + 8
-            length = int.from_bytes(head[behind - 2 : behind], "little")
-        if head[start + 2 : start + 4] == b"\x10\0":
-            deflated = head[behind : behind + length] == _DEFLATED
-        start = behind + length
-    return start if deflated else None
-
-
-def _directions(dataset: Any, frame: int) -> tuple[list[int], list[float]] | None:
-    """Returns the directions of rows and columns for `turn_upright`; None where they are unknown or oblique."""
-    cosines = _numbers(dataset, "ImageOrientationPatient", frame)
-    if len(cosines) == 6 and math.isfinite(sum(cosines)):
-        # DICOM counts to the left and to the back; a step to the next row goes along the second triple.
-        steps = np.array([cosines[3:], cosines[:3]]) * (-1, -1, 1)
-        axes = np.abs(steps).argmax(axis=1)
-        return None if axes[0] == axes[1] else (axes.tolist(), steps[(0, 1), axes].tolist())
-    letters = dataset.get("PatientOrientation") or ""
-    if len(letters) == 2 and letters[0][:1] in ("L", "R") and letters[1][:1] in ("F", "H"):
-        return [2, 0], [1 if letters[1][0] == "H" else -1, 1 if letters[0][0] == "R" else -1]
-    return None
-
-
-def _with_syntax(dataset: Any) -> Any:
-    """Returns the dataset, or a shallow copy with a transfer syntax, which the decoder needs and old files lack."""
-    meta = getattr(dataset, "file_meta", None)
-    if meta is not None and meta.get("TransferSyntaxUID"):
-        return dataset
-    uids = pydicom.uid
-    big_endian = dataset.original_encoding[1] is False
-    dataset = copy.copy(dataset)
-    dataset.file_meta = pydicom.dataset.FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = uids.ExplicitVRBigEndian if big_endian else uids.ExplicitVRLittleEndian
-    return dataset
 
 
 def _photometric(dataset: Any) -> str:
@@ -249,7 +181,7 @@ def _check_compressed(dataset: Any, name: str, frame: int, max_pixels: int) -> N
     content = pydicom.encaps.get_frame(
         dataset.PixelData,
         frame,
-        number_of_frames=int(_first(_numbers(dataset, "NumberOfFrames", 0)) or 1),
+        number_of_frames=int(first_number(header_numbers(dataset, "NumberOfFrames", 0)) or 1),
         extended_offsets=tuple(offsets) if all(offsets) else None,  # type: ignore[arg-type, unused-ignore]
     )
     if dataset.file_meta.TransferSyntaxUID == pydicom.uid.RLELossless:
@@ -293,55 +225,13 @@ def _run_lengths(content: bytes) -> int:
     return total
 
 
-def _read(dataset: Any, keyword: str) -> Any:
-    """Returns a value of the header, or its raw text where pydicom cannot convert it."""
-    try:
-        return dataset.get(keyword)
-    except Exception:
-        raw = dataset.get_item(keyword)
-        return bytes(raw.value or b"").decode("ascii", "replace")
-
-
-def _tag(dataset: Any, keyword: str, frame: int) -> Any:
-    """Returns a value of the header: the frame's own in enhanced multi-frame files, else that of all frames."""
-    for sequence, index in (("PerFrameFunctionalGroupsSequence", frame), ("SharedFunctionalGroupsSequence", 0)):
-        groups = dataset.get(sequence) or []
-        for element in groups[index] if index < len(groups) else ():
-            if element.VR == "SQ" and element.value and keyword in element.value[0]:
-                return _read(element.value[0], keyword)
-    return _read(dataset, keyword)
-
-
-def _numbers(dataset: Any, keyword: str, frame: int) -> list[float]:
-    """Returns the values of a tag, NaN for those that are empty or not numeric."""
-    value = _tag(dataset, keyword, frame)
-    if value is None or value == "":
-        return []
-    if isinstance(value, str):
-        # Some writers separate values by commas; together with points they are not decimal commas.
-        value = value.split("," if "," in value and "." in value and "\\" not in value else "\\")
-    return [_number(one) for one in ([value] if isinstance(value, (int, float)) else value)]
-
-
-def _number(value: Any) -> float:
-    text = str(value).strip("\0 ") if isinstance(value, str) else value
-    try:
-        return float(text.replace(",", ".") if isinstance(text, str) else text)
-    except (TypeError, ValueError):
-        return math.nan
-
-
-def _first(numbers: Sequence[float]) -> float | None:
-    return next((number for number in numbers if math.isfinite(number)), None)
-
-
 def _rescale(dataset: Any, frame: int, name: str) -> tuple[float, float] | None:
     """Returns slope and intercept; None where there are none, or the slope is 0, which would erase the image."""
     found = []
     for keyword in ("RescaleSlope", "RescaleIntercept"):
-        numbers = _numbers(dataset, keyword, frame)
-        found.append(_first(numbers))
-        if numbers and found[-1] is None and str(_tag(dataset, keyword, frame)).strip("\\[]', "):
+        numbers = header_numbers(dataset, keyword, frame)
+        found.append(first_number(numbers))
+        if numbers and found[-1] is None and str(header_value(dataset, keyword, frame)).strip("\\[]', "):
             raise MedicalImageError(f"{name} cannot be read as DICOM (ValueError): its {keyword} is not a number")
     slope, intercept = found
     if slope == 0 or (slope is None and intercept is None):
@@ -353,7 +243,7 @@ def _holds_hounsfield_units(dataset: Any, rescale: tuple[float, float] | None) -
     """Returns whether the values of a CT, after its modality LUT, are Hounsfield units; not so in screenshots."""
     if rescale is not None or dataset.get("ModalityLUTSequence"):
         return True
-    if _first(_numbers(dataset, "RescaleSlope", 0)) == 0:
+    if first_number(header_numbers(dataset, "RescaleSlope", 0)) == 0:
         return False
     kinds = dataset.get("ImageType") or ()
     captured = str(dataset.get("SOPClassUID", "")).startswith(_SECONDARY_CAPTURE) and (
@@ -392,7 +282,7 @@ def _gray(
         table, first, white = display_lut
         image = (_look_up(values, table, first) / white).clip(0, 1)
     elif window is not None:
-        function = str(_tag(dataset, "VOILUTFunction", frame) or "LINEAR").strip().upper()
+        function = str(header_value(dataset, "VOILUTFunction", frame) or "LINEAR").strip().upper()
         image = _apply_own_window(values, *window, function, integers)
     elif hounsfield:
         image = apply_windows(values, [WINDOWS["mediastinum"]])
@@ -407,13 +297,15 @@ def _gray(
 
 def _window_of_file(dataset: Any, frame: int) -> tuple[float, float] | None:
     """Returns the first valid centre and width."""
-    pairs = zip(_numbers(dataset, "WindowCenter", frame), _numbers(dataset, "WindowWidth", frame), strict=False)
+    pairs = zip(
+        header_numbers(dataset, "WindowCenter", frame), header_numbers(dataset, "WindowWidth", frame), strict=False
+    )
     return next((pair for pair in pairs if math.isfinite(sum(pair)) and pair[1] > 0), None)
 
 
 def _display_lut(dataset: Any, frame: int) -> tuple[np.ndarray, int, int] | None:
     """Returns the first VOI LUT with data: its entries, the input value of the first entry, and the white level."""
-    for item in _tag(dataset, "VOILUTSequence", frame) or ():
+    for item in header_value(dataset, "VOILUTSequence", frame) or ():
         descriptor, data = item.get("LUTDescriptor"), item.get("LUTData")
         if not descriptor or data is None or not len(data):
             continue
@@ -498,20 +390,3 @@ def _palette(dataset: Any, stored: np.ndarray) -> np.ndarray:
     colours = np.stack([_look_up(stored, *table) for table in tables], axis=-1)
     # Some writers store 8-bit colours in 16-bit tables.
     return to_uint8_or_float32(colours, 255 if max(table.max() for table, _ in tables) <= 255 else 2**16 - 1)
-
-
-def _spacing(dataset: Any, frame: int) -> tuple[float, float] | None:
-    candidates = [
-        _numbers(dataset, key, frame) for key in ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")
-    ]
-    regions = {
-        (float(region.get("PhysicalDeltaY", 0)), float(region.get("PhysicalDeltaX", 0)))
-        for region in dataset.get("SequenceOfUltrasoundRegions") or []
-        if region.get("PhysicalUnitsXDirection") == region.get("PhysicalUnitsYDirection") == _CENTIMETRES
-    }
-    if len(regions) == 1:  # adjacent images may differ in scale
-        candidates += [[abs(delta) * 10 for delta in pair] for pair in regions]
-    for pair in candidates:
-        if len(pair) == 2 and min(pair) > 0 and math.isfinite(sum(pair)):
-            return pair[0], pair[1]
-    return None

@@ -10,13 +10,14 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
+from .dicom_files_medmoe import DicomFrames
 from .dicom_medmoe import is_dicom_dataset, read_dicom
 from .errors_medmoe import ArgumentError, ImageError, MedicalImageError, PathNotFoundError
-from .medical_pixels_medmoe import HEAD_BYTES, Windows
+from .medical_pixels_medmoe import HEAD_BYTES, Windows, choose_frame
 from .medical_pixels_medmoe import MAX_PIXELS as MAX_PIXELS
 from .medical_pixels_medmoe import WINDOWS as WINDOWS
 from .medical_pixels_medmoe import MedicalImage as MedicalImage
-from .nifti_medmoe import is_nifti_image, read_nifti
+from .nifti_medmoe import NiftiVolume, is_nifti_image, read_nifti
 
 _DICOM_NAMES = (".dcm", ".dicom")
 _NIFTI_NAMES = (".nii", ".nii.gz")
@@ -32,7 +33,7 @@ def is_medical_image(source: Any) -> bool:
         True for existing files that are DICOM or NIfTI by their first bytes or by name (.dcm, .dicom, .nii, .nii.gz),
         for bytes of such files, `pydicom` datasets and `nibabel` images. Files are recognised without either package.
     """
-    return _kind(source) is not None
+    return kind_of(source) is not None
 
 
 def read_medical_image(
@@ -101,9 +102,9 @@ def read_medical_image(
         >>> image.pixels.shape, image.frame
         ((48, 32), 5)
     """
-    windows, named = _windows(window)
+    windows, named = windows_of(window)
     name = _name(source)
-    kind = _kind(source)
+    kind = kind_of(source)
     if kind is None:
         if isinstance(source, (str, os.PathLike)) and not os.path.isfile(source):
             if os.path.exists(source):
@@ -111,6 +112,8 @@ def read_medical_image(
             raise PathNotFoundError(f"{name}: there is no such file")
         raise MedicalImageError(f"{name} is neither DICOM nor NIfTI")
     try:
+        if isinstance(source, NiftiVolume):
+            return source.read(choose_frame(frame, source.count, name), windows)
         if kind == "nifti":
             return read_nifti(source, name, frame, windows, max_pixels)
         with warnings.catch_warnings():
@@ -126,12 +129,15 @@ def read_medical_image(
 
 
 def _name(source: Any) -> str:
+    if isinstance(source, (DicomFrames, NiftiVolume)):
+        return source.name
     if isinstance(source, (str, os.PathLike)):
         return repr(os.fsdecode(source))
     return "the file given as bytes" if isinstance(source, (bytes, bytearray, memoryview)) else "the dataset"
 
 
-def _kind(source: Any) -> str | None:
+def kind_of(source: Any) -> str | None:
+    """Returns `"dicom"` or `"nifti"` for an input of `read_medical_image`, and None for everything else."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _kind_of_bytes(bytes(source[:HEAD_BYTES]))
     if isinstance(source, (str, os.PathLike)):
@@ -156,7 +162,7 @@ def _kind_of_bytes(head: bytes) -> str | None:
     return "nifti" if head[344:348] == b"n+1\0" or head[4:8] == b"n+2\0" else None
 
 
-def _windows(window: Any) -> tuple[Windows, bool]:
+def windows_of(window: Any) -> tuple[Windows, bool]:
     """Returns the requested windows (none, one or three), and whether one of them is given by name."""
     if window is None:
         return [], False

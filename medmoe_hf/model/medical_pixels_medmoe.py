@@ -129,10 +129,17 @@ def turn_upright(plane: np.ndarray, axes: Sequence[int], signs: Sequence[float])
     Returns:
         The image, and whether rows and columns have been swapped.
     """
-    turned = axes[0] < axes[1]
+    turned, flipped = upright_turns(axes, signs)
     if turned:
-        plane, signs = plane.swapaxes(0, 1), signs[::-1]
-    return np.flip(plane, tuple(axis for axis in range(2) if signs[axis] > 0)), turned
+        plane = plane.swapaxes(0, 1)
+    return np.flip(plane, tuple(axis for axis in range(2) if flipped[axis])), turned
+
+
+def upright_turns(axes: Sequence[int], signs: Sequence[float]) -> tuple[bool, tuple[bool, bool]]:
+    """Returns whether `turn_upright` swaps rows and columns, and whether it then reverses rows and columns."""
+    turned = axes[0] < axes[1]
+    first, second = signs[::-1] if turned else signs
+    return turned, (first > 0, second > 0)
 
 
 def to_float32(image: np.ndarray) -> np.ndarray:

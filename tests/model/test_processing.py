@@ -126,6 +126,7 @@ def test_round_trip(images, tmp_path):
         "medical_images_medmoe.py",
         "medical_pixels_medmoe.py",
         "dicom_medmoe.py",
+        "dicom_files_medmoe.py",
         "nifti_medmoe.py",
         "modalities_medmoe.py",
         "presets_medmoe.py",
