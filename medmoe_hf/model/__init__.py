@@ -29,9 +29,13 @@ if TYPE_CHECKING:
     from .studies_medmoe import Series as Series
     from .studies_medmoe import Study as Study
     from .studies_medmoe import read_studies as read_studies
+    from .tasks_medmoe import Calibration as Calibration
+    from .tasks_medmoe import Task as Task
+    from .tasks_medmoe import TaskAnswer as TaskAnswer
     from .tokenization_medmoe import MedMoETokenizer as MedMoETokenizer
 
 _HOMES = {
+    "Calibration": "tasks",
     "ImageError": "errors",
     "ImageTooLargeError": "errors",
     "MedMoEConfig": "configuration",
@@ -51,6 +55,8 @@ _HOMES = {
     "MedicalImage": "medical_pixels",
     "Series": "studies",
     "Study": "studies",
+    "Task": "tasks",
+    "TaskAnswer": "tasks",
     "load_image": "image_files",
     "read_medical_image": "medical_images",
     "read_studies": "studies",

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,9 +35,20 @@ from .configuration_medmoe import (
     MedMoEVisionConfig,
     attach_to_package,
 )
+from .errors_medmoe import ArgumentError
 from .losses_medmoe import cosine_logits, local_logits, local_terms, training_losses, word_attention
 from .modalities_medmoe import UNKNOWN_MODALITY
 from .saving_medmoe import PROCESSING_AUTO_MAP, upload_model
+from .tasks_medmoe import (
+    TASKS_FILE,
+    EncodedTask,
+    Task,
+    TaskAnswer,
+    encode_task,
+    load_tasks,
+    task_scores,
+    write_tasks,
+)
 from .word_regions_medmoe import of_any_size, word_contributions, word_log_odds
 
 if TYPE_CHECKING:
@@ -1534,6 +1546,9 @@ class MedMoEModel(MedMoEPreTrainedModel):
     Args:
         config: The configuration.
 
+    Attributes:
+        tasks: Name -> `Task`, what `classify` can be asked; saved as `tasks.json` and loaded with the model.
+
     Example:
         >>> import torch
         >>> from medmoe_hf.model import MedMoEConfig, MedMoEImageProcessor, MedMoEModel
@@ -1579,7 +1594,47 @@ class MedMoEModel(MedMoEPreTrainedModel):
         self.word_projection = None if size is None else nn.Linear(text_size, size, bias=False)
         # One-dimensional, because FSDP does not shard scalars.
         self.logit_scale = nn.Parameter(torch.tensor([INITIAL_LOGIT_SCALE])) if config.learned_scale else None
+        self.tasks: dict[str, Task] = {}
+        self._encoded_task: tuple[Any, EncodedTask] | None = None
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Loads a model as transformers does, with the tasks of its `tasks.json`.
+
+        Args:
+            pretrained_model_name_or_path: Folder or Hub id.
+            *args: Other arguments of `PreTrainedModel.from_pretrained`.
+            **kwargs: Likewise.
+
+        Returns:
+            The model; with `output_loading_info=True` a pair of it and the loading info.
+        """
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if pretrained_model_name_or_path is not None:
+            # The commit that the weights are from, if it is known: a branch may move meanwhile.
+            revision = getattr(model.config, "_commit_hash", None) or kwargs.get("revision")
+            model.tasks = load_tasks(pretrained_model_name_or_path, revision, kwargs)
+        return loaded
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:
+        """Saves the model as transformers does, with its Python files, an `auto_map` and its tasks.
+
+        Args:
+            save_directory: The folder, created if it does not exist. A `tasks.json` in it is replaced, or removed if
+                the model has no tasks: it would be another model's.
+            **kwargs: Other arguments of `PreTrainedModel.save_pretrained`.
+        """
+        # First, because transformers uploads the folder at the end.
+        path = Path(save_directory) / TASKS_FILE
+        if kwargs.get("is_main_process", True) and not Path(save_directory).is_file():
+            if self.tasks:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_tasks(path, self.tasks)
+            else:
+                path.unlink(missing_ok=True)
+        return super().save_pretrained(save_directory, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.get_input_embeddings()
@@ -1825,6 +1880,74 @@ class MedMoEModel(MedMoEPreTrainedModel):
             word_mask=word_mask,
             expert_ids=expert_ids,
         )
+
+    @torch.no_grad()
+    def classify(
+        self,
+        pixel_values: Tensor,
+        task: str | Task,
+        modality: Any = None,
+        prevalence: Mapping[str, float] | None = None,
+    ) -> TaskAnswer:
+        """Classifies images by one of the model's tasks: probabilities, labels and, if calibrated, prediction sets.
+
+        The sentences of the last task are encoded once, for any number of calls.
+
+        Args:
+            pixel_values: `(B, 3, H, W)`, sides of at least 64 pixels.
+            task: Name of one of `tasks`; or a task with tokens, as `MedMoEProcessor.tokenize_task` returns it.
+            modality: Overrides the routers: a name, alias or id, for all images or one per image; None or -100 if
+                unknown.
+            prevalence: Class -> share where the model is used, if it differs from that of the images that the task was
+                calibrated on. Probabilities are corrected for it; labels and sets do not depend on it.
+
+        Returns:
+            Probabilities and decisions.
+
+        Raises:
+            ValueError: There is no such task, or it has no tokens.
+
+        Example:
+            >>> import torch
+            >>> from medmoe_hf.model import MedMoEConfig, MedMoEImageProcessor, MedMoEModel
+            >>> from medmoe_hf.model import MedMoEProcessor, MedMoETokenizer
+            >>> from medmoe_hf.model.tasks_medmoe import Task
+            >>> tokenizer = MedMoETokenizer.from_words(["clear lungs pleural effusion"], max_length=16)
+            >>> processor = MedMoEProcessor(MedMoEImageProcessor(size=64), tokenizer)
+            >>> config = MedMoEConfig.from_preset("tiny", text_config={"vocab_size": len(tokenizer)})
+            >>> model = MedMoEModel(config).eval()
+            >>> task = Task("chest", {"normal": ["Clear lungs."], "effusion": ["Pleural effusion."]})
+            >>> model.tasks["chest"] = processor.tokenize_task(task)
+            >>> answer = model.classify(torch.rand(2, 3, 64, 64), task="chest")
+            >>> answer.probabilities.shape, answer.calibrated
+            (torch.Size([2, 2]), False)
+        """
+        if not isinstance(task, Task):
+            if task not in self.tasks:
+                known = (
+                    f"It has {', '.join(self.tasks)}." if self.tasks else "It has none; `medmoe calibrate` adds one."
+                )
+                raise ArgumentError(f'The model has no task "{task}". {known}')
+            task = self.tasks[task]
+        scores = task_scores(self, pixel_values, task, self._encode_task(task), modality)
+        labels, sets = task.decide(scores)
+        probabilities = task.probabilities(scores, prevalence)
+        return TaskAnswer(
+            task.name, task.classes, scores, probabilities, labels, sets, calibrated=task.calibration is not None
+        )
+
+    def _encode_task(self, task: Task) -> EncodedTask:
+        if self.training:  # dropout
+            return encode_task(self, task)
+        # Changes of weights, in place or by moving them, are noticed; the last task only is kept.
+        tensors = [one for name, one in self.named_parameters() if not name.startswith("vision_model.")]
+        key = (
+            {name: getattr(task, name) for name in ("prompts", "negative_prompts", "tokens")},
+            [(tensor.data_ptr(), tensor._version, tensor.dtype, tensor.device) for tensor in tensors],
+        )
+        if self._encoded_task is None or self._encoded_task[0] != key:
+            self._encoded_task = key, encode_task(self, task)
+        return self._encoded_task[1]
 
     def similarity(
         self, image_embeds: Tensor, local_embeds: Tensor, text: MedMoETextOutput, kind: str | None = None

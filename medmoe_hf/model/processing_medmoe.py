@@ -4,6 +4,7 @@
 # transformers is untyped.
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from .configuration_medmoe import attach_to_package
 from .image_processing_medmoe import resize_heatmaps, smooth_heatmaps
+from .tasks_medmoe import TOKEN_FIELDS, Task
 from .tokenization_medmoe import MedMoETokenizer
 
 
@@ -59,6 +61,30 @@ class MedMoEProcessor(ProcessorMixin):
                 )
             self.text_kwargs = {**self.text_kwargs, "max_length": max_length}
         self.max_length = max_length
+
+    def tokenize_task(self, task: Task) -> Task:
+        """Adds the tokens of its sentences to a task, so that a model classifies without a tokenizer.
+
+        Args:
+            task: A task; tokens that it has are replaced.
+
+        Returns:
+            The task with tokens, for `MedMoEModel.classify` and `MedMoEModel.tasks`.
+
+        Example:
+            >>> from medmoe_hf.model import MedMoEImageProcessor, MedMoEProcessor, MedMoETokenizer
+            >>> from medmoe_hf.model.tasks_medmoe import Task
+            >>> tokenizer = MedMoETokenizer.from_words(["clear effusion"], max_length=16)
+            >>> processor = MedMoEProcessor(MedMoEImageProcessor(), tokenizer)
+            >>> task = processor.tokenize_task(Task("chest", {"normal": ["Clear."], "effusion": ["Effusion."]}))
+            >>> sorted(task.tokens)
+            ['Clear.', 'Effusion.']
+        """
+        sentences = task.sentences
+        found = self(text=sentences, padding=False)
+        kept = [name for name in TOKEN_FIELDS if name in found]
+        rows = {text: {name: list(map(int, found[name][row])) for name in kept} for row, text in enumerate(sentences)}
+        return replace(task, tokens=rows)
 
     def post_process_grounding(
         self,

@@ -43,6 +43,8 @@ def build_model(section: ModelSection) -> tuple[MedMoEModel, MedMoEProcessor]:
         folder = find_checkpoint(section.from_pretrained)
         with explain_loading(section.from_pretrained):
             model = MedMoEModel.from_pretrained(folder, **section.overrides)
+            # The sentences stay true, but what was fitted to the old weights does not.
+            model.tasks = {name: task.uncalibrated() for name, task in model.tasks.items()}
             return model, MedMoEProcessor.from_pretrained(folder)
     assert section.preset is not None  # checked by ModelSection
     max_length = PRESET_MAX_LENGTH.get(section.preset, 25)

@@ -35,6 +35,7 @@ FILES = {f"{name}_medmoe.py" for name in ("configuration", "modeling", "losses",
     "presets_medmoe.py",
     "word_regions_medmoe.py",
     "saving_medmoe.py",
+    "tasks_medmoe.py",
 }
 PROCESSING = {
     "AutoImageProcessor": {
