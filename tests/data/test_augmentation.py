@@ -229,7 +229,7 @@ def test_training_images_are_augmented_and_held_out_ones_are_not(tmp_path):
             "evaluate_every": 1,
         }
     )
-    collator = SimpleNamespace(prepare=None, side=64)
+    collator = SimpleNamespace(prepare=None, side=64, shorten=None)
     training, held_out = training_stream(config, collator, 0, 1), held_out_stream(config, collator)
     assert training.augmentation["ct"].noise == 0
     assert training.augmentation["ct"].rotation == STANDARD["ct"].rotation

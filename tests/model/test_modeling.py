@@ -306,7 +306,7 @@ def test_a_name_belongs_to_one_class_unless_it_is_replaced():
 
 
 def test_an_unknown_expert_type_names_the_known_ones(small):
-    with pytest.raises(ValueError, match=r'"tokens"\. Known types: convolution, token\. Did you mean "token"'):
+    with pytest.raises(ValueError, match=r'"tokens"\. Known types: convolution, linear, token\. Did you mean "token"'):
         small(vision_config={"expert_type": "tokens"})
     with pytest.raises(ValueError, match="register_expert"):
         small(vision_config={"expert_type": "mine"})
