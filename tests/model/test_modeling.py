@@ -309,7 +309,7 @@ def test_an_unknown_expert_type_names_the_known_ones(small):
     with pytest.raises(ValueError, match=r'"tokens"\. Known types: convolution, linear, token\. Did you mean "token"'):
         small(vision_config={"expert_type": "tokens"})
     with pytest.raises(ValueError, match="register_expert"):
-        small(vision_config={"expert_type": "mine"})
+        small(vision_config={"expert_type": "perceiver"})
 
 
 def test_levels_of_the_pyramid_are_normed(small):
