@@ -6,9 +6,23 @@ from typing import Annotated
 import typer
 
 from medmoe_hf.common.packaged import PACKAGED
+from medmoe_hf.errors import ArgumentError
 
 DEFAULT_MODEL = PACKAGED[0]
 """What commands use when no model is named."""
 
 Out = Annotated[Path, typer.Argument(help="Folder to create.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")]
+
+
+def window_of(text: str | None) -> str | tuple[float, float] | list[str] | None:
+    """Parses a window for CT and NIfTI: a name, `CENTRE,WIDTH`, or three names separated by commas."""
+    parts = [part.strip() for part in (text or "").split(",")]
+    if text is None or len(parts) == 1:
+        return text
+    if len(parts) == 2:
+        try:
+            return float(parts[0]), float(parts[1])
+        except ValueError:
+            raise ArgumentError(f"--window {text}: expected a name, CENTRE,WIDTH, or three names.") from None
+    return parts

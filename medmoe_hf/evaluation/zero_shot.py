@@ -4,14 +4,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from medmoe_hf.errors import ArgumentError
 from medmoe_hf.evaluation.dataset import EvaluationSet, test_split
 from medmoe_hf.evaluation.intervals import bootstrap
 from medmoe_hf.evaluation.results import Result, common_facts, count_by_class, known_by_class
 from medmoe_hf.inference.encoders import SCORES, Encoder, MedMoEEncoder, scores_of
+from medmoe_hf.inference.texts import by_class, class_embeddings, flatten_prompts
 
 
 class ZeroShotClassifier:
@@ -192,42 +192,10 @@ def _class_logits(
         logits["global"] = ZeroShotClassifier(encoder, prompts).logits(images)
     if isinstance(encoder, MedMoEEncoder) and ("local" in kinds or "mean" in kinds):
         sentences, class_ids = flatten_prompts(prompts)
-        logits["local"] = _by_class(encoder.local_scores(images, sentences), class_ids)
+        logits["local"] = by_class(encoder.local_scores(images, sentences), class_ids)
     if "mean" in kinds:
         logits["mean"] = (logits["global"] + logits["local"]) / 2
     return {kind: logits[kind] for kind in kinds}
-
-
-def flatten_prompts(prompts: Mapping[str, Sequence[str]]) -> tuple[list[str], Tensor]:
-    """Concatenates the prompts of all classes.
-
-    Args:
-        prompts: Class -> sentences.
-
-    Returns:
-        M sentences, and (M,) int64 index of each one's class.
-    """
-    sentences = [sentence for name in prompts for sentence in prompts[name]]
-    return sentences, torch.tensor([label for label, name in enumerate(prompts) for _ in prompts[name]])
-
-
-def class_embeddings(text_embeds: Tensor, class_ids: Tensor) -> Tensor:
-    """Averages the sentences of each class.
-
-    Args:
-        text_embeds: (M, D), of unit length.
-        class_ids: (M,), of `flatten_prompts`.
-
-    Returns:
-        (D, C), columns of unit length.
-    """
-    return nn.functional.normalize(_by_class(text_embeds.t(), class_ids), dim=0)
-
-
-def _by_class(by_sentence: Tensor, class_ids: Tensor) -> Tensor:
-    """Averages over the sentences of each class: (N, M) to (N, C)."""
-    labels = range(int(class_ids.max()) + 1)
-    return torch.stack([by_sentence[:, class_ids == label].mean(dim=1) for label in labels], dim=1)
 
 
 def _add_routing(result: Result, encoder: MedMoEEncoder, data: EvaluationSet, modalities: np.ndarray) -> None:

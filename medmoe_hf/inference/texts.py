@@ -1,6 +1,6 @@
-"""Encoding of texts, for evaluation and search."""
+"""Encoding of texts and of classes that texts describe, for evaluation, search and predictions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,3 +49,43 @@ def embedding_size(model: Any) -> int:
     """Returns D, the size of the space that images and reports share."""
     config = model.config
     return int(config.projection_dim or config.text_config.hidden_size)
+
+
+def flatten_prompts(prompts: Mapping[str, Sequence[str]]) -> tuple[list[str], Tensor]:
+    """Concatenates the prompts of all classes.
+
+    Args:
+        prompts: Class -> sentences.
+
+    Returns:
+        M sentences, and (M,) int64 index of each one's class.
+    """
+    sentences = [sentence for name in prompts for sentence in prompts[name]]
+    return sentences, torch.tensor([label for label, name in enumerate(prompts) for _ in prompts[name]])
+
+
+def class_embeddings(text_embeds: Tensor, class_ids: Tensor) -> Tensor:
+    """Averages the sentences of each class.
+
+    Args:
+        text_embeds: (M, D), of unit length.
+        class_ids: (M,), of `flatten_prompts`.
+
+    Returns:
+        (D, C), columns of unit length.
+    """
+    return nn.functional.normalize(by_class(text_embeds.t(), class_ids), dim=0)
+
+
+def by_class(by_sentence: Tensor, class_ids: Tensor) -> Tensor:
+    """Averages over the sentences of each class.
+
+    Args:
+        by_sentence: (N, M).
+        class_ids: (M,), of `flatten_prompts`.
+
+    Returns:
+        (N, C).
+    """
+    labels = range(int(class_ids.max()) + 1)
+    return torch.stack([by_sentence[:, class_ids == label].mean(dim=1) for label in labels], dim=1)

@@ -1,0 +1,462 @@
+"""Predictions for whole studies: one pass over the slices, in batches, with memory that does not grow with them.
+
+Shapes: N slices, C labels, K experts, D the width of the shared space.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medmoe_hf.common.console import progress as progress_bar
+from medmoe_hf.errors import ArgumentError, EncoderError, MissingPackageError
+from medmoe_hf.inference.batching import unit_length
+from medmoe_hf.inference.encoders import MedMoEEncoder, load_encoder
+from medmoe_hf.inference.studies.grouping import study_labels
+from medmoe_hf.inference.studies.pictures import UNREADABLE, SeriesPictures
+from medmoe_hf.inference.studies.pooling import POOLINGS, Pooling, key_slices, pool_slices, route_series
+from medmoe_hf.inference.studies.predictions import (
+    LabelPrediction,
+    SeriesPrediction,
+    SkippedFile,
+    StudyPrediction,
+    StudyPredictions,
+    TextPrediction,
+)
+from medmoe_hf.inference.studies.tasks import LabelTask, as_task, default_task, task_of_labels
+from medmoe_hf.inference.texts import class_embeddings, flatten_prompts
+from medmoe_hf.model.modalities_medmoe import UNKNOWN_MODALITY, modality_id
+from medmoe_hf.model.studies_medmoe import Series, Study, read_studies
+
+BATCH_SIZE = 16
+
+
+@dataclass(frozen=True)
+class Question:
+    """What all series are asked; see `predict`.
+
+    Args:
+        labels: Names of labels; None for those of the modality.
+        task: Labels with sentences, or a file of them; instead of `labels`.
+        text: A phrase, or several, to be located.
+        trust_header: Whether the modality in a header selects the expert.
+        pooling: How scores of slices are pooled.
+
+    Raises:
+        ArgumentError: For labels and a task at once, or any of them that cannot be used.
+    """
+
+    labels: Sequence[str] | None = None
+    task: Any = None
+    text: str | Sequence[str] | None = None
+    trust_header: bool = False
+    pooling: Pooling = POOLINGS[0]
+
+    def __post_init__(self) -> None:
+        if self.labels is not None and self.task is not None:
+            raise ArgumentError("Pass either `labels` or `task`, not both.")
+        if self.pooling not in POOLINGS:
+            raise ArgumentError(f'There is no pooling "{self.pooling}"; known: {", ".join(POOLINGS)}.')
+        object.__setattr__(self, "task", as_task(self.task))
+        if self.labels is not None:
+            task_of_labels(self.labels, "")
+        if any(not text.strip() for text in self.texts):
+            raise ArgumentError("`text` is empty; write the phrase to look for.")
+
+    @property
+    def texts(self) -> list[str]:
+        """The phrases, without repetitions."""
+        listed = [] if self.text is None else [self.text] if isinstance(self.text, str) else list(self.text)
+        return list(dict.fromkeys(listed))
+
+    def task_for(self, modality: str) -> LabelTask | None:
+        """Returns the labels for a series of a modality; None if there are none."""
+        if self.task is not None:
+            task: LabelTask = self.task
+            return task
+        return default_task(modality) if self.labels is None else task_of_labels(self.labels, modality)
+
+
+@dataclass
+class _Votes:
+    """The router's log-probabilities of a series, slice by slice, and the expert that they select so far."""
+
+    log_probabilities: np.ndarray  # (N, K), NaN where not read yet
+    header: int | None
+    trusted: bool
+    read_by: np.ndarray = field(init=False)  # (N,) expert that a slice was read with
+
+    def __post_init__(self) -> None:
+        self.read_by = np.full(len(self.log_probabilities), -1)
+
+    def probabilities(self) -> np.ndarray:
+        return route_series(self.log_probabilities, self.header)
+
+    def expert(self) -> int:
+        if self.trusted and self.header is not None:
+            return self.header
+        return int(self.probabilities().argmax())
+
+
+class StudyPredictor:
+    """A loaded model that reads whole studies.
+
+    Args:
+        model: `small`, the checkpoint of the package; the folder or Hub id of a MedMoE, whose code is run; or an
+            encoder that is already loaded.
+        batch_size: Slices per batch.
+        device: Device to run on; None selects a GPU if there is one.
+
+    Attributes:
+        encoder: The model and its processor.
+        name: Name of the model in outputs, without its folder.
+
+    Raises:
+        EncoderError: If there is no such model, or it is not a MedMoE dual encoder.
+
+    Example:
+        ```python
+        predictor = StudyPredictor("small")
+        question = Question(labels=["no finding", "pneumonia"])
+        for folder in ["exports/one", "exports/two"]:
+            (study,) = predictor(read_studies([folder]), question)
+        ```
+    """
+
+    def __init__(
+        self, model: str | Path | MedMoEEncoder = "small", *, batch_size: int = BATCH_SIZE, device: str | None = None
+    ) -> None:
+        if batch_size < 1:
+            raise ArgumentError(f"`batch_size` must be at least 1, got {batch_size}.")
+        encoder = model if isinstance(model, MedMoEEncoder) else load_encoder(model, batch_size, device)
+        if not isinstance(encoder, MedMoEEncoder):
+            raise EncoderError(f"{model} is not a MedMoE: studies need its router and its heat-maps.")
+        self.encoder, self.batch_size = encoder, batch_size
+        # The last part of a folder only: what precedes it may name a person.
+        self.name = Path(encoder.name).name if Path(str(model)).exists() else encoder.name
+        self._vision = encoder.model.vision_model
+        self._text_embeds: dict[tuple[str, ...], Tensor] = {}
+
+    def __call__(
+        self, studies: Sequence[Study], question: Question | None = None, *, show_progress: bool = True
+    ) -> StudyPredictions:
+        """Predicts studies that `read_studies` found.
+
+        Args:
+            studies: The studies; their slices are decoded one at a time.
+            question: What they are asked.
+            show_progress: Whether to show a progress bar.
+
+        Returns:
+            A prediction per study.
+
+        Raises:
+            ArgumentError: If no slice of any study can be read; the message says why.
+        """
+        question = self._known_task(question or Question())
+        total = sum(len(series) for study in studies for series in study.series)
+        found = []
+        with progress_bar(None, "slices", unit="slice", total=total, disable=not show_progress) as bar:
+            for number, study in enumerate(studies, start=1):
+                skipped: list[SkippedFile] = []
+                series = []
+                for one in study.series:
+                    predicted = self._predict_series(len(series) + 1, one, question, skipped, bar)
+                    if predicted is not None:
+                        series.append(predicted)
+                # The reader lists the slices that it could not decode, once it has tried.
+                listed = [SkippedFile(one.path, plain_reason(one.reason, one.path)) for one in study.skipped]
+                found.append(
+                    StudyPrediction(number, series, study_labels(series), listed + skipped, self.name, str(study.uid))
+                )
+        if not any(study.series for study in found):
+            reasons = dict.fromkeys(skipped.reason for study in found for skipped in study.skipped)
+            told = f" Left out: {'; '.join(list(reasons)[:5])}." if reasons else ""
+            raise ArgumentError(f"There is no picture to predict in the given files.{told}")
+        rest = [SkippedFile(one.path, plain_reason(one.reason, one.path)) for one in getattr(studies, "skipped", ())]
+        return StudyPredictions(found, rest)
+
+    def _known_task(self, question: Question) -> Question:
+        """Replaces the name of a task that the model brings along by that task."""
+        if not isinstance(question.task, str):
+            return question
+        own = getattr(self.encoder.model, "tasks", None) or {}
+        if question.task not in own:
+            known = f"it has {', '.join(own)}" if own else "it has none"
+            raise ArgumentError(
+                f'There is no file "{question.task}", and the model has no task of this name: {known}.'
+            )
+        return replace(question, task=as_task(own[question.task]))
+
+    def _predict_series(
+        self, number: int, series: Series, question: Question, skipped: list[SkippedFile], bar: Any
+    ) -> SeriesPrediction | None:
+        header = self._expert_of(series.header_modality)
+        votes = _Votes(
+            np.full((len(series), len(self.encoder.modalities)), np.nan), header, trusted=question.trust_header
+        )
+        embeds = torch.full((len(series), self._width()), torch.nan)
+        for indices, pixels in self._batches(series, range(len(series)), skipped, bar):
+            embeds[indices] = self._encode(pixels, indices, votes)
+        read = ~np.isnan(votes.log_probabilities).any(axis=1)
+        if not read.any():
+            return None
+        expert = votes.expert()
+        # Few or none: the expert that leads after the first batch nearly always stays. One that cannot be read again
+        # keeps its embedding.
+        again = np.flatnonzero(read & (votes.read_by != expert)).tolist() if self._needs_expert else []
+        for indices, pixels in self._batches(series, again, skipped, None):
+            embeds[indices] = self._encode(pixels, indices, votes, expert)
+        return self._answer(number, series, question, votes, expert, embeds)
+
+    def _answer(
+        self,
+        number: int,
+        series: Series,
+        question: Question,
+        votes: _Votes,
+        expert: int,
+        embeds: Tensor,
+    ) -> SeriesPrediction:
+        modality = self.encoder.modalities[expert]
+        task = question.task_for(modality)
+        labels = [] if task is None else self._labels(task, embeds, question.pooling)
+        texts = []
+        for text in question.texts:
+            cosines = (embeds @ self._texts((text,))[0]).numpy().astype(np.float64)
+            pooled = float(pool_slices(cosines[:, None], question.pooling)[0])
+            texts.append(TextPrediction(text, pooled, key_slices(cosines), cosines))
+        shown = SeriesPictures(self.encoder, series, modality, task, self.batch_size)
+        keys = sorted({index for one in [*labels, *texts] for index in one.key_slices})
+        return SeriesPrediction(
+            number=number,
+            kind=series.kind,
+            count=len(series),
+            spacing=_floats(series.spacing),
+            positions=_floats(series.positions),
+            header_modality=series.header_modality,
+            expert=modality,
+            expert_reason=self._reason(votes, expert, series.header_modality),
+            routing=dict(zip(self.encoder.modalities, votes.probabilities().tolist(), strict=True)),
+            pooling=question.pooling,
+            labels=labels,
+            texts=texts,
+            uid=str(series.uid),
+            sources={index: _source(series.source(index)) for index in keys},
+            notes=list(series.notes),
+            affine=None if series.affine is None else np.asarray(series.affine, dtype=np.float64),
+            slots=None if series.slots is None else [int(slot) for slot in series.slots],
+            task=task,
+            picture=shown.picture,
+            heatmaps=shown.heatmaps,
+        )
+
+    def _labels(self, task: LabelTask, embeds: Tensor, pooling: Pooling) -> list[LabelPrediction]:
+        logits = self._logits(task.prompts, embeds)
+        if task.negative_prompts:
+            logits = logits - self._logits(task.negative_prompts, embeds)
+        pooled = pool_slices(logits, pooling)
+        by_slice, of_series = task.probabilities(logits), task.probabilities(pooled[None])[0]
+        found = [
+            LabelPrediction(
+                label,
+                float(of_series[column]),
+                float(pooled[column]),
+                key_slices(by_slice[:, column]),
+                logits[:, column],
+                by_slice[:, column],
+            )
+            for column, label in enumerate(task.prompts)
+        ]
+        return sorted(found, key=lambda label: -label.probability)
+
+    def _logits(self, prompts: Any, embeds: Tensor) -> np.ndarray:
+        sentences, class_ids = flatten_prompts(prompts)
+        classes = class_embeddings(self._texts(tuple(sentences)), class_ids)
+        return (self.encoder.logit_scale * embeds @ classes).numpy().astype(np.float64)
+
+    def _texts(self, sentences: tuple[str, ...]) -> Tensor:
+        if sentences not in self._text_embeds:
+            if len(self._text_embeds) >= 64:  # a server is asked for ever new texts
+                self._text_embeds.clear()
+            self._text_embeds[sentences] = self.encoder.encode_texts(sentences)
+        return self._text_embeds[sentences]
+
+    def _batches(
+        self, series: Series, indices: Sequence[int], skipped: list[SkippedFile], bar: Any
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Decodes slices and yields them by batch; the series lists those that cannot be decoded."""
+        pictures: list[Any] = []
+        known: list[int] = []
+        done = 0
+        for index, picture in series.slices(indices):
+            if bar is not None:
+                bar.update(index + 1 - done)
+                done = index + 1
+            try:
+                pictures.append(self.encoder.processor(images=picture, return_tensors="pt")["pixel_values"])
+                known.append(index)
+            except MissingPackageError:
+                raise
+            except UNREADABLE as error:
+                path = series.source(index).path
+                skipped.append(SkippedFile(path, f"slice {index + 1} cannot be used: {plain_reason(error, path)}"))
+            if len(known) == self.batch_size:
+                yield known, torch.cat(pictures)
+                pictures, known = [], []
+        if bar is not None:
+            bar.update(len(indices) - done)
+        if known:
+            yield known, torch.cat(pictures)
+
+    @torch.inference_mode()
+    def _encode(self, pixels: Tensor, indices: list[int], votes: _Votes, expert: int | None = None) -> Tensor:
+        """Adds the votes of slices, and returns their embeddings (n, D) by an expert; by default the leading one."""
+        backbone = self._vision.encode(pixels.to(self.encoder.device))
+        logits = self._vision.router(backbone.pooler_output)
+        votes.log_probabilities[indices] = logits.float().log_softmax(dim=-1).cpu().numpy()
+        expert = votes.expert() if expert is None else expert
+        votes.read_by[indices] = expert
+        mixes = self._vision.config.mixture == "soft" and not (votes.trusted and votes.header is not None)
+        pooled = self._vision.pooled_features(backbone, modality=None if mixes else expert)
+        projection = self.encoder.model.visual_projection
+        return unit_length(pooled if projection is None else projection(pooled)).cpu()
+
+    @property
+    def _needs_expert(self) -> bool:
+        """Whether embeddings depend on the expert that the series is sent to."""
+        config = self._vision.config
+        return config.global_features != "backbone" and config.mixture != "soft"
+
+    def _width(self) -> int:
+        projection = self.encoder.model.visual_projection
+        return int(self._vision.feature_size() if projection is None else projection.out_features)
+
+    def _expert_of(self, modality: str | None) -> int | None:
+        if modality is None:
+            return None
+        try:
+            known = modality_id(modality, self.encoder.modalities)
+        except ArgumentError:  # no expert for it
+            return None
+        return None if known == UNKNOWN_MODALITY else known
+
+    def _reason(self, votes: _Votes, expert: int, header: str | None) -> str:
+        """Says which of router and header decided."""
+        names = self.encoder.modalities
+        alone = route_series(votes.log_probabilities, None)
+        voted = int(alone.argmax())
+        slices = int((~np.isnan(votes.log_probabilities).any(axis=1)).sum())
+        router = (
+            f"{'the slice' if slices == 1 else f'the {slices} slices'} voted for {names[voted]} ({alone[voted]:.0%})"
+        )
+        if votes.header is None:
+            none = "states no modality" if header is None else f"states {header}, for which there is no expert"
+            return f"By the router: {router}. The header {none}."
+        if votes.trusted:
+            return f"By the header, which is trusted: it states {header}. The router was not asked; {router}."
+        if expert == voted == votes.header:
+            return f"Router and header agree: {router}."
+        if expert == votes.header:
+            return f"By the header, which states {header}; {router}, not clearly enough to overrule it."
+        return f"By the router: {router}, clearly enough to overrule the header, which states {header}."
+
+
+def predict(
+    paths: str | Path | Sequence[str | Path],
+    *,
+    model: str | Path | MedMoEEncoder | StudyPredictor = "small",
+    labels: Sequence[str] | None = None,
+    task: Any = None,
+    text: str | Sequence[str] | None = None,
+    trust_header: bool = False,
+    pooling: Pooling = POOLINGS[0],
+    plane: str | None = None,
+    window: Any = None,
+    batch_size: int = BATCH_SIZE,
+    device: str | None = None,
+    progress: bool = True,
+) -> StudyPredictions:
+    """Reads files and folders of any kind as studies, and predicts each study.
+
+    Slices are decoded and encoded batch by batch. All slices of a series vote for its expert, and the modality in the
+    header is a prior of these votes.
+
+    Args:
+        paths: Files and folders: DICOM, NIfTI and pictures; folders are read with their subfolders. Names and order do
+            not matter.
+        model: `small`, the checkpoint of the package; the folder or Hub id of a MedMoE, whose code is run; or a loaded
+            encoder or `StudyPredictor`.
+        labels: Labels to compare, at least two; by default those of the modality, see `default_labels.yaml`.
+        task: A YAML or JSON file, or a dictionary, of labels and their sentences: `{"effusion": ["There is ..."]}`. A
+            file may hold `prompts` and `negative_prompts`, as an evaluation recipe does.
+        text: A phrase to look for in all slices, or several.
+        trust_header: Whether the modality in a header selects the expert, whatever the router votes for.
+        pooling: `top-k`, `mean` or `attention`, see `pool_slices`.
+        plane: Plane of the slices of a NIfTI volume: `axial` (default), `coronal` or `sagittal`.
+        window: Window of CT and NIfTI by name (`lung`), as (centre, width), or three of these for three channels.
+        batch_size: Slices per batch.
+        device: Device to run on; None selects a GPU if there is one.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The studies, in the order of reading: a list that also has `skipped`, the files of no study. Names and UIDs of
+        files are only written if asked for.
+
+    Raises:
+        ArgumentError: If an argument cannot be used, or no slice can be read.
+        PathNotFoundError: If a path does not exist.
+        EncoderError: If there is no such model.
+
+    Example:
+        ```python
+        import medmoe_hf
+        from medmoe_hf.inference.studies import write_predictions
+
+        studies = medmoe_hf.predict(["exports/study"], labels=["no finding", "pneumonia"], text="opacity")
+        write_predictions(studies, "prediction")
+        ```
+    """
+    question = Question(labels, task, text, trust_header, pooling)
+    listed = [paths] if isinstance(paths, str | Path) else list(paths)
+    if not listed:
+        raise ArgumentError("There are no paths to read: name files or folders.")
+    studies = read_studies(listed, plane=plane, window=window)
+    predictor = model if isinstance(model, StudyPredictor) else None
+    if not isinstance(model, StudyPredictor):
+        predictor = StudyPredictor(model, batch_size=batch_size, device=device)
+    assert predictor is not None
+    return predictor(studies, question, show_progress=progress)
+
+
+def plain_reason(reason: object, path: str | Path) -> str:
+    """Removes a file's path and name from the reason why it cannot be used: both may name a person.
+
+    Args:
+        reason: An exception or text.
+        path: The file.
+
+    Returns:
+        One line, of 300 characters at most.
+
+    Example:
+        >>> plain_reason("DOE^JOHN.dcm is damaged", "/exports/DOE^JOHN.dcm")
+        'the file is damaged'
+    """
+    text = " ".join(str(reason).split()).removeprefix("image 0 of the batch: ")
+    names = [str(path), Path(path).name, *(part for part in Path(path).parts[:-1] if len(part) > 2)]
+    for name in sorted(filter(None, names), key=len, reverse=True):
+        text = text.replace(name, "the file")
+    return text[:300]
+
+
+def _floats(values: Any) -> list[float] | None:
+    return None if values is None else [float(value) for value in np.asarray(values).ravel()]
+
+
+def _source(source: Any) -> dict[str, Any]:
+    return {"file": source.path, "frame": source.frame, "sop_instance_uid": source.sop_instance_uid}
