@@ -25,6 +25,7 @@ from medmoe_hf.data import phantom_sample, write_webdataset, zero_shot_prompts
 from medmoe_hf.data.phantom import FINDINGS
 from medmoe_hf.data.sources import load_sources
 from medmoe_hf.evaluation.recipes import load_recipe
+from medmoe_hf.inference.studies.tasks import read_task
 from medmoe_hf.training import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -241,6 +242,9 @@ def test_yaml_is_what_the_package_reads(piece, tmp_path, monkeypatch):
     elif "layout" in content:
         Path("this.yaml").write_text(piece.text)
         assert load_recipe("this.yaml").name == content["name"]
+    elif "prompts" in content:
+        Path("this.yaml").write_text(piece.text)
+        assert list(read_task("this.yaml").prompts) == list(content["prompts"])
     elif part:
         TrainConfig.from_dict({**yaml.safe_load(Path(part[1]).read_text()), **content})
     else:

@@ -31,6 +31,7 @@ from medmoe_hf.inference.studies.tasks import LabelTask, as_task, default_task, 
 from medmoe_hf.inference.texts import class_embeddings, flatten_prompts
 from medmoe_hf.model.modalities_medmoe import UNKNOWN_MODALITY, modality_id
 from medmoe_hf.model.studies_medmoe import Series, Study, read_studies
+from medmoe_hf.model.study_files_medmoe import Skipped
 
 BATCH_SIZE = 16
 
@@ -163,13 +164,14 @@ class StudyPredictor:
         with progress_bar(None, "slices", unit="slice", total=total, disable=not show_progress) as bar:
             for number, study in enumerate(studies, start=1):
                 skipped: list[SkippedFile] = []
-                series = []
+                series: list[SeriesPrediction] = []
                 for one in study.series:
                     predicted = self._predict_series(len(series) + 1, one, question, skipped, bar)
                     if predicted is not None:
                         series.append(predicted)
+                listed = [_left_out(one) for one in study.left_out]
                 # The reader lists the slices that it could not decode, once it has tried.
-                listed = [SkippedFile(one.path, plain_reason(one.reason, one.path)) for one in study.skipped]
+                listed += [_left_out(one, _number(one, many)) for many in study.series for one in many.skipped]
                 found.append(
                     StudyPrediction(number, series, study_labels(series), listed + skipped, self.name, str(study.uid))
                 )
@@ -177,8 +179,7 @@ class StudyPredictor:
             reasons = dict.fromkeys(skipped.reason for study in found for skipped in study.skipped)
             told = f" Left out: {'; '.join(list(reasons)[:5])}." if reasons else ""
             raise ArgumentError(f"There is no picture to predict in the given files.{told}")
-        rest = [SkippedFile(one.path, plain_reason(one.reason, one.path)) for one in getattr(studies, "skipped", ())]
-        return StudyPredictions(found, rest)
+        return StudyPredictions(found, [_left_out(one) for one in getattr(studies, "skipped", ())])
 
     def _known_task(self, question: Question) -> Question:
         """Replaces the name of a task that the model brings along by that task."""
@@ -231,7 +232,8 @@ class StudyPredictor:
             pooled = float(pool_slices(cosines[:, None], question.pooling)[0])
             texts.append(TextPrediction(text, pooled, key_slices(cosines), cosines))
         shown = SeriesPictures(self.encoder, series, modality, task, self.batch_size)
-        keys = sorted({index for one in [*labels, *texts] for index in one.key_slices})
+        asked: list[LabelPrediction | TextPrediction] = [*labels, *texts]
+        keys = sorted({index for one in asked for index in one.key_slices})
         return SeriesPrediction(
             number=number,
             kind=series.kind,
@@ -330,7 +332,7 @@ class StudyPredictor:
     def _needs_expert(self) -> bool:
         """Whether embeddings depend on the expert that the series is sent to."""
         config = self._vision.config
-        return config.global_features != "backbone" and config.mixture != "soft"
+        return bool(config.global_features != "backbone" and config.mixture != "soft")
 
     def _width(self) -> int:
         projection = self.encoder.model.visual_projection
@@ -452,6 +454,17 @@ def plain_reason(reason: object, path: str | Path) -> str:
     for name in sorted(filter(None, names), key=len, reverse=True):
         text = text.replace(name, "the file")
     return text[:300]
+
+
+def _left_out(one: Skipped, number: int | None = None) -> SkippedFile:
+    reason = plain_reason(one.reason, one.path)
+    return SkippedFile(one.path, reason if number is None else f"slice {number} cannot be read: {reason}")
+
+
+def _number(one: Skipped, series: Series) -> int:
+    """The number, from 1, of a slice that could not be decoded."""
+    places = ((source.path, source.frame) for source in series.sources)
+    return next((number for number, place in enumerate(places, 1) if place == (one.path, one.frame)), 1)
 
 
 def _floats(values: Any) -> list[float] | None:

@@ -1,0 +1,298 @@
+"""Studies through a model with random weights: against slice by slice, and what comes out of the command."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_encoders import medmoe_folder
+from torch.nn.functional import normalize
+from typer.testing import CliRunner
+
+import medmoe_hf
+from medmoe_hf.cli import app
+from medmoe_hf.data import phantom_sample
+from medmoe_hf.errors import ArgumentError, EncoderError
+from medmoe_hf.inference.studies import Question, StudyPredictor, predict, write_predictions
+from medmoe_hf.inference.studies.pooling import pool_slices, route_series, softmax
+from medmoe_hf.inference.studies.predictor import plain_reason
+from medmoe_hf.inference.studies.tasks import normal_sentences, task_of_labels
+from medmoe_hf.model.studies_medmoe import read_studies
+
+pydicom = pytest.importorskip("pydicom")
+from pydicom.dataset import Dataset, FileMetaDataset  # noqa: E402
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian  # noqa: E402
+
+NAME = "DOE^JANE"
+LABELS = ["no finding", "pneumonia", "effusion"]
+COUNT, SIZE = 11, (40, 56)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return medmoe_folder(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def predictor(model):
+    return StudyPredictor(model, batch_size=4)
+
+
+def gray(index):
+    """Slices that differ from each other and send a model to different experts."""
+    drawn = phantom_sample(5, index, image_size=64)["image"].convert("L").resize(SIZE[::-1])
+    return np.asarray(drawn).astype(np.int16) * 4 - 400
+
+
+def ct_series(folder, names=None, series="1.2.3.1", count=COUNT, modality="CT"):
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for index in range(count):
+        dataset = Dataset()
+        dataset.file_meta = FileMetaDataset()
+        dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        dataset.SOPClassUID, dataset.SOPInstanceUID = CTImageStorage, f"{series}.{index + 1}"
+        dataset.StudyInstanceUID, dataset.SeriesInstanceUID = "1.2.3", series
+        dataset.PatientName, dataset.PatientID, dataset.StudyDate = NAME, "ID-4711", "19700102"
+        dataset.Modality, dataset.InstanceNumber = modality, index + 1
+        dataset.ImagePositionPatient = [0, 0, 2.5 * index]
+        dataset.ImageOrientationPatient, dataset.PixelSpacing = [1, 0, 0, 0, 1, 0], [0.8, 0.7]
+        dataset.Rows, dataset.Columns = SIZE
+        dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
+        dataset.BitsAllocated = dataset.BitsStored = 16
+        dataset.HighBit, dataset.PixelRepresentation = 15, 1
+        dataset.RescaleSlope, dataset.RescaleIntercept = 1, 0
+        dataset.PixelData = gray(index).tobytes()
+        paths.append(folder / (names[index] if names else f"{index}.dcm"))
+        dataset.save_as(paths[-1], enforce_file_format=True)
+    return paths
+
+
+def slice_by_slice(predictor, path, expert, **kwargs):
+    """Embeddings (N, D) and router log-probabilities (N, K), each slice on its own through the public model."""
+    model, processor = predictor.encoder.model, predictor.encoder.processor
+    embeds, votes = [], []
+    (study,) = read_studies([path], **kwargs)
+    with torch.no_grad():
+        for index in range(len(study.series[0])):
+            pixels = processor(images=study.series[0].slice(index), return_tensors="pt")["pixel_values"]
+            embeds.append(normalize(model.get_image_features(pixels, modality=expert).pooler_output[0], dim=0))
+            votes.append(model.route(pixels).probabilities[0].log())
+    return torch.stack(embeds), torch.stack(votes).double().numpy()
+
+
+def class_embeds(predictor, prompts):
+    found = [predictor.encoder.encode_texts(list(sentences)).mean(dim=0) for sentences in prompts.values()]
+    return torch.stack([normalize(embed, dim=0) for embed in found], dim=1)
+
+
+@pytest.mark.parametrize("trust_header", [False, True])
+def test_a_series_is_scored_as_its_slices_are_one_by_one(predictor, tmp_path, trust_header):
+    ct_series(tmp_path)
+    question = Question(labels=LABELS, text="effusion", trust_header=trust_header, pooling="mean")
+    (study,) = predictor(read_studies([tmp_path]), question, show_progress=False)
+    (series,) = study.series
+    _, votes = slice_by_slice(predictor, tmp_path, None)
+    ct = predictor.encoder.modalities.index("ct")
+    routing = route_series(votes, ct)
+    assert list(series.routing.values()) == pytest.approx(routing.tolist(), abs=1e-4)
+    expert = "ct" if trust_header else predictor.encoder.modalities[routing.argmax()]
+    assert series.expert == expert
+    assert (series.kind, series.count, series.header_modality) == ("slices", COUNT, "ct")
+    embeds, _ = slice_by_slice(predictor, tmp_path, expert)
+    task = task_of_labels(LABELS, expert)
+    logits = (predictor.encoder.logit_scale * embeds @ class_embeds(predictor, task.prompts)).double().numpy()
+    by_label = {label.label: label for label in series.labels}
+    for column, name in enumerate(LABELS):
+        np.testing.assert_allclose(by_label[name].slice_scores, logits[:, column], atol=1e-4)
+        np.testing.assert_allclose(by_label[name].slice_probabilities, softmax(logits)[:, column], atol=1e-4)
+        assert by_label[name].key_slices[0] == softmax(logits)[:, column].argmax()
+    pooled = softmax(pool_slices(logits, "mean"))
+    assert [by_label[name].probability for name in LABELS] == pytest.approx(pooled.tolist(), abs=1e-4)
+    cosines = embeds @ predictor.encoder.encode_texts(["effusion"])[0]
+    np.testing.assert_allclose(series.texts[0].slice_scores, cosines.numpy(), atol=1e-5)
+    assert [label.probability for label in study.labels] == [label.probability for label in series.labels]
+
+
+def test_slices_that_were_read_by_another_expert_are_read_again(predictor, tmp_path):
+    """The first slices lead to one expert, all of them together to another."""
+    _, votes = slice_by_slice(predictor, ct_series(tmp_path / "a", modality="OT")[0].parent, None)
+    own = votes.argmax(axis=1)
+    winner = route_series(votes, None).argmax()
+    assert (own != winner).any(), "the test needs slices that vote differently"
+    order = np.argsort(own == winner, kind="stable")  # dissenters first
+    for place, index in enumerate(order):
+        Image.fromarray((gray(index) + 400) // 4).convert("L").save(tmp_path / f"{place}.png")
+    pixels = np.stack([np.asarray(Image.open(tmp_path / f"{place}.png")) for place in range(COUNT)], axis=-1)
+    nibabel = pytest.importorskip("nibabel")
+    nibabel.Nifti1Image(pixels.swapaxes(0, 1)[:, ::-1].astype(np.int16), np.eye(4)).to_filename(tmp_path / "v.nii")
+    one_by_one = StudyPredictor(predictor.encoder, batch_size=1)
+    (study,) = one_by_one(read_studies([tmp_path / "v.nii"]), Question(labels=LABELS), show_progress=False)
+    (series,) = study.series
+    embeds, votes = slice_by_slice(predictor, tmp_path / "v.nii", series.expert)
+    assert predictor.encoder.modalities[route_series(votes, None).argmax()] == series.expert
+    prompts = task_of_labels(LABELS, series.expert).prompts
+    logits = predictor.encoder.logit_scale * embeds @ class_embeds(predictor, prompts)
+    by_label = {label.label: label for label in series.labels}
+    for column, name in enumerate(LABELS):
+        np.testing.assert_allclose(by_label[name].slice_scores, logits[:, column].numpy(), atol=1e-4)
+
+
+def test_names_order_and_folders_do_not_change_the_answer(predictor, tmp_path):
+    ct_series(tmp_path / "plain")
+    shuffled = [f"{number:03}" for number in np.random.default_rng(0).permutation(COUNT)]
+    paths = ct_series(tmp_path / "shuffled" / "a", shuffled)
+    (tmp_path / "shuffled" / "b").mkdir()
+    for path in paths[::2]:
+        path.rename(tmp_path / "shuffled" / "b" / path.name)
+    plain, other = (predict(tmp_path / name, model=predictor, progress=False) for name in ("plain", "shuffled"))
+    assert json.dumps(plain[0].to_dict()) == json.dumps(other[0].to_dict())
+
+
+def test_a_damaged_slice_is_listed_and_takes_no_part(predictor, tmp_path):
+    paths = ct_series(tmp_path)
+    # The expert of the header: without a slice the router might vote for another one.
+    options = {"model": predictor, "labels": LABELS, "pooling": "mean", "trust_header": True, "progress": False}
+    complete = predict(tmp_path, **options)[0].series[0]
+    paths[4].write_bytes(paths[4].read_bytes()[:-2000])
+    (study,) = predict(tmp_path, **options)
+    (series,) = study.series
+    assert len(study.skipped) == 1
+    assert study.skipped[0].reason.startswith("slice 5 cannot be read: ")
+    assert paths[4].name not in study.skipped[0].reason
+    expected = {label.label: np.delete(label.slice_scores, 4).mean() for label in complete.labels}
+    for label in series.labels:
+        assert np.flatnonzero(np.isnan(label.slice_scores)).tolist() == [4]
+        assert label.score == pytest.approx(expected[label.label], abs=1e-4)
+        assert 4 not in label.key_slices
+
+
+def test_two_series_get_two_answers_and_pictures_are_studies(predictor, tmp_path):
+    ct_series(tmp_path, count=3)
+    ct_series(tmp_path, [f"b{index}.dcm" for index in range(4)], series="1.2.3.2", count=4)
+    Image.fromarray(np.uint8(gray(7) // 4 + 100)).save(tmp_path / "x.png")
+    (tmp_path / "notes.txt").write_text("no image")
+    studies = predict(tmp_path, model=predictor, progress=False)
+    assert [[(series.number, series.count) for series in study.series] for study in studies] == [
+        [(1, 3), (2, 4)],
+        [(1, 1)],
+    ]
+    assert studies[1].series[0].kind == "image"
+    assert studies[1].series[0].header_modality is None
+    assert "The header states no modality" in studies[1].series[0].expert_reason
+    assert [one.path for one in studies.skipped] == [str(tmp_path / "notes.txt")]
+
+
+@pytest.mark.parametrize("phrase", ["pneumonia", "ground glass"])
+def test_heatmaps_are_those_of_the_model(predictor, tmp_path, phrase):
+    ct_series(tmp_path, count=5)
+    (study,) = predict(tmp_path, model=predictor, labels=LABELS, text="ground glass", progress=False)
+    (series,) = study.series
+    (found,) = list(series.heatmaps(phrase, [3]))
+    model, processor = predictor.encoder.model, predictor.encoder.processor
+    picture = read_studies([tmp_path])[0].series[0].slice(3)
+    prompts = task_of_labels(LABELS, series.expert).prompts
+    text = prompts[phrase][0] if phrase in prompts else phrase
+    others = [prompts["no finding"][0], prompts["effusion"][0]]
+    reference = others if phrase in prompts else list(normal_sentences(series.expert))
+    grounding = model.ground(
+        **processor(images=picture, text=[text], return_tensors="pt"),
+        modality=series.expert,
+        reference=processor(text=reference, return_tensors="pt"),
+    )
+    expected = processor.post_process_grounding(grounding, target_sizes=[SIZE], sigma=1.5)[0].mean(dim=0)
+    assert found[0] == 3
+    np.testing.assert_allclose(found[1], expected.detach().numpy(), atol=1e-4)
+    assert series.picture(3).shape == (*SIZE, 3)
+
+
+def test_nothing_that_identifies_is_written(predictor, tmp_path):
+    nibabel = pytest.importorskip("nibabel")
+    folder = tmp_path / NAME / "export"
+    paths = ct_series(folder, [f"{NAME}-{index}.dcm" for index in range(COUNT)])
+    paths[2].write_bytes(paths[2].read_bytes()[:-2000])
+    (folder / f"{NAME}.txt").write_text("no image")
+    studies = predict(tmp_path / NAME, model=predictor, text="mass", progress=False)
+    files = write_predictions(studies, tmp_path / "out")
+    assert len(files) == 4
+    for path in files:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        for planted in ("DOE", "JANE", "4711", "19700102", "1.2.3", str(tmp_path)):
+            assert planted.encode() not in content, (path.name, planted)
+    volume = nibabel.load(files[-1])
+    assert volume.shape == (*SIZE, COUNT)
+    assert not volume.get_fdata()[:, :, 2].any()
+    write_predictions(studies, tmp_path / "kept", keep_identifiers=True)
+    assert str(paths[1].name.split("-")[0]) in (tmp_path / "kept" / "prediction.json").read_text()
+
+
+def test_reasons_lose_paths_and_names():
+    path = "/exports/Jane Doe/IM1.dcm"
+    assert (
+        plain_reason(f"'{path}' is damaged;\n IM1.dcm ends early", path)
+        == "'the file' is damaged; the file ends early"
+    )
+    assert "Jane" not in plain_reason("the folder Jane Doe is gone", path)
+
+
+def test_a_task_may_come_with_the_model(predictor, tmp_path, monkeypatch):
+    ct_series(tmp_path, count=3)
+    own = task_of_labels(LABELS, "ct")
+    monkeypatch.setattr(predictor.encoder.model, "tasks", {"chest": own}, raising=False)
+    (study,) = predict(tmp_path, model=predictor, task="chest", progress=False)
+    assert {label.label for label in study.labels} == set(LABELS)
+    with pytest.raises(ArgumentError, match='no file "abdomen", and the model has no task of this name: it has chest'):
+        predict(tmp_path, model=predictor, task="abdomen", progress=False)
+
+
+def test_models_without_experts_are_refused(tmp_path):
+    with pytest.raises(EncoderError):
+        StudyPredictor(tmp_path / "missing")
+    assert medmoe_hf.predict is predict
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{ct}", "--labels", "pneumonia"], "One label is not enough"),
+        (["{ct}", "--labels", "a, b", "--task", "x.yaml"], "Pass either `labels` or `task`, not both"),
+        (["{ct}", "--task", "x.yaml"], 'There is no file "x.yaml", and the model has no task of this name'),
+        (["{ct}/missing"], "missing"),
+        (["{ct}", "--window", "a,b"], "--window a,b: expected a name, CENTRE,WIDTH, or three names"),
+        (["{empty}"], "there is no image in"),
+        (["{ct}", "--out", "{empty}"], "exists already; choose another folder by --out, or replace it by --force"),
+    ],
+)
+def test_the_command_explains_what_is_wrong(model, tmp_path, arguments, message):
+    ct_series(tmp_path / "ct", count=1)
+    (tmp_path / "empty").mkdir()
+    filled = [text.format(ct=tmp_path / "ct", empty=tmp_path / "empty") for text in arguments]
+    result = CliRunner().invoke(app, ["predict", *filled, "--model", str(model)])
+    assert result.exit_code == 1
+    assert message in str(result.output) + str(result.exception)
+    assert "Traceback" not in result.output
+
+
+def test_the_command_prints_a_table_and_writes_the_folder(model, tmp_path):
+    ct_series(tmp_path / "ct", count=4)
+    command = [
+        "predict",
+        str(tmp_path / "ct"),
+        "--model",
+        str(model),
+        "--labels",
+        "no finding, mass",
+        "--trust-header",
+    ]
+    result = CliRunner().invoke(
+        app, [*command, "--text", "mass", "--window", "40,400", "--out", str(tmp_path / "out")]
+    )
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    assert lines[1].split()[:5] == ["1", "1", "4", "slices", "ct"]
+    assert "report.html" in lines[-1]
+    content = json.loads((tmp_path / "out" / "prediction.json").read_text())
+    assert content["model"] == "tiny"
+    assert {label["label"] for label in content["studies"][0]["labels"]} == {"no finding", "mass"}
