@@ -133,6 +133,7 @@ def test_nothing_that_identifies_is_written_unless_asked_for(written):
     identifying = (NAME, "DOE", "1.2.3", FOLDER, "notes.txt")
     for path in written().iterdir():
         content = path.read_bytes() if path.suffix != ".gz" else gzip.decompress(path.read_bytes())
+        content = re.sub(rb"base64,[^\"]*", b"", content)  # pixels may spell anything
         assert not any(text.encode() in content for text in identifying), path.name
         assert not any(text in path.name for text in identifying)
     out = written(True)

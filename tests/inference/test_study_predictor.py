@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 
 import numpy as np
 import pytest
@@ -219,6 +220,7 @@ def test_nothing_that_identifies_is_written(predictor, tmp_path):
     assert len(files) == 4
     for path in files:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        content = re.sub(rb"base64,[^\"]*", b"", content)  # pixels may spell anything
         for planted in ("DOE", "JANE", "4711", "19700102", "1.2.3", str(tmp_path)):
             assert planted.encode() not in content, (path.name, planted)
     volume = nibabel.load(files[-1])
