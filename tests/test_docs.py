@@ -351,6 +351,7 @@ ELSEWHERE = {
     ("convert", "official"): ("tests/test_cli.py", '"convert", "official"'),
     ("convert", "medclip"): ("tests/hub/test_convert.py", '"convert", "medclip"'),
     ("init",): ("tests/test_cli.py", '"init"'),
+    ("predict",): ("tests/inference/test_study_predictor.py", '["predict", '),
     ("shrink",): ("tests/hub/test_half_precision.py", '"shrink"'),
     ("demo",): ("tests/browser/test_demo.py", '"medmoe_hf.cli", "demo"'),
     ("export",): ("noxfile.py", '"medmoe", "export"'),
