@@ -211,6 +211,29 @@ class MedMoERoutingOutput(ModelOutput):
 
 
 @dataclass
+class MedMoEStudyOutput(ModelOutput):
+    """Embeddings of S series with N slices altogether, in the shared space.
+
+    Args:
+        pooler_output: `(S, D)`, the mean of the slices' unit vectors, scaled to length 1.
+        slice_embeds: `(N, D)`, unit vectors.
+        series_ids: `(N,)`, the series of each slice, 0..S-1.
+        slice_ids: `(N,)`, the index of each slice in its series.
+        router_logits: `(N, K)`, of the image router.
+        votes: `(S, K)`, the mean of the slices' routing probabilities; column k belongs to `config.modalities[k]`.
+        expert_ids: `(N,)`, the expert that read each slice.
+    """
+
+    pooler_output: Tensor | None = None
+    slice_embeds: Tensor | None = None
+    series_ids: Tensor | None = None
+    slice_ids: Tensor | None = None
+    router_logits: Tensor | None = None
+    votes: Tensor | None = None
+    expert_ids: Tensor | None = None
+
+
+@dataclass
 class MedMoEGroundingOutput(ModelOutput):
     """Location of each word of a text in its image.
 
@@ -1691,6 +1714,75 @@ class MedMoEModel(MedMoEPreTrainedModel):
         outputs = self.vision_model(pixel_values, modality=modality, local=local, return_dict=True, **kwargs)
         outputs.pooler_output, outputs.local_embeds = self._project_image(outputs.pooler_output, outputs.local_embeds)
         return outputs
+
+    @torch.no_grad()
+    def get_study_features(self, pixel_values: Any, modality: Any = None) -> MedMoEStudyOutput:
+        """Encodes whole series in the shared space, a batch of slices at a time.
+
+        Args:
+            pixel_values: What `MedMoEProcessor(study=...)` returns as `pixel_values`; any iterable of such batches, or
+                of tensors `(B, 3, H, W)`, which are then one series; or one tensor.
+            modality: Overrides the image router: a name, alias or id for all slices, or a list with one for each
+                series, None or -100 if unknown. Without it each slice is read by the expert that it selects: pass the
+                modality that most of `votes` are for to read a series by one expert.
+
+        Returns:
+            Embeddings of series and slices, and the votes of the router. There is a row for each series, up to the
+            last one that has slices; it is zero for a series without any.
+
+        Raises:
+            ValueError: There are no slices, or not a modality for each series.
+
+        Example:
+            >>> import torch
+            >>> from medmoe_hf.model import MedMoEConfig, MedMoEModel
+            >>> model = MedMoEModel(MedMoEConfig.from_preset("tiny")).eval()
+            >>> output = model.get_study_features([torch.rand(2, 3, 64, 64), torch.rand(1, 3, 64, 64)], modality="ct")
+            >>> output.pooler_output.shape, output.slice_embeds.shape, output.votes.shape
+            (torch.Size([1, 64]), torch.Size([3, 64]), torch.Size([1, 6]))
+        """
+        per_series = list(modality) if isinstance(modality, (list, tuple)) else None
+        embeds, logits, experts, series_ids, slice_ids = [], [], [], [], []
+        seen = 0
+        for batch in [pixel_values] if isinstance(pixel_values, Tensor) else pixel_values:
+            if isinstance(batch, Tensor):
+                count = len(batch)
+                batch = {
+                    "pixel_values": batch,
+                    "series_ids": torch.zeros(count, dtype=torch.long),
+                    "slice_ids": torch.arange(seen, seen + count),
+                }
+            pixels, series = batch["pixel_values"], batch["series_ids"].cpu()
+            count = len(pixels)
+            seen += count
+            if per_series is not None and count and int(series.max()) >= len(per_series):
+                raise ValueError(
+                    f"`modality` has {len(per_series)} entries, but there is a series {int(series.max())}, from 0."
+                )
+            own = modality if per_series is None else [per_series[index] for index in series.tolist()]
+            output = self.get_image_features(
+                pixels.to(self.device, self.dtype), modality=own, local=False, return_dict=True
+            )
+            embeds.append(nn.functional.normalize(output.pooler_output.float(), dim=-1))
+            logits.append(output.router_logits.float())
+            experts.append(output.expert_ids)
+            series_ids.append(series)
+            slice_ids.append(batch["slice_ids"].cpu())
+        if not seen:
+            raise ValueError("There are no slices: none of the study's could be decoded.")
+        slice_embeds, router_logits = torch.cat(embeds), torch.cat(logits)
+        owners = torch.cat(series_ids).to(slice_embeds.device)
+        members = nn.functional.one_hot(owners).float()  # (N, S)
+        counts = members.sum(dim=0).clamp_min(1).unsqueeze(1)
+        return MedMoEStudyOutput(
+            pooler_output=nn.functional.normalize(members.t() @ slice_embeds, dim=-1),
+            slice_embeds=slice_embeds,
+            series_ids=owners,
+            slice_ids=torch.cat(slice_ids).to(slice_embeds.device),
+            router_logits=router_logits,
+            votes=members.t() @ router_logits.softmax(dim=-1) / counts,
+            expert_ids=torch.cat(experts),
+        )
 
     @can_return_tuple
     def get_text_features(

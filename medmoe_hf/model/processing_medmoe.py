@@ -3,17 +3,70 @@
 # mypy: allow-subclassing-any
 # transformers is untyped.
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
+from transformers.image_processing_base import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from .configuration_medmoe import attach_to_package
+from .errors_medmoe import ArgumentError
 from .image_processing_medmoe import resize_heatmaps, smooth_heatmaps
+from .medical_pixels_medmoe import MAX_PIXELS
+from .studies_medmoe import Series, Study, read_studies
 from .tasks_medmoe import TOKEN_FIELDS, Task
 from .tokenization_medmoe import MedMoETokenizer
+
+
+class StudyBatches:
+    """The slices of series as batches, which are decoded while they are iterated, each time anew.
+
+    A batch has `pixel_values` `(B, 3, H, W)`, `series_ids` `(B,)`, which index `series`, and `slice_ids` `(B,)`, the
+    indices within the series. All slices of a batch are of one series. Slices that cannot be decoded are left out, and
+    listed in `skipped` of their series.
+
+    Args:
+        series: The series.
+        process: Makes `pixel_values` of a list of images.
+        batch_size: Greatest number of slices in a batch.
+        window: As for `Series.slices`.
+    """
+
+    def __init__(
+        self, series: Sequence[Series], process: Callable[[list[Any]], Any], batch_size: int, window: Any
+    ) -> None:
+        if batch_size < 1:
+            raise ArgumentError(f"a batch has 1 slice or more, got batch_size {batch_size}")
+        self.series, self.batch_size = list(series), batch_size
+        self._process, self._window = process, window
+
+    def __repr__(self) -> str:
+        return f"StudyBatches({self.series}, batch_size={self.batch_size})"
+
+    def __iter__(self) -> Iterator[BatchFeature]:
+        for number, series in enumerate(self.series):
+            slices = series.slices(window=self._window)
+            while batch := list(islice(slices, self.batch_size)):
+                yield BatchFeature(
+                    {
+                        "pixel_values": self._process([image for _, image in batch]),
+                        "series_ids": torch.full((len(batch),), number),
+                        "slice_ids": torch.tensor([index for index, _ in batch]),
+                    }
+                )
+
+
+def _all_series(study: Any, **reading: Any) -> list[Series]:
+    if isinstance(study, Series):
+        return [study]
+    if isinstance(study, Study):
+        return list(study.series)
+    if isinstance(study, (list, tuple)) and study and all(isinstance(one, (Series, Study)) for one in study):
+        return [series for one in study for series in _all_series(one)]
+    return [series for found in read_studies(study, **reading) for series in found.series]
 
 
 class MedMoEProcessor(ProcessorMixin):
@@ -22,7 +75,7 @@ class MedMoEProcessor(ProcessorMixin):
     `processor(images=..., text=..., return_tensors="pt")` takes images, texts or both (their numbers may differ) and
     returns `pixel_values` (B, 3, H, W) float32, `input_ids`, `attention_mask`, `word_ids` (N, L) and, where the
     tokenizer has them, `token_type_ids`; with `return_modality=True` also `modality` where DICOM files specify it.
-    Texts are padded to the longest and truncated by default.
+    Texts are padded to the longest and truncated by default. `study=` takes whole series, see `__call__`.
 
     Args:
         image_processor: `MedMoEImageProcessor` or `MedMoEImageProcessorPil`.
@@ -61,6 +114,67 @@ class MedMoEProcessor(ProcessorMixin):
                 )
             self.text_kwargs = {**self.text_kwargs, "max_length": max_length}
         self.max_length = max_length
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: Any = None,
+        *args: Any,
+        study: Any = None,
+        batch_size: int = 16,
+        plane: str | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Converts images, texts or whole studies to the model's inputs.
+
+        Args:
+            images: Inputs of the image processor.
+            text: One text or several.
+            *args: As for every processor.
+            study: A folder or file, several of these, a `Study` or `Series`, or a list of them, instead of `images`.
+                `pixel_values` is then a `StudyBatches`: an iterable of batches, of which one is in memory at a time.
+                `MedMoEModel.get_study_features` takes it.
+            batch_size: Greatest number of slices in a batch of a study.
+            plane: For NIfTI files of a study, see `read_studies`.
+            **kwargs: Arguments of the image processor and of the tokenizer, such as `window` and `return_tensors`; for
+                studies tensors are those of torch.
+
+        Returns:
+            The inputs of the model.
+
+        Raises:
+            ValueError: There are both images and a study, or an argument has a wrong value.
+            FileNotFoundError: A path of the study does not exist.
+            MedicalImageError: The study has no image.
+
+        Example:
+            >>> import tempfile
+            >>> from PIL import Image
+            >>> from medmoe_hf.model import MedMoEImageProcessor, MedMoEProcessor, MedMoETokenizer
+            >>> processor = MedMoEProcessor(MedMoEImageProcessor(size=64), MedMoETokenizer.from_words(["lung"]))
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     Image.new("L", (80, 60)).save(f"{folder}/a.png")
+            ...     inputs = processor(study=folder, text="lung")
+            ...     shapes = [batch.pixel_values.shape for batch in inputs.pixel_values]
+            >>> shapes
+            [torch.Size([1, 3, 64, 64])]
+        """
+        if study is None:
+            return super().__call__(images, text, *args, **kwargs)
+        if images is not None:
+            raise ArgumentError("pass images or a study, not both")
+        window = kwargs.pop("window", None)
+        if window is None:
+            window = self.image_processor.window
+        kwargs["return_tensors"] = "pt"
+        max_pixels = kwargs.get("max_pixels") or getattr(self.image_processor, "max_pixels", None) or MAX_PIXELS
+        series = _all_series(study, plane=plane, window=window, max_pixels=max_pixels)
+        call = super().__call__
+        inputs = BatchFeature() if text is None else call(None, text, *args, **kwargs)
+        inputs["pixel_values"] = StudyBatches(
+            series, lambda found: call(found, **kwargs)["pixel_values"], batch_size, window
+        )
+        return inputs
 
     def tokenize_task(self, task: Task) -> Task:
         """Adds the tokens of its sentences to a task, so that a model classifies without a tokenizer.

@@ -127,6 +127,8 @@ def test_round_trip(images, tmp_path):
         "medical_pixels_medmoe.py",
         "dicom_medmoe.py",
         "dicom_files_medmoe.py",
+        "studies_medmoe.py",
+        "study_files_medmoe.py",
         "nifti_medmoe.py",
         "modalities_medmoe.py",
         "presets_medmoe.py",

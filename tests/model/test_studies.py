@@ -13,7 +13,10 @@ from PIL import Image
 from medmoe_hf.errors import ArgumentError, MedicalImageError, PathNotFoundError
 from medmoe_hf.model.image_processing_medmoe import MedMoEImageProcessor
 from medmoe_hf.model.medical_images_medmoe import read_medical_image
+from medmoe_hf.model.modeling_medmoe import MedMoEModel
+from medmoe_hf.model.processing_medmoe import MedMoEProcessor
 from medmoe_hf.model.studies_medmoe import read_studies
+from medmoe_hf.model.tokenization_medmoe import MedMoETokenizer
 
 nibabel = pytest.importorskip("nibabel")
 pydicom = pytest.importorskip("pydicom")
@@ -524,7 +527,7 @@ def test_volumes_in_time(tmp_path):
         ["volume 2 of 3, counted from 0"],
     )
     for series, volume in ((first, 0), (last, 2)):
-        expected = data[::-1, ::-1, :, volume].transpose(2, 1, 0) / 1000
+        expected = between(data[::-1, ::-1, :, volume].transpose(2, 1, 0), 0, 1000)
         np.testing.assert_allclose(pixels_of(series), expected, atol=1e-6)
         assert (series.spacing, series.step) == ((3, 2), 4)
     with pytest.raises(MedicalImageError, match="1 x the file has no volume 3: it has 3"):
@@ -547,7 +550,7 @@ def test_planes_of_a_volume(tmp_path):
 
 
 def test_damaged_volumes(tmp_path):
-    data = np.random.default_rng(0).integers(0, 99, (8, 9, 5)).astype(np.int16)
+    data = np.random.default_rng(0).integers(0, 9999, (40, 50, 5)).astype(np.int16)
     nibabel.save(nibabel.Nifti1Image(data, np.eye(4)), tmp_path / "a.nii.gz")
     content = (tmp_path / "a.nii.gz").read_bytes()
     (tmp_path / "a.nii.gz").write_bytes(content[:-100])
@@ -606,3 +609,59 @@ def test_wrong_arguments(tmp_path):
         read_studies(tmp_path)
     with pytest.raises(ArgumentError, match="there is no window 'lungs'"):
         read_studies(tmp_path, window="lungs")
+
+
+# --- processor and model
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return MedMoEProcessor(MedMoEImageProcessor(size=64), MedMoETokenizer.from_words(["lung"], max_length=16))
+
+
+def test_the_processor_takes_a_study(tmp_path, processor):
+    values = hounsfield(5)
+    write([*ct(values), *ct(values[:2], uid="1.2.3.2")], tmp_path)
+    inputs = processor(study=tmp_path, text=["lung", "lung lung"], batch_size=2, window="lung")
+    assert inputs["input_ids"].shape[0] == 2
+    (study,) = read_studies(tmp_path, window="lung")
+    for given in (inputs["pixel_values"], processor(study=study.series, batch_size=2, window="lung")["pixel_values"]):
+        for _ in range(2):  # it can be iterated again
+            batches = list(given)
+            assert [batch["pixel_values"].shape[0] for batch in batches] == [2, 2, 1, 2]
+            assert torch.cat([batch["series_ids"] for batch in batches]).tolist() == [0] * 5 + [1] * 2
+            assert torch.cat([batch["slice_ids"] for batch in batches]).tolist() == [0, 1, 2, 3, 4, 0, 1]
+            files = [source.path for series in study.series for source in series.sources]
+            expected = processor(images=files, window="lung", return_tensors="pt")["pixel_values"]
+            torch.testing.assert_close(torch.cat([batch["pixel_values"] for batch in batches]), expected)
+    with pytest.raises(ArgumentError, match="not both"):
+        processor(images=values[0], study=tmp_path)
+    with pytest.raises(ArgumentError, match="1 slice or more"):
+        processor(study=tmp_path, batch_size=0)
+
+
+def test_the_model_takes_a_study(tmp_path, processor, small_config, lived_in):
+    write([*ct(hounsfield(5)), *ct(hounsfield(3, seed=4), uid="1.2.3.2")], tmp_path)
+    model = lived_in(MedMoEModel(small_config()))
+    batches = processor(study=tmp_path, batch_size=2)["pixel_values"]
+    output = model.get_study_features(batches, modality=["ct", None])
+    pixels = torch.cat([batch["pixel_values"] for batch in batches])
+    ids = ["ct"] * 5 + [None] * 3
+    with torch.no_grad():
+        apart = [model.get_image_features(one[None], modality=name) for one, name in zip(pixels, ids, strict=True)]
+    embeds = torch.nn.functional.normalize(torch.cat([one.pooler_output for one in apart]), dim=-1)
+    torch.testing.assert_close(output.slice_embeds, embeds)
+    assert output.series_ids.tolist() == [0] * 5 + [1] * 3
+    assert output.slice_ids.tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
+    means = torch.stack([embeds[:5].mean(dim=0), embeds[5:].mean(dim=0)])
+    torch.testing.assert_close(output.pooler_output, torch.nn.functional.normalize(means, dim=-1))
+    routing = model.route(pixels)
+    votes = torch.stack([routing.probabilities[:5].mean(dim=0), routing.probabilities[5:].mean(dim=0)])
+    torch.testing.assert_close(output.votes, votes)
+    assert output.expert_ids[:5].tolist() == [1] * 5
+    assert output.expert_ids[5:].tolist() == routing.expert_ids[5:].tolist()
+    torch.testing.assert_close(model.get_study_features(pixels[5:]).pooler_output, output.pooler_output[1:])
+    with pytest.raises(ValueError, match="1 entries, but there is a series 1"):
+        model.get_study_features(batches, modality=["ct"])
+    with pytest.raises(ValueError, match="no slices"):
+        model.get_study_features([])
