@@ -217,9 +217,9 @@ def read_studies(
     DICOM is grouped by StudyInstanceUID and SeriesInstanceUID, whatever the names, folders and order of files. Slices
     are sorted by position along their normal: from the feet to the head, from back to front, from left to right. The
     frames of enhanced files are sorted with them. Where positions are missing, slices are sorted by InstanceNumber,
-    and frames stay in their order. Several files with the same SOPInstanceUID count once: the uncompressed one is
-    read, and another one if that is damaged. A series with slices of several orientations or sizes, several loops or
-    several resolutions of a slide, becomes several `Series`.
+    and frames stay in their order. Several files with the same SOPInstanceUID, number and place count once: the
+    uncompressed one is read, and another one if that is damaged. A series with slices of several orientations or
+    sizes, several loops or several resolutions of a slide, becomes several `Series`.
 
     Localisers, structured reports, dose reports, presentation states, key objects, documents, segmentations, labels of
     slides and everything else that is no image is left out and listed, with a reason. Each NIfTI file and each picture

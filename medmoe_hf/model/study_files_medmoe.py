@@ -367,7 +367,9 @@ def read_files(
         elif isinstance(found, tuple):
             others.append((path, *found))
         else:
-            key = (found.study, found.series, found.uid) if found.uid else path
+            # Software that removes identifiers may give all slices the same UID, but they are elsewhere.
+            place = (*found.numbers, found.frames, found.size, found.origins.tobytes())
+            key = (found.study, found.series, found.uid, place) if found.uid else path
             known = instances.setdefault(key, found)
             if known is not found:
                 first, second = sorted((known, found), key=lambda one: (one.compression, one.path))

@@ -172,6 +172,15 @@ def test_copies_count_once_and_stand_in_for_damaged_ones(tmp_path):
     np.testing.assert_array_equal(pixels_of(only(tmp_path)), pixels_of(small))
 
 
+def test_slices_that_share_a_uid_are_no_copies(tmp_path):
+    values = hounsfield()
+    datasets = ct(values)
+    for dataset in datasets:
+        dataset.SOPInstanceUID = "1.2.3.1.1"
+    write(datasets, tmp_path)
+    np.testing.assert_allclose(pixels_of(only(tmp_path)), between(values, -160, 240), atol=1e-6)
+
+
 @pytest.mark.parametrize("orientation", [AXIAL, CORONAL, SAGITTAL, [-1, 0, 0, 0, 1, 0], [0, 1, 0, 1, 0, 0]])
 @pytest.mark.parametrize("axes", ["LPS", "PIR"])
 def test_dicom_and_the_nifti_made_of_it(tmp_path, orientation, axes):
