@@ -83,10 +83,10 @@ class Series:
     slots: np.ndarray | None = None
     missing: list[tuple[int, int]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    _decode: Callable[[int, Any], MedicalImage] | None = None
-    _window: Any = None
-    _on_skip: Callable[[Skipped], None] | None = None
-    _skipped: dict[int, Skipped] = field(default_factory=dict)
+    _decode: Callable[[int, Any], MedicalImage] | None = field(default=None, init=False)
+    _window: Any = field(default=None, init=False)
+    _on_skip: Callable[[Skipped], None] | None = field(default=None, init=False)
+    _skipped: dict[int, Skipped] = field(default_factory=dict, init=False)
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -517,7 +517,7 @@ def _volume(path: str, plane: str | None, volume: int | None, max_pixels: int) -
     notes = []
     if nifti.volumes > 1:
         notes.append(f"volume {volume or 0} of {nifti.volumes}, counted from 0")
-    return Series(
+    series = Series(
         identifier(path),
         0,
         "volume",
@@ -529,8 +529,9 @@ def _volume(path: str, plane: str | None, volume: int | None, max_pixels: int) -
         nifti.affine,
         np.arange(nifti.count),
         notes=notes,
-        _decode=lambda index, window: read_medical_image(nifti, index, window, max_pixels=max_pixels),
     )
+    series._decode = lambda index, window: read_medical_image(nifti, index, window, max_pixels=max_pixels)
+    return series
 
 
 def _picture(path: str, note: str, max_pixels: int) -> Series:
@@ -539,4 +540,6 @@ def _picture(path: str, note: str, max_pixels: int) -> Series:
         pixels = rgb.numpy() if rgb.dtype == torch.uint8 else (rgb / 255).numpy()
         return MedicalImage(np.ascontiguousarray(pixels), None, None, 0, 1)
 
-    return Series(identifier(path), 0, "image", None, [Source(path, 0)], notes=[note] if note else [], _decode=decode)
+    series = Series(identifier(path), 0, "image", None, [Source(path, 0)], notes=[note] if note else [])
+    series._decode = decode
+    return series
