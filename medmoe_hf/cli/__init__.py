@@ -12,7 +12,7 @@ import typer
 from medmoe_hf import __version__
 from medmoe_hf.cli import convert, data, evaluate
 from medmoe_hf.cli.errors import errors_of, is_main_process
-from medmoe_hf.cli.options import DEFAULT_MODEL, Force, Out, window_of
+from medmoe_hf.cli.options import DEFAULT_MODEL, Force, Out, shares, window_of
 from medmoe_hf.common.console import close_bars, set_up_logging
 from medmoe_hf.errors import ArgumentError, PathExistsError
 
@@ -181,6 +181,62 @@ def init(
             force=force,
         )
     typer.echo(f"{report}\nWrote {out}.")
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="Folder of a model and its processor; or a Hub id, with --out.")],
+    data: Annotated[Path, typer.Option("--data", help="YAML file with a list of sources that have labels.")],
+    task: Annotated[Path, typer.Option("--task", help="YAML file with a task, or a list of tasks.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to create; by default MODEL is written anew.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Use the rows with this value of the field `split`; never the test data.")
+    ] = None,
+    allow_test: Annotated[
+        bool, typer.Option("--allow-test", help="Accept a split or file that is called test or external.")
+    ] = False,
+    coverage: Annotated[float, typer.Option(help="Share of images whose prediction set holds their class.")] = 0.9,
+    sensitivity: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CLASS=SHARE", help="Wanted sensitivity of a class, such as pneumonia=0.95."),
+    ] = None,
+    prevalence: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CLASS=SHARE", help="Share of a class where the model will be used."),
+    ] = None,
+    resamples: Annotated[int, typer.Option(min=1, help="Number of bootstrap resamples.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of folds and bootstrap.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 32,
+    num_workers: Annotated[int, typer.Option(min=0, help="Number of processes that read.")] = 0,
+    max_bad_fraction: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of samples that may be unusable.")
+    ] = 0.05,
+    force: Force = False,
+) -> None:
+    """Fit probabilities, thresholds and prediction sets of tasks on labelled images, and store them in the model."""
+    from medmoe_hf.data.sources import load_sources
+    from medmoe_hf.evaluation.calibrate import calibrate as run
+    from medmoe_hf.evaluation.calibrate import read_task_file
+
+    with errors_of("calibrate"):
+        report = run(
+            model,
+            load_sources(data),
+            read_task_file(task),
+            out,
+            split=split,
+            allow_test=allow_test,
+            coverage=coverage,
+            sensitivity=shares(sensitivity or (), "--sensitivity"),
+            prevalence=shares(prevalence or (), "--prevalence"),
+            resamples=resamples,
+            seed=seed,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            max_bad_fraction=max_bad_fraction,
+            force=force,
+        )
+    typer.echo(str(report))
 
 
 @app.command()

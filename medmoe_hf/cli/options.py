@@ -1,5 +1,6 @@
 """Options that several commands have."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -26,3 +27,21 @@ def window_of(text: str | None) -> str | tuple[float, float] | list[str] | None:
         except ValueError:
             raise ArgumentError(f"--window {text}: expected a name, CENTRE,WIDTH, or three names.") from None
     return parts
+
+
+def shares(assignments: Sequence[str], option: str) -> dict[str, float]:
+    """Reads `CLASS=SHARE` options; a class may contain `=`.
+
+    Raises:
+        ArgumentError: For anything else.
+    """
+    found = {}
+    for text in assignments:
+        name, _, value = text.rpartition("=")
+        try:
+            found[name.strip()] = float(value)
+        except ValueError:
+            name = ""
+        if not name.strip():
+            raise ArgumentError(f'{option} "{text}": expected CLASS=SHARE, such as pneumonia=0.95.')
+    return found

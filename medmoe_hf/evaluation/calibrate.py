@@ -1,0 +1,441 @@
+"""Calibrates a checkpoint for tasks on labelled images, and writes its folder anew.
+
+The layer below, `medmoe_hf.evaluation.calibration`, fits; this one reads images, guards the test data, and writes.
+"""
+
+import logging
+import re
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+import medmoe_hf.model.tasks_medmoe as model_tasks
+from medmoe_hf.common.console import progress
+from medmoe_hf.common.files import atomic_dir, redact_paths
+from medmoe_hf.common.loading import explain_loading
+from medmoe_hf.common.yaml_files import explain, read_yaml
+from medmoe_hf.data.cells import cell_text
+from medmoe_hf.data.checkpoint_names import find_checkpoint
+from medmoe_hf.data.collate import ContrastiveCollator
+from medmoe_hf.data.stream import SampleStream
+from medmoe_hf.errors import ArgumentError, PathExistsError, SourceError
+from medmoe_hf.evaluation.calibration import fit_calibration
+from medmoe_hf.inference.batching import BATCH_SIZE, default_device
+from medmoe_hf.model import MedMoEModel, MedMoEProcessor, Task
+
+logger = logging.getLogger(__name__)
+
+_NEVER_FITTED = frozenset({"test", "testing", "external"})
+"""Words in the name of a split, or of a file, whose images are for measuring only."""
+
+
+def _listed(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
+def _as_cells(value: Any) -> list[str]:
+    return [cell_text(one) for one in _listed(value)]
+
+
+_Texts = Annotated[list[str], BeforeValidator(_listed), Field(min_length=1)]
+_Values = Annotated[list[str], BeforeValidator(_as_cells), Field(min_length=1)]
+
+
+class TaskFile(BaseModel):
+    """A task as a user writes it: a YAML or JSON file, or an entry of a list of them.
+
+    Attributes:
+        name: Name by which the task is chosen.
+        prompts: Class -> one or more sentences that describe it.
+        negative_prompts: Class -> sentences that describe its absence (multi-label only).
+        kind: `multi-class` (each image has one class) or `multi-label` (any number of them).
+        score: The similarity: `global`, `local` or `mean`.
+        modality: Name of the modality of the images.
+        title: What the task is, in words.
+        labels: Class -> the values of the data's `label` that mean it; by default the class's name. In a multi-label
+            task, several labels of an image are separated by `|`, `;` or `,`; an image with none of them has no class.
+        where: Field -> values: only rows with one of these values in each of the fields belong to the task.
+
+    Example:
+        >>> from medmoe_hf.evaluation.calibrate import TaskFile
+        >>> prompts = {"normal": "Clear lungs.", "effusion": ["A pleural effusion.", "Fluid in the chest."]}
+        >>> TaskFile(name="chest", prompts=prompts).task().classes
+        ['normal', 'effusion']
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(min_length=1)
+    prompts: dict[str, _Texts]
+    negative_prompts: dict[str, _Texts] = {}
+    kind: Literal["multi-class", "multi-label"] = "multi-class"
+    score: Literal["global", "local", "mean"] = "global"
+    modality: str | None = None
+    title: str = ""
+    labels: dict[str, _Values] = {}
+    where: dict[str, _Values] = {}
+
+    def task(self) -> Task:
+        """Returns the task without what concerns the data.
+
+        Raises:
+            ValueError: If its parts do not fit together.
+        """
+        unknown = [name for name in self.labels if name not in self.prompts]
+        if unknown:
+            raise ArgumentError(f'Task "{self.name}": `labels` has "{unknown[0]}", which is no class of `prompts`.')
+        kept = self.model_dump(exclude={"labels", "where"})
+        return Task(**kept)
+
+    def classes_of(self, label: Any) -> list[int] | None:
+        """Finds the classes of a label of the data.
+
+        Args:
+            label: The label, as a stream returns it.
+
+        Returns:
+            Indices of classes; None for an empty label, and in a multi-class task for one of no class.
+        """
+        text = _folded(label)
+        if not text:
+            return None
+        known = {
+            _folded(value): index for index, name in enumerate(self.prompts) for value in self.labels.get(name, [name])
+        }
+        if self.kind == "multi-class":
+            return [known[text]] if text in known else None
+        parts = [text] if text in known else [part.strip() for part in re.split(r"[|;,]", text)]
+        return sorted({known[part] for part in parts if part in known})
+
+
+def _folded(value: Any) -> str:
+    return " ".join(cell_text(value).split()).casefold()
+
+
+def read_task_file(path: str | Path) -> list[TaskFile]:
+    """Reads tasks that a user has written.
+
+    Args:
+        path: A YAML or JSON file with the keys of `TaskFile`, or a list of such entries.
+
+    Returns:
+        The tasks.
+
+    Raises:
+        ArgumentError: For a missing file, an unknown key, a repeated name, or a task that cannot be used.
+    """
+    content = read_yaml(path, ArgumentError)
+    entries = content if isinstance(content, list) else [content]
+    found = []
+    for entry in entries:
+        if not isinstance(entry, dict):
+            raise ArgumentError(f"{path} must hold a task, `name: ...` and `prompts: ...`, or a list of tasks.")
+        try:
+            found.append(TaskFile.model_validate(entry))
+            found[-1].task()
+        except ValidationError as error:
+            sections = {"": list(TaskFile.model_fields)}
+            raise ArgumentError(f"{path} cannot be used:\n{explain(error, sections)}") from error
+        except ArgumentError as error:
+            raise ArgumentError(f"{path}: {error}") from error
+    repeated = [name for name, count in Counter(one.name for one in found).items() if count > 1]
+    if repeated or not found:
+        raise ArgumentError(f"{path} has {'the task ' + repeated[0] + ' twice' if repeated else 'no task'}.")
+    return found
+
+
+@dataclass
+class CalibrationReport:
+    """What `calibrate` did.
+
+    Attributes:
+        tasks: The calibrated tasks.
+        folder: The folder that was written.
+        left_out: Task -> number of images of its sources without a class of the task.
+    """
+
+    tasks: list[Task]
+    folder: str
+    left_out: dict[str, int]
+
+    def __str__(self) -> str:
+        return "\n".join([*(_shown(task, self.left_out[task.name]) for task in self.tasks), f"Wrote {self.folder}."])
+
+
+def _shown(task: Task, left_out: int) -> str:
+    found = task.calibration
+    assert found is not None
+    data = found.fitted_on
+    subjects = "of unknown subjects" if data["subjects"] is None else f"of {data['subjects']} subjects"
+    lines = [
+        f"{task.name}: fitted on {data['cases']} images {subjects} ({data['data']}, split {data['split']})"
+        + (f"; {left_out} others have none of its classes." if left_out else "."),
+        f"  temperature {found.temperature:.3g}; sets {found.coverage:.0%}, "
+        + ("a quantile for each class" if found.conformal == "class-conditional" else "one quantile for all classes"),
+        "  on subjects that were left out of the fit, with 95 % intervals:",
+    ]
+    for name, (value, *ends) in found.measured.items():
+        interval = f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else " (no interval)"
+        lines.append(f"    {name:<32} {value:.3f}{interval}")
+    wide = [(name, ends) for name, (_, *ends) in found.measured.items() if ends and name.startswith("coverage")]
+    loose = [name for name, ends in wide if ends[1] - ends[0] > 0.15]
+    if loose:
+        lines.append(
+            f"  Uncertain: {', '.join(loose)} may be off by {max(ends[1] - ends[0] for _, ends in wide) / 2:.0%} or "
+            "more; calibrate on more subjects before you rely on it."
+        )
+    return "\n".join(lines)
+
+
+def calibrate(
+    model: str | Path,
+    sources: Sequence[Any],
+    tasks: Sequence[TaskFile],
+    out: str | Path | None = None,
+    *,
+    split: str | None = None,
+    allow_test: bool = False,
+    coverage: float = 0.9,
+    sensitivity: Mapping[str, float] | None = None,
+    prevalence: Mapping[str, float] | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+    batch_size: int = BATCH_SIZE,
+    num_workers: int = 0,
+    max_bad_fraction: float = 0.05,
+    force: bool = False,
+) -> CalibrationReport:
+    """Fits temperature, thresholds and prediction sets of tasks, and stores them in the folder of the model.
+
+    The folder is copied with a new `tasks.json`, and renamed once it is complete. Other tasks in it are kept.
+
+    Args:
+        model: Folder, Hub id, or `small`, the checkpoint of the package.
+        sources: Models of `medmoe_hf.data.sources`, with a `label` and, for honest intervals, a `subject`.
+        tasks: Tasks of `read_task_file`.
+        out: Folder to create; None replaces `model`, which must be a folder of yours.
+        split: Only rows with this value of the field `split` are used, whatever the sources say of that field; None
+            for the rows that the sources select.
+        allow_test: Whether a split or file called test or external may be used. It cannot be measured on afterwards.
+        coverage: Share of images whose set holds their class, of 0..1.
+        sensitivity: Class -> sensitivity that its threshold is chosen for (for tasks that have the class).
+        prevalence: Class -> share where the model will be used (for tasks that have these classes).
+        resamples: Number of bootstrap resamples for the intervals.
+        seed: Seed of folds and bootstrap.
+        batch_size: Images per batch.
+        num_workers: Processes that read and decode.
+        max_bad_fraction: Share of faulty samples, of 0..1, above which nothing is written.
+        force: Whether an existing `out` is replaced.
+
+    Returns:
+        What was fitted, and how sure it is.
+
+    Raises:
+        ArgumentError: For a split that is for testing, too few subjects or cases, or an argument that does not fit.
+        SourceError: For sources without labels or rows.
+        FileExistsError: If `out` exists and `force` is False.
+
+    Example:
+        ```python
+        from medmoe_hf.data.sources import load_sources
+        from medmoe_hf.evaluation.calibrate import calibrate, read_task_file
+
+        report = calibrate("scratch/model", load_sources("sources.yaml"), read_task_file("chest.yaml"), split="val")
+        print(report)
+        ```
+    """
+    folder = find_checkpoint(model)
+    target = Path(folder if out is None else out)
+    if out is None and (not Path(folder).is_dir() or folder != str(model)):
+        raise ArgumentError(
+            f"{model} is no folder of yours, so that its calibrated copy needs another place: name OUT."
+        )
+    if out is not None and target.exists() and not force:
+        raise PathExistsError(f"{target} exists already; choose another folder, or replace it with --force.")
+    for what, named in (("sensitivity", sensitivity), ("prevalence", prevalence)):
+        unknown = [name for name in named or {} if not any(name in task.prompts for task in tasks)]
+        if unknown:
+            raise ArgumentError(f'`{what}`: "{unknown[0]}" is no class of {", ".join(task.name for task in tasks)}.')
+    chosen = [_selected(sources, task.where, split) for task in tasks]
+    streams = {}
+    for task, own in zip(tasks, chosen, strict=True):
+        streams[task.name] = _open(own, task.name, num_workers, max_bad_fraction)
+    splits = {name: _split_of(stream, allow_test) for name, stream in streams.items()}
+    with explain_loading(model):
+        loaded: Any = MedMoEModel.from_pretrained(folder, dtype=torch.float32).eval().to(default_device(None))
+        processor: Any = MedMoEProcessor.from_pretrained(folder)
+    fitted, left_out = [], {}
+    for wanted in tasks:
+        task = processor.tokenize_task(wanted.task())
+        stream = streams[wanted.name]
+        scores, labels, subjects, left_out[task.name] = _score(loaded, processor, wanted, task, stream, batch_size)
+        fitted.append(
+            fit_calibration(
+                task,
+                scores,
+                labels,
+                subjects,
+                coverage=coverage,
+                sensitivity={name: value for name, value in (sensitivity or {}).items() if name in task.prompts},
+                prevalence=_of_task(task, prevalence or {}),
+                fitted_on={
+                    "data": ", ".join(_data_name(name) for name in stream.names),
+                    "split": splits[wanted.name],
+                    # Whole dates look like those of patients, which are not published.
+                    "date": datetime.now(timezone.utc).strftime("%Y-%m"),
+                },
+                resamples=resamples,
+                seed=seed,
+            )
+        )
+    if not Path(folder).is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = snapshot_download(folder)
+    _write(Path(folder), target, {**loaded.tasks, **{task.name: task for task in fitted}})
+    return CalibrationReport(fitted, str(target), left_out)
+
+
+def _selected(sources: Sequence[Any], where: Mapping[str, list[str]], split: str | None) -> list[Any]:
+    """The sources with the rows of a task and a split."""
+    found = []
+    for source in sources:
+        wanted = dict(source.where or {})
+        for name, values in where.items():
+            wanted[name] = [one for one in wanted.get(name, values) if one in values]
+            if not wanted[name]:
+                raise SourceError(
+                    f"`where` of the task and of {source.name or source.kind} exclude each other: {name}."
+                )
+        if split is not None:
+            wanted["split"] = [split]
+        found.append(source.model_copy(update={"where": wanted or None}))
+    return found
+
+
+def _open(sources: Sequence[Any], task: str, num_workers: int, max_bad_fraction: float) -> SampleStream:
+    for source in sources:
+        if source.kind == "phantom" and source.length is None:
+            raise SourceError("An endless phantom source cannot be calibrated on; set its `length`.")
+    try:
+        return SampleStream(
+            sources,
+            shuffle=False,
+            fixed_captions=True,
+            num_workers=num_workers,
+            max_bad_fraction=max_bad_fraction,
+            part=f"images of {task}",
+        )
+    except SourceError as error:
+        raise SourceError(f'Task "{task}": {error}') from error
+
+
+def _split_of(stream: SampleStream, allow_test: bool) -> str:
+    """Names the split of a stream's rows.
+
+    Raises:
+        ArgumentError: If its name says that it is for measuring.
+    """
+    names: Counter[str] = Counter()
+    places = []
+    for index, (source, shards) in enumerate(zip(stream.sources, stream.shards, strict=True)):
+        if source.kind in ("hub", "saved"):
+            names[source.split] += 1
+        places += [Path(part).name for part in getattr(source, "files", [getattr(source, "path", "")])]
+        if source.kind == "phantom":
+            continue
+        for number, shard in enumerate(shards):
+            rows = list(stream.known_rows.rows(index, number))
+            names.update(cell_text(row.get("split")) for row in shard.peek(rows, {"split"}))
+    names.pop("", None)
+    for what, named in (("split", sorted(names)), ("file or folder", places)):
+        measured = [name for name in named if _NEVER_FITTED & set(re.split(r"[\W\d_]+", name.lower()))]
+        if measured and not allow_test:
+            raise ArgumentError(
+                f'The {what} is called "{measured[0]}": what is fitted on test data cannot be measured on it. Choose '
+                "another with --split; --allow-test if it is not what its name says."
+            )
+    if any(set(re.split(r"[\W\d_]+", name.lower())) & {"train", "training"} for name in names):
+        logger.warning("The model is too sure of images that it was trained on: calibrate on others than `train`.")
+    return ", ".join(sorted(names)) or "not stated"
+
+
+def _score(
+    model: Any, processor: Any, wanted: TaskFile, task: Task, stream: SampleStream, batch_size: int
+) -> tuple[np.ndarray, np.ndarray, list[str] | None, int]:
+    """Scores and labels of the images that have a class, their subjects (None if one is unknown), and the others."""
+    collator = ContrastiveCollator(processor)
+    stream.prepare = collator.prepare  # without `draft`: JPEGs are decoded as they will be when the model is used
+    scores: list[torch.Tensor] = []
+    labels: list[Any] = []
+    subjects: list[Any] = []
+    left_out, seen = 0, Counter[str]()
+    waiting: list[Any] = []
+
+    def finish() -> None:
+        pixels = torch.from_numpy(np.stack(waiting)).to(model.device)
+        batch = collator.normalize({"pixel_values": pixels})["pixel_values"].float()
+        # The scores do not depend on a calibration.
+        scores.append(model.classify(batch, task).scores.cpu())
+        waiting.clear()
+
+    for sample in progress(stream, f"images of {task.name}", unit="image"):
+        found = wanted.classes_of(sample["label"])
+        if found is None:
+            left_out += 1
+            seen[str(sample["label"])] += 1
+            continue
+        row = np.zeros(len(task.classes), dtype=np.int64)
+        row[found] = 1
+        labels.append(row if task.kind == "multi-label" else found[0])
+        subjects.append(sample["subject"])
+        waiting.append(sample["image"])
+        if len(waiting) == batch_size:
+            finish()
+    if waiting:
+        finish()
+    if not labels:
+        some = ", ".join(name for name, _ in seen.most_common(8))
+        raise SourceError(
+            f'Task "{task.name}": no image has one of the classes {", ".join(task.classes)}. The labels are: '
+            f"{some or 'none'}. Say which of them mean a class by `labels` in the task's file, and which field they "
+            "are in by `label` in the sources."
+        )
+    known = None if any(one is None for one in subjects) else subjects
+    if known is None:
+        logger.warning("%s: some images have no subject, so that each counts as one of its own.", task.name)
+    return torch.cat(scores).double().numpy(), np.array(labels, dtype=np.int64), known, left_out
+
+
+def _of_task(task: Task, prevalence: Mapping[str, float]) -> dict[str, float]:
+    """The prevalences of a task's classes; the one that is missing in a multi-class task is what is left."""
+    own = {name: value for name, value in prevalence.items() if name in task.prompts}
+    missing = [name for name in task.classes if name not in own]
+    if own and len(missing) == 1 and task.kind == "multi-class":
+        own[missing[0]] = 1 - sum(own.values())
+    if own and set(own) != set(task.prompts):
+        raise ArgumentError(f'Task "{task.name}": the prevalence of {", ".join(missing)} is missing.')
+    return own
+
+
+def _data_name(name: str) -> str:
+    return str(redact_paths(Path(name).name if "/" in name and "*" not in name else name))
+
+
+def _write(folder: Path, target: Path, tasks: Mapping[str, Task]) -> None:
+    code = Path(model_tasks.__file__)
+    with atomic_dir(target, force=True) as partial:
+        shutil.copytree(folder, partial, dirs_exist_ok=True, symlinks=folder == target)
+        if not (partial / code.name).is_file():
+            # Saved by a version whose models had no tasks: its code cannot read them.
+            for path in code.parent.glob("*_medmoe.py"):
+                shutil.copyfile(path, partial / path.name)
+        model_tasks.write_tasks(partial / model_tasks.TASKS_FILE, tasks)
