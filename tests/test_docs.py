@@ -24,6 +24,7 @@ from medmoe_hf.cli import app
 from medmoe_hf.data import phantom_sample, write_webdataset, zero_shot_prompts
 from medmoe_hf.data.phantom import FINDINGS
 from medmoe_hf.data.sources import load_sources
+from medmoe_hf.evaluation.calibrate import read_task_file
 from medmoe_hf.evaluation.recipes import load_recipe
 from medmoe_hf.inference.studies.tasks import read_task
 from medmoe_hf.training import TrainConfig
@@ -245,6 +246,8 @@ def test_yaml_is_what_the_package_reads(piece, tmp_path, monkeypatch):
     elif "prompts" in content:
         Path("this.yaml").write_text(piece.text)
         assert list(read_task("this.yaml").prompts) == list(content["prompts"])
+        if "name" in content:
+            assert read_task_file("this.yaml")[0].name == content["name"]
     elif part:
         TrainConfig.from_dict({**yaml.safe_load(Path(part[1]).read_text()), **content})
     else:
@@ -352,6 +355,7 @@ ELSEWHERE = {
     ("convert", "medclip"): ("tests/hub/test_convert.py", '"convert", "medclip"'),
     ("init",): ("tests/test_cli.py", '"init"'),
     ("predict",): ("tests/inference/test_study_predictor.py", '["predict", '),
+    ("calibrate",): ("tests/evaluation/test_calibrate.py", '"calibrate"'),
     ("shrink",): ("tests/hub/test_half_precision.py", '"shrink"'),
     ("demo",): ("tests/browser/test_demo.py", '"medmoe_hf.cli", "demo"'),
     ("export",): ("noxfile.py", '"medmoe", "export"'),

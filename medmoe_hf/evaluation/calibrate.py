@@ -255,9 +255,7 @@ def calibrate(
     folder = find_checkpoint(model)
     target = Path(folder if out is None else out)
     if out is None and (not Path(folder).is_dir() or folder != str(model)):
-        raise ArgumentError(
-            f"{model} is no folder of yours, so that its calibrated copy needs another place: name OUT."
-        )
+        raise ArgumentError(f"{model} is no folder of yours: name a new one for the calibrated copy by --out.")
     if out is not None and target.exists() and not force:
         raise PathExistsError(f"{target} exists already; choose another folder, or replace it with --force.")
     for what, named in (("sensitivity", sensitivity), ("prevalence", prevalence)):
