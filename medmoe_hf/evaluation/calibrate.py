@@ -22,7 +22,7 @@ from medmoe_hf.common.console import progress
 from medmoe_hf.common.files import atomic_dir, redact_paths
 from medmoe_hf.common.loading import explain_loading
 from medmoe_hf.common.yaml_files import explain, read_yaml
-from medmoe_hf.data.cells import cell_text
+from medmoe_hf.data.cells import cell_text, matches
 from medmoe_hf.data.checkpoint_names import find_checkpoint
 from medmoe_hf.data.collate import ContrastiveCollator
 from medmoe_hf.data.stream import SampleStream
@@ -308,11 +308,9 @@ def _selected(sources: Sequence[Any], where: Mapping[str, list[str]], split: str
     for source in sources:
         wanted = dict(source.where or {})
         for name, values in where.items():
-            wanted[name] = [one for one in wanted.get(name, values) if one in values]
+            wanted[name] = [one for one in values if name not in wanted or matches(one, wanted[name])]
             if not wanted[name]:
-                raise SourceError(
-                    f"`where` of the task and of {source.name or source.kind} exclude each other: {name}."
-                )
+                raise SourceError(f"`where` of the task leaves none of {source.name or source.kind}, by `{name}`.")
         if split is not None:
             wanted["split"] = [split]
         found.append(source.model_copy(update={"where": wanted or None}))

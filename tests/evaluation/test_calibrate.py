@@ -141,6 +141,9 @@ def test_what_is_wrong_is_said(place, tmp_path):
     refused({"prompt": {}}, "prompt.*prompts")
     refused({"kind": "multi"}, "kind")
     refused({}, '"grey" is no class', sensitivity={"grey": 0.9})
+    sources = [sources[0].model_copy(update={"where": {"site": ["[12]"]}})]
+    refused({"where": {"site": [0, 3]}}, "`where` of the task leaves none of scans, by `site`")
+    refused({"where": {"site": [0, 1]}}, "too few subjects")  # site 1 alone has one kind
     (tmp_path / "there").mkdir()
     with pytest.raises(FileExistsError, match="there exists already"):
         calibrate(place / "model", sources, read_task_file(place / "task.yaml"), tmp_path / "there")
