@@ -10,6 +10,8 @@ _HF_HOME = tempfile.TemporaryDirectory(prefix="medmoe_hf_home_")
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HOME=_HF_HOME.name)
 # A stream counts whatever its readers raise; here an exception that none of them expects is raised.
 os.environ["MEDMOE_STRICT_READERS"] = "1"
+# Triton reads it once: kernels run on the CPU.
+os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

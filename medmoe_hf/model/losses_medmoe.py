@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .local_loss_kernel_medmoe import fused_gloria_logits, uses_kernel
 from .modalities_medmoe import UNKNOWN_MODALITY
 from .word_regions_medmoe import device_type, gloria_logits, token_cosines, token_logits
 
@@ -236,7 +237,9 @@ def local_logits(config: Any, local_embeds: Tensor, word_embeds: Tensor, word_ma
     if config.local_loss == "gloria":
         temp1 = region_temperature(config, local_embeds.shape[2] * local_embeds.shape[3])
         dtype = getattr(torch, config.local_loss_matmul_dtype)
-        return gloria_logits(local_embeds, word_embeds, word_mask, temp1, config.temp2, config.temp3, dtype)
+        fused = uses_kernel(local_embeds, word_mask, temp1, dtype)
+        logits = fused_gloria_logits if fused else gloria_logits
+        return logits(local_embeds, word_embeds, word_mask, temp1, config.temp2, config.temp3, dtype)
     return token_logits(local_embeds, word_embeds, word_mask, config.temp3)
 
 

@@ -36,6 +36,8 @@ FILES = {f"{name}_medmoe.py" for name in ("configuration", "modeling", "losses",
     "modalities_medmoe.py",
     "presets_medmoe.py",
     "word_regions_medmoe.py",
+    "local_loss_kernel_medmoe.py",
+    "local_loss_triton_medmoe.py",
     "saving_medmoe.py",
     "tasks_medmoe.py",
 }
