@@ -364,8 +364,8 @@ def predict(
         bool, typer.Option("--trust-header", help="Select the expert by the header's modality, not by the router.")
     ] = False,
     pooling: Annotated[
-        Literal["top-k", "mean", "attention"], typer.Option(help="How scores of slices are pooled.")
-    ] = "top-k",
+        Literal["attention", "top-k", "mean"], typer.Option(help="How scores of slices are pooled.")
+    ] = "attention",
     plane: Annotated[
         Literal["axial", "coronal", "sagittal"] | None, typer.Option(help="Plane of the slices of NIfTI volumes.")
     ] = None,
@@ -377,12 +377,20 @@ def predict(
     keep_identifiers: Annotated[
         bool, typer.Option("--keep-identifiers", help="Write UIDs and names of files. They may identify a person.")
     ] = False,
+    dicom: Annotated[
+        bool,
+        typer.Option("--dicom", help="Also write Secondary Captures and Structured Reports; with --keep-identifiers."),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder of --out if it exists.")] = False,
 ) -> None:
     """Predict whole studies: routing, labels, key slices and heat-maps. Prints a table; --out writes a report."""
     with errors_of("predict"):
         if out is not None and out.exists() and not force:
             raise PathExistsError(f"{out} exists already; choose another folder by --out, or replace it by --force.")
+        if dicom and not (out and keep_identifiers):
+            raise ArgumentError(
+                "--dicom needs --out and --keep-identifiers: the files name the patient of the images."
+            )
         from medmoe_hf.inference.studies import predict as run
         from medmoe_hf.inference.studies import summary, write_predictions
 
@@ -400,7 +408,7 @@ def predict(
         )
         typer.echo(summary(studies))
         if out is not None:
-            files = write_predictions(studies, out, keep_identifiers=keep_identifiers, force=force)
+            files = write_predictions(studies, out, keep_identifiers=keep_identifiers, dicom=dicom, force=force)
             typer.echo(f"Wrote {out}: {', '.join(path.name for path in files)}.")
 
 

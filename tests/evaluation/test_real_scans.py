@@ -29,7 +29,7 @@ from medmoe_hf.training import TrainConfig
 FOLDER = Path(__file__).parents[2] / "examples" / "experiments" / "real"
 NAMES = (
     "manifest", "tasks", "clean_encode", "encode", "evaluate", "check", "report", "card", "trainings", "leave_one_out",
-    "twins", "figures",
+    "twins", "figures", "pooling",
 )  # fmt: skip
 
 # The scripts import each other by name; other modules of these names must not be hidden from other tests.
@@ -661,3 +661,17 @@ def test_evaluation_in_a_clean_process(data, model, tmp_path, capsys):
         assert zero_shot.metrics[name].value == pytest.approx(interval_.value, abs=1e-4), name
     scripts["evaluate"].main([*arguments[:5], "external", *arguments[6:], "--no-probes"])
     assert "measured once" in capsys.readouterr().err
+
+
+def test_series_that_are_composed_of_slices():
+    module = scripts["pooling"]
+    scores, positive = np.array([0.1, 0.4, 0.4, 0.8]), np.array([False, True, False, True])
+    assert module.auroc(scores, positive) == (1 + 0.5 + 1 + 1) / 4
+    # A tumour's slice is as sure of it as the others are of nothing: one of 40 is lost in a mean.
+    labels = np.repeat([0, 2], 30)
+    logits = np.random.default_rng(0).normal(size=(60, 3)) + 6 * np.eye(3)[labels]
+    subjects = np.array([f"s{index // 3}" for index in range(60)])
+    found = module.composed(logits, labels, subjects, size=40, tumours=1)
+    assert found["attention"] > 0.95 > found["mean"]
+    assert found["middle slice"] < 0.6
+    assert module.composed(logits, labels, subjects, size=40, tumours=40)["mean"] == 1

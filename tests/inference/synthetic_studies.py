@@ -65,7 +65,9 @@ def synthetic_series(number=1, count=40, kind="slices", size=(48, 64), unreadabl
         labels=sorted(labels, key=lambda label: -label.probability),
         texts=[found] if text else [],
         uid="1.2.3.999",
-        sources={20: {"file": f"{FOLDER}/{NAME}.dcm", "frame": 0, "sop_instance_uid": "1.2.3.4"}},
+        sources={
+            20: {"file": f"{FOLDER}/{NAME}.dcm", "frame": 0, "sop_instance_uid": "1.2.3.4" if kind == "slices" else ""}
+        },
         notes=["2 slices are missing behind slice 10."],
         affine=affine,
         task=task,

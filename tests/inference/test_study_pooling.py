@@ -50,7 +50,7 @@ def test_pooling_leaves_out_unreadable_slices_and_ignores_the_order(pooling):
 
 
 def test_unknown_pooling_is_named():
-    with pytest.raises(ArgumentError, match='no pooling "max"; known: top-k, mean, attention'):
+    with pytest.raises(ArgumentError, match='no pooling "max"; known: attention, top-k, mean'):
         pool_slices(SCORES, "max")
 
 

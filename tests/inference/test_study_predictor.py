@@ -264,6 +264,7 @@ def test_models_without_experts_are_refused(tmp_path):
         (["{ct}/missing"], "missing"),
         (["{ct}", "--window", "a,b"], "--window a,b: expected a name, CENTRE,WIDTH, or three names"),
         (["{empty}"], "there is no image in"),
+        (["{ct}", "--dicom"], "--dicom needs --out and --keep-identifiers"),
         (["{ct}", "--out", "{empty}"], "exists already; choose another folder by --out, or replace it by --force"),
     ],
 )

@@ -5,6 +5,7 @@ from medmoe_hf.common.lazy import lazy_attributes
 __getattr__, __all__ = lazy_attributes(
     __name__,
     {
+        "medmoe_hf.inference.studies.dicom_out": ["write_dicom"],
         "medmoe_hf.inference.studies.outputs": ["summary", "write_heatmap", "write_predictions"],
         "medmoe_hf.inference.studies.predictions": [
             "LabelPrediction",

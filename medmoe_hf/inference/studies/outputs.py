@@ -14,6 +14,7 @@ from PIL import Image
 from medmoe_hf.common.console import text_table
 from medmoe_hf.common.files import atomic_dir
 from medmoe_hf.errors import ArgumentError
+from medmoe_hf.inference.studies.dicom_out import has_dicom, write_dicom
 from medmoe_hf.inference.studies.predictions import (
     CSV_COLUMNS,
     SeriesPrediction,
@@ -31,7 +32,12 @@ _REASONS_SHOWN = 5
 
 
 def write_predictions(
-    studies: Sequence[StudyPrediction], out: str | Path, *, keep_identifiers: bool = False, force: bool = False
+    studies: Sequence[StudyPrediction],
+    out: str | Path,
+    *,
+    keep_identifiers: bool = False,
+    dicom: bool = False,
+    force: bool = False,
 ) -> list[Path]:
     """Writes a folder with prediction.json, prediction.csv and report.html, and heat-maps of texts as NIfTI.
 
@@ -43,12 +49,14 @@ def write_predictions(
         studies: What `predict` returned. Their files are read again, for pictures and heat-maps.
         out: Folder to create.
         keep_identifiers: Also write UIDs and names of files.
+        dicom: Also write what `write_dicom` does, for studies that were read from DICOM and have labels.
         force: Replace `out` if it exists.
 
     Returns:
         The files.
 
     Raises:
+        ArgumentError: For `dicom` without `keep_identifiers`, or where nothing was read from DICOM.
         PathExistsError: If `out` exists and `force` is False.
 
     Example:
@@ -57,6 +65,8 @@ def write_predictions(
         print(write_predictions(studies, "prediction"))
         ```
     """
+    if dicom and not keep_identifiers:
+        raise ArgumentError("DICOM output names the patient of the images: pass `keep_identifiers=True` as well.")
     out = Path(out)
     with atomic_dir(out, force) as folder:
         content = predictions_dict(studies, keep_identifiers)
@@ -73,6 +83,10 @@ def write_predictions(
                     if series.affine is not None:
                         name = f"study-{study.number}-series-{series.number}-text-{number}.nii.gz"
                         write_heatmap(series, one.text, folder / name)
+        if dicom:
+            found = [write_dicom(study, folder) for study in studies if has_dicom(study)]
+            if not found:
+                raise ArgumentError("Nothing was read from DICOM, so there are no DICOM files to write.")
         names = sorted(path.name for path in folder.iterdir())
     return [out / name for name in names]
 

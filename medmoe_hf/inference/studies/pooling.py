@@ -11,8 +11,11 @@ import numpy as np
 from medmoe_hf.errors import ArgumentError
 
 Pooling = Literal["mean", "top-k", "attention"]
-POOLINGS: tuple[Pooling, ...] = ("top-k", "mean", "attention")
-"""How scores of slices become one of the series; the first one is the default."""
+POOLINGS: tuple[Pooling, ...] = ("attention", "top-k", "mean")
+"""How scores of slices become one of the series; the first one is the default, because it notices single slices best.
+
+`examples/experiments/real/pooling.py` measures it; docs/pages/studies.md has the numbers.
+"""
 
 TOP_SHARE = 0.1
 """Share of the slices that `top-k` averages, at least one."""
@@ -33,8 +36,8 @@ def pool_slices(scores: np.ndarray, pooling: Pooling) -> np.ndarray:
 
     Args:
         scores: (N, C); rows with NaN are left out, and at least one has none.
-        pooling: `mean`; `top-k`, the mean of a label's highest tenth (at least one slice), for findings that few
-            slices show; or `attention`, the mean weighted by a softmax of the label's scores.
+        pooling: `attention`, the mean weighted by a softmax of the label's scores; `top-k`, the mean of its highest
+            tenth, at least one slice; or `mean`.
 
     Returns:
         (C,) float64.

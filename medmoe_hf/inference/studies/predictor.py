@@ -398,7 +398,7 @@ def predict(
             file may hold `prompts` and `negative_prompts`, as an evaluation recipe does.
         text: A phrase to look for in all slices, or several.
         trust_header: Whether the modality in a header selects the expert, whatever the router votes for.
-        pooling: `top-k`, `mean` or `attention`, see `pool_slices`.
+        pooling: `attention`, `top-k` or `mean`, see `pool_slices`.
         plane: Plane of the slices of a NIfTI volume: `axial` (default), `coronal` or `sagittal`.
         window: Window of CT and NIfTI by name (`lung`), as (centre, width), or three of these for three channels.
         batch_size: Slices per batch.
