@@ -58,6 +58,8 @@ def test_capture_shows_the_key_slice_with_its_heatmap(study, tmp_path):
     assert dataset.SeriesInstanceUID != "1.2.3.4"
     assert dataset.SourceImageSequence[0].ReferencedSOPInstanceUID == f"1.2.3.4.{index + 1}"
     assert "not a medical device" in dataset.ImageComments
+    # Columns go to x, the patient's right, and rows to -y, the back.
+    assert list(dataset.PatientOrientation) == ["R", "P"]
     colours = heat_colours(blob(index, 8))
     share = np.round(0.5 * colours[..., 3:].astype(float)) / 255
     expected = (1 - share) * series.picture(index) + share * colours[..., :3]

@@ -99,6 +99,18 @@ def overlaid(series: SeriesPrediction, label: LabelPrediction) -> np.ndarray:
     return np.asarray(picture)
 
 
+def directions(affine: np.ndarray | None) -> tuple[str, str] | None:
+    """Returns DICOM's PatientOrientation: to where columns and rows increase, by their main direction."""
+    if affine is None:
+        return None
+    letters = ("L", "R"), ("P", "A"), ("F", "H")
+    found = []
+    for axis in (1, 0):
+        main = int(np.abs(affine[:3, axis]).argmax())
+        found.append(letters[main][int(affine[main, axis] > 0)])
+    return found[0], found[1]
+
+
 def _capture(series: SeriesPrediction, model: str) -> Any:
     import highdicom as hd
 
@@ -116,8 +128,10 @@ def _capture(series: SeriesPrediction, model: str) -> Any:
         sop_instance_uid=hd.UID(),
         instance_number=1,
         manufacturer=about["manufacturer"],
-        patient_orientation=("L", "P"),
+        patient_orientation=directions(series.affine) or ("L", "P"),
     )
+    if series.affine is None:
+        image.PatientOrientation = None  # required by the function above; unknown for slices without a place
     image.ManufacturerModelName = about["manufacturer_model_name"]
     image.SoftwareVersions = about["software_versions"]
     image.SeriesDescription = "MedMoE heat-map, research only"

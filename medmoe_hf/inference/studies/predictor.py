@@ -138,7 +138,8 @@ class StudyPredictor:
             raise EncoderError(f"{model} is not a MedMoE: studies need its router and its heat-maps.")
         self.encoder, self.batch_size = encoder, batch_size
         # The last part of a folder only: what precedes it may name a person.
-        self.name = Path(encoder.name).name if Path(str(model)).exists() else encoder.name
+        local = Path(encoder.model.name_or_path).exists()
+        self.name = Path(encoder.name).name if local else encoder.name
         self._vision = encoder.model.vision_model
         self._text_embeds: dict[tuple[str, ...], Tensor] = {}
 
