@@ -204,6 +204,9 @@ def test_heatmaps_are_those_of_the_model(predictor, tmp_path, phrase):
         reference=processor(text=reference, return_tensors="pt"),
     )
     expected = processor.post_process_grounding(grounding, target_sizes=[SIZE], sigma=1.5)[0].mean(dim=0)
+    cosines = series.texts[0].slice_scores
+    weights = np.exp(predictor.encoder.logit_scale * cosines)
+    assert series.texts[0].score == pytest.approx((weights * cosines).sum() / weights.sum(), abs=1e-9)
     assert found[0] == 3
     np.testing.assert_allclose(found[1], expected.detach().numpy(), atol=1e-4)
     assert series.picture(3).shape == (*SIZE, 3)

@@ -27,7 +27,7 @@ from medmoe_hf.inference.studies.report import percent, report_html, series_titl
 
 _MAP_SIDE = 64  # sides at which maps are kept until their range is known; models have 20 to 56 cells
 _INT16 = 4  # NIfTI's code
-_STEPS = 32767
+_STEPS = 2000  # of the greatest value; finer ones would only make the file larger
 _REASONS_SHOWN = 5
 
 

@@ -230,7 +230,9 @@ class StudyPredictor:
         texts = []
         for text in question.texts:
             cosines = (embeds @ self._texts((text,))[0]).numpy().astype(np.float64)
-            pooled = float(pool_slices(cosines[:, None], question.pooling)[0])
+            # Pooled on the scale of labels: attention would hardly distinguish cosines.
+            scale = float(self.encoder.logit_scale)
+            pooled = float(pool_slices(scale * cosines[:, None], question.pooling)[0]) / scale
             texts.append(TextPrediction(text, pooled, key_slices(cosines), cosines))
         shown = SeriesPictures(self.encoder, series, modality, task, self.batch_size)
         asked: list[LabelPrediction | TextPrediction] = [*labels, *texts]
