@@ -18,15 +18,16 @@ from medmoe_hf.evaluation.intervals import Interval, bootstrap
 from medmoe_hf.evaluation.metrics import calibration as measure_calibration
 from medmoe_hf.model.tasks_medmoe import Calibration, Task
 
+FOLDS = 5
+"""Parts of the cross-validation. Each class needs as many subjects, or else a part lacks it."""
+
 MINIMUM = 10
-"""Subjects (cases, where subjects are unknown) that each class needs: of fewer, the folds of the cross-validation lack
-a class, and the 90 % quantile of nine is their largest."""
+"""Cases that each class needs: the 90 % quantile of nine is their largest."""
 
 CLASS_CONDITIONAL = 30
 """Subjects that each class needs for a quantile of its own: the coverage for new images then has a standard deviation
 of at most sqrt(0.9 * 0.1 / 30) = 5.5 %."""
 
-FOLDS = 5
 _EDGE = 1e-6  # thresholds stay inside of 0..1, and quantiles above the rounding of float32
 
 
@@ -63,8 +64,8 @@ def fit_calibration(
 ) -> Task:
     """Fits a calibration to the scores of labelled images.
 
-    Temperature and biases maximise the likelihood, with Platt's targets (a class of N images has the target
-    (N + 1) / (N + C) instead of 1), which keep them finite where classes are separated. Thresholds maximise Youden's
+    Temperature and biases maximise the likelihood, with Platt's targets (a class of n images has the target
+    (n + 1) / (n + 2) instead of 1), which keep them finite where classes are separated. Thresholds maximise Youden's
     index, sensitivity + specificity - 1, of a class against the others; or have a wanted sensitivity. Prediction sets
     are those of split conformal prediction with the score `1 - probability`, from the probabilities that the
     cross-validation gave: the quantile is the ceil((n + 1) * coverage)-th smallest.
@@ -117,7 +118,7 @@ def fit_calibration(
         raise ArgumentError(f"There are {len(table)} images but {len(groups)} subjects.")
     table, truth, groups = table[known], truth[known], groups[known]
     unit = "cases" if subjects is None else "subjects"
-    units = _refuse_too_few(task, truth, groups, unit)
+    units = _refuse_too_few(task, truth, groups, subjects is not None)
     settings = _Settings(
         multi_label,
         coverage,
@@ -165,24 +166,29 @@ def fit_calibration(
 # What is needed
 
 
-def _refuse_too_few(task: Task, truth: np.ndarray, groups: np.ndarray, unit: str) -> dict[str, int]:
-    """Returns the number of subjects of each class.
+def _refuse_too_few(task: Task, truth: np.ndarray, groups: np.ndarray, known: bool) -> dict[str, int]:
+    """Returns the number of subjects (cases, where subjects are not known) of each class.
 
     Raises:
-        ArgumentError: If there are too few.
+        ArgumentError: If a class has too few subjects or cases.
     """
     found, lacking = {}, []
     for index, name in enumerate(task.classes):
-        present = (truth[:, index] if truth.ndim == 2 else truth == index) == 1
+        present = truth[:, index] == 1 if truth.ndim == 2 else truth == index
         found[name] = len(set(groups[present]))
-        counts = [(f'"{name}"', found[name])]
+        counts = [(f'"{name}"', present)]
         if truth.ndim == 2:
-            counts.append((f'the absence of "{name}"', len(set(groups[truth[:, index] == 0]))))
-        lacking += [f"{what} has {count}, {MINIMUM - count} more" for what, count in counts if count < MINIMUM]
+            counts.append((f'the absence of "{name}"', truth[:, index] == 0))
+        for what, rows in counts:
+            cases, subjects = int(rows.sum()), len(set(groups[rows]))
+            if cases < MINIMUM:
+                lacking.append(f"{what} has {cases} cases, {MINIMUM - cases} more")
+            elif subjects < FOLDS:
+                lacking.append(f"{what} has {subjects} subjects, {FOLDS - subjects} more")
     if lacking:
+        needed = f"{MINIMUM} cases{f' of {FOLDS} subjects' if known else ''}"
         raise ArgumentError(
-            f'Task "{task.name}": too few {unit} to calibrate on. Each class needs {MINIMUM} or more: '
-            f"{'; '.join(lacking)}."
+            f'Task "{task.name}": too little to calibrate on. Each class needs {needed} or more: {"; ".join(lacking)}.'
         )
     return found
 
@@ -260,7 +266,7 @@ def fit_scale(scores: np.ndarray, labels: np.ndarray, smooth: bool = True) -> tu
             targets = np.where(present, high, low)
         else:
             sizes = present.sum(axis=0)[labels][:, None]
-            targets = np.where(present, (sizes + 1) / (sizes + count), 1 / (sizes + count))
+            targets = np.where(present, (sizes + 1) / (sizes + 2), 1 / ((sizes + 2) * (count - 1)))
     # Only differences count: between classes of a row for a softmax, between rows for a sigmoid.
     centre = (
         np.array([scores[known[:, column], column].mean() for column in range(count)])
