@@ -221,7 +221,7 @@ CONFIGS = [
     triton.Config({"BLOCK_M": 64, "BLOCK_D": 64}, num_warps=4, num_stages=3),
     triton.Config({"BLOCK_M": 64, "BLOCK_D": 64}, num_warps=8, num_stages=4),
     triton.Config({"BLOCK_M": 128, "BLOCK_D": 32}, num_warps=8, num_stages=4),
-    triton.Config({"BLOCK_M": 64, "BLOCK_D": 32}, num_warps=4, num_stages=2),
+    triton.Config({"BLOCK_M": 64, "BLOCK_D": 32}, num_warps=8, num_stages=3),
     triton.Config({"BLOCK_M": 32, "BLOCK_D": 16}, num_warps=4, num_stages=2),
 ]
 
@@ -240,6 +240,6 @@ KERNELS = {
 }
 TUNED = {} if INTERPRETED else {"weights": _tuned(weights_kernel), "slopes": _tuned(slopes_kernel)}
 FIXED: dict[str, int] = (
-    {"BLOCK_M": 16, "BLOCK_D": 16} if INTERPRETED else {"BLOCK_M": 64, "BLOCK_D": 32, "num_warps": 4, "num_stages": 2}
+    {"BLOCK_M": 16, "BLOCK_D": 16} if INTERPRETED else {"BLOCK_M": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 2}
 )
 """The configuration where nothing is tuned."""

@@ -2,6 +2,8 @@
 
 import importlib.util
 import itertools
+import os
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -270,3 +272,46 @@ def test_memory_is_as_stated(dtype, kept, monkeypatch):
     peak = max(itertools.accumulate(events))
     assert peak <= fused.kernel_bytes(16, 144, 32, sizes, dtype) <= 1.35 * peak
     assert max(events) < 16 * 144 * sum(sizes) * dtype.itemsize
+
+
+COMPILE = """
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+spec = spec_from_file_location("kernels", sys.argv[1])
+kernels = module_from_spec(spec)
+spec.loader.exec_module(kernels)
+tile = {"BLOCK_M": 64, "BLOCK_W": 64, "BLOCK_D": 64, "EVEN_D": True, "PRECISION": "ieee", "UPCAST": False}
+of_floats = {"unit_words", "cosines", "inverses", "slopes", "towards"}
+of_products = {"maps", "contrasts", "pulls", "weights", "gradients", "contexts"}
+for name, kernel in kernels.KERNELS.items():
+    constants = tile if "BLOCK_W" in kernel.arg_names else {"BLOCK_D": 1024}
+    types = {argument: "i32" for argument in kernel.arg_names}
+    types |= {argument: "constexpr" for argument in constants} | {"temp1": "fp32", "shift": "fp32"}
+    types |= dict.fromkeys(of_floats, "*fp32") | dict.fromkeys(of_products, "*bf16")
+    types |= dict.fromkeys(("segments", "bounds"), "*i32")
+    signature = {argument: types[argument] for argument in kernel.arg_names}
+    places = {(kernel.arg_names.index(argument),): value for argument, value in constants.items()}
+    compiled = triton.compile(ASTSource(kernel, signature, places), target=GPUTarget("cuda", 80, 32))
+    print(name, "mma.sync" in compiled.asm["ptx"], len(compiled.asm["cubin"]) > 0)
+"""
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_a_gpu_that_is_not_there(tmp_path):
+    """The interpreter accepts more than the compiler. Products become instructions of matrix units."""
+    path = importlib.util.find_spec("medmoe_hf.model.local_loss_triton_medmoe").origin
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    script = tmp_path / "compile_kernels.py"
+    script.write_text(COMPILE)
+    done = subprocess.run([sys.executable, script, path], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        "weights True True",
+        "slopes True True",
+        "cosines False True",
+        "pulls False True",
+    ]
