@@ -10,6 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_curve
 
 from medmoe_hf.evaluation.calibration import (
+    _folds,
     conformal_quantile,
     fit_calibration,
     fit_scale,
@@ -143,6 +144,23 @@ def test_a_fitted_task_is_calibrated_on_new_images(fitted):
         "subjects": 300,
         "subjects_by_class": found.fitted_on["subjects_by_class"],
     }
+
+
+def test_subjects_stay_together_and_classes_are_spread_over_the_folds():
+    rng = np.random.default_rng(4)
+    kinds = np.arange(60) % 3
+    subject = rng.integers(60, size=400)
+    folds = _folds(kinds[subject], np.array([f"s{one}" for one in subject]), seed=0)
+    of_subject = [set(folds[subject == one]) for one in np.unique(subject)]
+    assert {len(one) for one in of_subject} == {1}
+    for kind in range(3):
+        numbers = np.bincount(
+            [min(one) for row, one in enumerate(of_subject) if kinds[np.unique(subject)[row]] == kind]
+        )
+        assert len(numbers) == 5
+        assert numbers.max() - numbers.min() <= 1
+    masks = np.array([[1, 0], [1, 0], [0, 1], [0, 0]] * 5)
+    assert set(np.bincount(_folds(masks, np.arange(20).astype(str), seed=1))) == {4}
 
 
 def test_figures_depend_on_subjects_that_were_left_out():

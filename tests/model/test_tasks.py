@@ -31,7 +31,9 @@ CALIBRATION = Calibration(
     fitted_on={"data": "lungs", "split": "val", "cases": 90, "subjects": 60},
     measured={"ece": [0.03, 0.01, 0.06]},
 )
-SCORES = torch.tensor([[1.0, 0.4, -0.2], [0.1, 0.2, 0.9], [0.3, 0.9, 0.2], [5.0, -4.0, -4.0]], dtype=torch.float64)
+SCORES = torch.tensor(
+    [[1.0, 0.4, -0.2], [0.1, 0.2, 0.9], [0.3, 0.9, 0.2], [5.0, -4.0, -4.0], [0.6, 0.9, 0.0]], dtype=torch.float64
+)
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +103,8 @@ def test_probabilities_and_decisions_of_a_multi_class_task():
     np.testing.assert_allclose(kept.probabilities(SCORES), shifted, rtol=1e-12)
     labels, sets = task.decide(SCORES)
     assert labels == [[task.classes[row.argmax()]] for row in plain / np.array([0.5, 0.2, 0.4])]
+    assert labels[-1] == ["effusion"]  # although it is less probable than normal
+    assert plain[-1].argmax() == 0
     limits = np.array([0.55, 0.8, 0.6])
     assert sets == [[name for name, one in zip(PROMPTS, row, strict=True) if one] for row in 1 - plain <= limits]
     assert (labels, sets) == kept.decide(SCORES)
