@@ -1,6 +1,6 @@
 """Fine-tune a MedMoE image tower as a classifier with transformers' Trainer.
 
-    python examples/finetune_classification.py                      # the model of train_from_scratch.py on phantoms
+    python examples/finetune_classification.py                      # the packaged checkpoint on ultrasound phantoms
     python examples/finetune_classification.py --model you/medmoe --data FOLDER
 
 FOLDER contains one folder of images per class (the `imagefolder` layout).
@@ -20,6 +20,7 @@ from transformers import (
     TrainingArguments,
 )
 
+import medmoe_hf
 from medmoe_hf.data import FINDINGS, phantom_sample
 
 
@@ -37,7 +38,7 @@ def phantoms(modality: str, count: int, seed: int) -> datasets.Dataset:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="scratch/model", help="folder or Hub id of a MedMoE checkpoint")
+    parser.add_argument("--model", help="folder or Hub id of a MedMoE checkpoint; default: that of the package")
     parser.add_argument("--data", help="image folder; default: synthetic ultrasound phantoms")
     parser.add_argument("--output", default="runs/classifier", help="folder for the fine-tuned model")
     parser.add_argument(
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3, help="number of epochs")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak learning rate")
     arguments = parser.parse_args()
+    checkpoint = arguments.model or medmoe_hf.pretrained()
 
     if arguments.data:
         parts = datasets.load_dataset("imagefolder", data_dir=arguments.data, split="train").train_test_split(
@@ -57,9 +59,9 @@ def main() -> None:
         train, test = phantoms("ultrasound", 800, seed=11), phantoms("ultrasound", 200, seed=12)
     names = train.features["label"].names
 
-    processor = AutoImageProcessor.from_pretrained(arguments.model, trust_remote_code=True)
+    processor = AutoImageProcessor.from_pretrained(checkpoint, trust_remote_code=True)
     model = AutoModelForImageClassification.from_pretrained(
-        arguments.model,
+        checkpoint,
         trust_remote_code=True,
         id2label=dict(enumerate(names)),
         label2id={name: index for index, name in enumerate(names)},

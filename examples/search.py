@@ -1,6 +1,6 @@
 """Encode a few hundred image-text pairs to disk, and search them by text and by image.
 
-python examples/search.py                              # with the model of train_from_scratch.py, or by --model
+python examples/search.py                              # with the checkpoint of the package, or by --model
 
 The same from the command line: `medmoe encode sources.yaml embeds --model FOLDER`, then `medmoe search embeds --text
 "a large pleural effusion"`, or `--image scan.png --modality ct`.
@@ -19,7 +19,7 @@ QUERIES = ("a pleural effusion on a chest radiograph", "abdominal ct with a live
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="scratch/model", help="folder or Hub id")
+    parser.add_argument("--model", default="small", help="folder, Hub id or small")
     parser.add_argument("--samples", type=int, default=300, help="number of pairs")
     arguments = parser.parse_args()
 

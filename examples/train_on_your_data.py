@@ -1,6 +1,6 @@
 """From a folder of images and a CSV to a fine-tuned model and a prediction.
 
-    python examples/train_on_your_data.py [--model scratch/model] [--output runs/mine] [--push user/name]
+    python examples/train_on_your_data.py [--model FOLDER] [--output runs/mine] [--push user/name]
 
 The script first writes the files that a hospital's export would have: a folder of DICOM and PNG files, and a CSV with
 the file, patient, modality and report of each. The images are crops of real ones that Python packages ship (CT and MR
@@ -72,7 +72,7 @@ def run(*command: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="scratch/model", help="checkpoint to start from: folder or Hub id")
+    parser.add_argument("--model", default="small", help="checkpoint to start from: folder, Hub id or small")
     parser.add_argument("--output", type=Path, default=Path("runs/mine"), help="new folder for all results")
     parser.add_argument("--steps", type=int, default=60, help="number of training steps")
     parser.add_argument("--push", metavar="REPO", help="user/name on the Hub (run `hf auth login` first)")

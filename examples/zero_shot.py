@@ -1,17 +1,37 @@
 """Zero-shot classification with a MedMoE checkpoint: by the stock pipeline, and with several prompts per class.
 
-python examples/zero_shot.py                           # the model of train_from_scratch.py on unseen phantoms
+python examples/zero_shot.py                           # the checkpoint of the package, on scans that packages ship
 python examples/zero_shot.py --model you/medmoe --image scan.png --labels "a chest x-ray with effusion" "a normal ..."
 """
 
 import argparse
+from pathlib import Path
 
+import pydicom.data
+import skimage
 from PIL import Image
 from transformers import pipeline
 
-from medmoe_hf.data import FINDINGS, MODALITIES, phantom_sample, zero_shot_prompts
+import medmoe_hf
 from medmoe_hf.evaluation.zero_shot import ZeroShotClassifier
 from medmoe_hf.inference.encoders import load_encoder
+
+PICTURES = Path(skimage.__file__).parent / "data"
+SCANS = {
+    "a CT file of pydicom": pydicom.data.get_testdata_file("J2K_pixelrep_mismatch.dcm"),
+    "an MR file of pydicom": pydicom.data.get_testdata_file("examples_overlay.dcm"),
+    "an ultrasound file of pydicom": pydicom.data.get_testdata_file("examples_jpeg2k.dcm"),
+    "a retina of scikit-image": str(PICTURES / "retina.jpg"),
+    "a stained section of scikit-image": str(PICTURES / "ihc.png"),
+}
+PROMPTS = {
+    "X-ray": ["X-ray of the chest", "X-ray of the knee", "radiograph"],
+    "CT": ["CT scan of the chest", "CT scan of the head", "computed tomography"],
+    "MRI": ["MRI of the brain", "MRI of the abdomen", "magnetic resonance image"],
+    "ultrasound": ["ultrasound of the breast", "ultrasound image", "sonogram"],
+    "histopathology": ["histopathology image of the lung", "stained section", "microscopy image"],
+    "fundus": ["fundus photograph", "retinal photograph"],
+}
 
 
 def with_pipeline(model: str, image: Image.Image, labels: list[str]) -> None:
@@ -23,29 +43,24 @@ def with_pipeline(model: str, image: Image.Image, labels: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="scratch/model", help="folder or Hub id")
-    parser.add_argument("--image", help="image file; default: synthetic phantoms")
+    parser.add_argument("--model", help="folder or Hub id; default: the checkpoint of the package")
+    parser.add_argument("--image", help="image file; default: scans that packages ship")
     parser.add_argument("--labels", nargs="+", help="sentences to choose from")
     arguments = parser.parse_args()
+    model = arguments.model or medmoe_hf.pretrained()
     if arguments.image:
         if not arguments.labels:
             parser.error("--image needs --labels")
-        with_pipeline(arguments.model, Image.open(arguments.image), arguments.labels)
+        with_pipeline(model, Image.open(arguments.image), arguments.labels)
         return
 
-    sample = phantom_sample(7, 0)
-    prompts = zero_shot_prompts(MODALITIES[sample["modality"]])
-    print(f"One phantom, with the pipeline. Its report: {sample['caption']}")
-    with_pipeline(arguments.model, sample["image"], [sentences[0] for sentences in prompts.values()])
+    print("A retina, with the pipeline:")
+    with_pipeline(model, Image.open(PICTURES / "retina.jpg"), [sentences[0] for sentences in PROMPTS.values()])
 
-    print("\nForty phantoms per modality, several prompts per class (the prompts are encoded once):")
-    encoder = load_encoder(arguments.model)
-    for number, modality in enumerate(MODALITIES):
-        samples = [phantom_sample(7, index, modalities=[modality]) for index in range(40)]
-        classify = ZeroShotClassifier(encoder, zero_shot_prompts(modality))
-        best = classify([sample["image"] for sample in samples]).argmax(dim=1).tolist()
-        right = sum(classify.classes[label] == sample["finding"] for label, sample in zip(best, samples, strict=True))
-        print(f"  {MODALITIES[number]:<16}{right}/40 correct; classes: {', '.join(FINDINGS[modality])}")
+    print("\nFiles of several kinds, several prompts per class (the prompts are encoded once):")
+    classify = ZeroShotClassifier(load_encoder(model), PROMPTS)
+    for name, row in zip(SCANS, classify(list(SCANS.values())), strict=True):
+        print(f"  {name:<36}{row.max():.3f}  {classify.classes[int(row.argmax())]}")
 
 
 if __name__ == "__main__":

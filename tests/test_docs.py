@@ -18,9 +18,11 @@ import pytest
 import typer
 import yaml
 from markdown_it import MarkdownIt
+from pydicom.data import get_testdata_file
 from typer.testing import CliRunner
 
 from medmoe_hf.cli import app
+from medmoe_hf.common import packaged
 from medmoe_hf.data import phantom_sample, write_webdataset, zero_shot_prompts
 from medmoe_hf.data.phantom import FINDINGS
 from medmoe_hf.data.sources import load_sources
@@ -336,17 +338,17 @@ CHAIN = (
     ),
     ("medmoe evaluate all scratch/model --recipe phantoms --data scratch --output evaluation", "--resamples 9"),
     (
-        "medmoe card scratch/model --repo you/medmoe --license apache-2.0 --results evaluation/results.json",
+        "medmoe card quickstart/model --repo you/medmoe --license cc-by-4.0 --results evaluation/results.json",
         "",
     ),
-    ("medmoe encode sources.yaml embeds --model scratch/model", ""),
+    ("medmoe encode sources.yaml embeds", ""),
     ('medmoe search embeds --text "a large pleural effusion" -k 5', ""),
-    ("medmoe search embeds --image scan.png --modality ct --among reports", ""),
-    ("medmoe push scratch/model you/medmoe --private --dry-run", ""),
-    ("medmoe push scratch/model you/medmoe --private --tag v1", ""),
+    ("medmoe search embeds --image quickstart/scan.png --modality ct --among reports", ""),
+    ("medmoe push quickstart/model you/medmoe --private --dry-run", ""),
+    ("medmoe push quickstart/model you/medmoe --private --tag v1", ""),
     ("medmoe verify you/medmoe --revision v1", ""),
-    ("medmoe verify scratch/model", ""),
-    ("medmoe verify scratch/model --record", ""),
+    ("medmoe verify quickstart/model", ""),
+    ("medmoe verify quickstart/model --record", ""),
     ("medmoe data push sources.yaml you/pairs --private --license cc-by-4.0", ""),
 )
 # Where the other commands run.
@@ -409,7 +411,9 @@ def write_small_data() -> None:
     write_webdataset("scratch/unseen", shards=1, samples_per_shard=48, seed=2, image_size=64)
     prompts = {modality: zero_shot_prompts(modality) for modality in FINDINGS}
     Path("scratch/prompts.json").write_text(json.dumps(prompts))
-    phantom_sample(3, 0, image_size=64)["image"].save("scan.png")
+    Path("quickstart/scans").mkdir(parents=True)
+    phantom_sample(3, 0, image_size=64)["image"].save("quickstart/scan.png")
+    shutil.copyfile(get_testdata_file("CT_small.dcm"), "quickstart/scans/ct-head.dcm")
 
 
 @pytest.mark.slow
@@ -418,6 +422,7 @@ def test_the_documented_commands_run_one_after_another(tmp_path, monkeypatch):
     from loopback_hub import Account, LoopbackHub
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(packaged, "CHECKPOINTS", tmp_path / "checkpoints")
     write_small_data()
     output = {}
     with LoopbackHub() as hub:
@@ -433,7 +438,9 @@ def test_the_documented_commands_run_one_after_another(tmp_path, monkeypatch):
             output[command] = result.stdout
             if "--resume" in command:
                 assert Path("runs/first/model.safetensors").read_bytes() == before
-                shutil.copytree("runs/first", "scratch/model")
+                # in the place of the examples' models and of the packaged checkpoint
+                for model in ("scratch/model", "quickstart/model", "checkpoints/small"):
+                    shutil.copytree("runs/first", model)
             if "--dry-run" in command:
                 assert not Path("runs").exists() or "push" in command
                 assert not hub.repos, "a dry run has uploaded something"
@@ -447,8 +454,8 @@ def test_the_documented_commands_run_one_after_another(tmp_path, monkeypatch):
     assert {result["protocol"] for result in results} == {
         "zero-shot", "linear-probe", "retrieval", "grounding", "routing"
     }  # fmt: skip
-    card = Path("scratch/model/README.md").read_text()
-    assert "license: apache-2.0" in card
+    card = Path("quickstart/model/README.md").read_text()
+    assert "license: cc-by-4.0" in card
     assert "you/medmoe" in card
     hits = output['medmoe search embeds --text "a large pleural effusion" -k 5'].splitlines()
     assert hits.pop(0).split()[0] == "cosine"
@@ -459,7 +466,7 @@ def test_the_documented_commands_run_one_after_another(tmp_path, monkeypatch):
     assert model.private
     assert pairs.private
     held = model.commits[model.tags["v1"]].files
-    local = {path.name for path in Path("scratch/model").iterdir()}
+    local = {path.name for path in Path("quickstart/model").iterdir()}
     assert local <= set(held) <= local | {".gitattributes"}
     assert any(path.endswith(".parquet") for path in pairs.commits[pairs.branches["main"]].files)
     assert "has the outputs it was published with" in output["medmoe verify you/medmoe --revision v1"]

@@ -23,7 +23,7 @@ SCANS = {
     "ultrasound-heart.dcm": ("pydicom/data/test_files/examples_ybr_color.dcm", "Ultrasound of the heart."),
     "ultrasound-node.dcm": ("pydicom/data/test_files/examples_jpeg2k.dcm", "Ultrasound of a lymph node."),
     "fundus.jpg": ("skimage/data/retina.jpg", "Fundus photograph of the retina."),
-    "histopathology.png": ("skimage/data/ihc.png", "Immunohistochemistry of the colon."),
+    "histopathology.png": ("skimage/data/ihc.png", "Histopathology image of the colon, immunohistochemistry."),
 }
 REPORTS = {
     "glands": ("Histopathology image of the colon: stained glands.", "Stained glands."),
@@ -68,7 +68,7 @@ def write_tiles(folder: Path) -> None:
             number = sum(row[-1] == tissue for row in rows)
             if tissue is None or number == count:
                 continue
-            path = Path("tiles") / table.split(".")[0] / tissue / f"{y:03d}-{x:03d}.png"
+            path = Path("tiles") / ("test" if left else "train") / tissue / f"{y:03d}-{x:03d}.png"
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(section[y : y + TILE, x : x + TILE]).save(folder / path)
             rows.append((path.as_posix(), REPORTS[tissue][number % 2], "histopathology", f"slide-{left}", tissue))
