@@ -15,7 +15,7 @@ def main(path: Path) -> None:
     promises = [
         ("at most three minutes", report["total_seconds"] <= 180),
         ("first answer within ten seconds", before["first_answer_seconds"] <= 10),
-        ("at least nine of ten real scans routed right", len(before["scans"]) == 10 and right >= 9),
+        ("at least eight of ten real scans routed right", len(before["scans"]) == 10 and right >= 8),
         ("fine-tuning tells tissues apart", after["tissue_accuracy"] >= max(0.9, before["tissue_accuracy"])),
         ("a picture", (path.parent / "quickstart.png").stat().st_size > 100_000),
     ]

@@ -33,7 +33,7 @@ TILE, TRAIN, TEST = 80, 12, 20  # side in pixels; tiles per tissue
 
 
 def write_scans(folder: Path) -> None:
-    """Write the scans, `scans.csv`, and one shard with all of them."""
+    """Write the scans, `scans.csv`, and one shard with all of them but the NIfTI file."""
     (folder / "scans").mkdir(parents=True)
     (folder / "shards").mkdir()
     rows = []
@@ -48,7 +48,7 @@ def write_scans(folder: Path) -> None:
     rows.append(("scan.png", "Sagittal MRI of the brain.", "mri"))
     write_table(folder / "scans.csv", ("path", "report", "modality"), rows)
     with tarfile.open(folder / "shards" / "train-000000.tar", "w") as shard:
-        for number, (path, report, _) in enumerate(rows):
+        for number, (path, report, _) in enumerate(row for row in rows if not row[0].endswith(".nii.gz")):
             (folder / "report.txt").write_text(report)
             shard.add(folder / path, f"{number:06d}.{path.partition('.')[2]}")
             shard.add(folder / "report.txt", f"{number:06d}.txt")

@@ -39,7 +39,8 @@ TISSUES = {
     "glands": "Histopathology image of the colon: stained glands.",
     "stroma": "Histopathology image of the colon: stroma between the glands.",
 }
-HEATMAPS = {"mri-abdomen": ("tumour", "MRI of the abdomen: no finding"), "fundus": ("glaucoma", "fundus photograph")}
+# scan -> a word, and the text that it is compared with
+HEATMAPS = {"scan": ("brain", "spine"), "histopathology": ("adenocarcinoma", "benign lung tissue")}
 SIDE = 320  # of a picture in pixels
 
 
@@ -120,7 +121,9 @@ def draw(model: Any, processor: Any, folder: Path, answers: list[dict[str, Any]]
     for axis, (name, (word, reference)) in zip(list(axes.flat)[len(answers) :], HEATMAPS.items(), strict=False):
         pixels, scan = shown[name]
         axis.imshow(pixels)
-        axis.imshow(heatmap(model, processor, str(folder / scan), word, reference), cmap="inferno", alpha=0.5)
+        heat = heatmap(model, processor, str(folder / scan), word, reference)
+        heat = (heat - heat.min()) / (heat.max() - heat.min())
+        axis.imshow(heat, cmap="inferno", alpha=0.65 * heat)
         axis.set_title(f'where is "{word}"?', fontsize=11)
     figure.savefig(path, dpi=110)
 

@@ -67,7 +67,7 @@ NO_CHECKPOINT = """# MedMoE
 - in a Space: Settings, Variables and secrets, a variable `MEDMOE_MODEL` with the id; for a private checkpoint also a
   secret `HF_TOKEN` that may read it.
 
-`python examples/train_from_scratch.py` trains a small one on phantoms in minutes: `medmoe demo scratch/model`.
+Where medmoe_hf is installed, `medmoe demo` alone shows the checkpoint that it contains.
 """
 
 CSS = """
