@@ -1,4 +1,4 @@
-"""Fails unless the core dependencies alone load a checkpoint, answer on a PNG, and encode one in bulk.
+"""Fails unless the core dependencies alone load the packaged checkpoint, answer on a PNG, and encode one in bulk.
 
 python .ci/check_core.py     (in an environment made by `pip install -e .`, without extras)
 """
@@ -19,17 +19,17 @@ def main() -> None:
         raise SystemExit(f"This environment has more than the core dependencies: {', '.join(present)}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        subprocess.run(["medmoe", "init", str(folder / "model"), "--preset", "tiny"], check=True)
-
         import numpy as np
         import torch
         from PIL import Image
         from transformers import AutoModel, AutoProcessor
 
+        import medmoe_hf
+
         pixels = np.random.default_rng(0).integers(0, 256, (96, 80), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / "scan.png")
-        model = AutoModel.from_pretrained(folder / "model", trust_remote_code=True).eval()
-        processor = AutoProcessor.from_pretrained(folder / "model", trust_remote_code=True)
+        model = AutoModel.from_pretrained(medmoe_hf.pretrained(), trust_remote_code=True).eval()
+        processor = AutoProcessor.from_pretrained(medmoe_hf.pretrained(), trust_remote_code=True)
         inputs = processor(images=str(folder / "scan.png"), text=["Chest radiograph."], return_tensors="pt")
         with torch.no_grad():
             logits = model(**inputs).logits_per_image
@@ -39,10 +39,7 @@ def main() -> None:
         with open(folder / "scans.csv", "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("path", "caption"), ("scan.png", "Chest radiograph.")])
         (folder / "sources.yaml").write_text(f"- {{kind: csv, files: ['{folder / 'scans.csv'}']}}\n", encoding="utf-8")
-        subprocess.run(
-            ["medmoe", "encode", str(folder / "sources.yaml"), str(folder / "out"), "--model", str(folder / "model")],
-            check=True,
-        )
+        subprocess.run(["medmoe", "encode", str(folder / "sources.yaml"), str(folder / "out")], check=True)
     loaded = subprocess.run(
         [sys.executable, "-c", "import sys, medmoe_hf; print('torch' in sys.modules)"],
         check=True,

@@ -67,11 +67,12 @@ def main() -> None:
     print_answers(before["scans"])
 
     print("\nFine-tuning on the 24 tiles of reports.csv ...", flush=True)
-    columns = {"image": "path", "caption": "report", "modality": "field:modality", "subject": "patient"}
+    columns = {"image": "path", "caption": "report", "modality": "field:modality", "label": "tissue"}
     config = {
         "output_dir": output / "model",
         "model": {"from_pretrained": str(model)},
         "data": {"train": {"kind": "csv", "files": [str(output / "reports.csv")], **columns}, "num_workers": 0},
+        "freeze": ["text_model"],
         "max_steps": arguments.steps,
         "batch_size": 12,
         "learning_rate": 2e-4,
