@@ -9,7 +9,7 @@ The script
    (`experiments/quickstart_data.py`);
 2. starts a process that cannot import `medmoe_hf` (`experiments/quickstart_scans.py`), in which the checkpoint says
    which expert reads each scan and which of ten labels fits best, and draws `quickstart.png`;
-3. fine-tunes the checkpoint on 24 tiles of a stained section, saves it as `model`, which is ready for the Hub, loads
+3. fine-tunes an expert on 24 tiles of a stained section, saves it as `model`, which is ready for the Hub, loads
    that in a new process, and compares both on tiles of the other half of the section.
 
 One section shows how fine-tuning works, not how good a model is.
@@ -72,7 +72,8 @@ def main() -> None:
         "output_dir": output / "model",
         "model": {"from_pretrained": str(model)},
         "data": {"train": {"kind": "csv", "files": [str(output / "reports.csv")], **columns}, "num_workers": 0},
-        "freeze": ["text_model"],
+        # The expert and the projections learn; what routes all modalities does not forget the others.
+        "freeze": ["text_model", "vision_model.backbone", "vision_model.router", "report_router"],
         "max_steps": arguments.steps,
         "batch_size": 12,
         "learning_rate": 2e-4,

@@ -48,7 +48,7 @@ def main(name: str, folder: Path, picture: Path | None) -> None:
     torch.set_flush_denormal(True)
     transformers_logging.disable_progress_bar()
     # transformers imports torchao where it is installed, which calls a deprecated function of torch twice
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+    logging.getLogger("torch.utils._pytree").addFilter(lambda record: False)
     started = time.monotonic()
     model = AutoModel.from_pretrained(name, trust_remote_code=True).eval()
     processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
