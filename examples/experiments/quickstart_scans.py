@@ -9,7 +9,6 @@ the model's folder and a reader of medical files only. Prints JSON.
 import argparse
 import csv
 import json
-import logging
 import sys
 import time
 from pathlib import Path
@@ -47,8 +46,6 @@ SIDE = 320  # of a picture in pixels
 def main(name: str, folder: Path, picture: Path | None) -> None:
     torch.set_flush_denormal(True)
     transformers_logging.disable_progress_bar()
-    # transformers imports torchao where it is installed, which calls a deprecated function of torch twice
-    logging.getLogger("torch.utils._pytree").addFilter(lambda record: False)
     started = time.monotonic()
     model = AutoModel.from_pretrained(name, trust_remote_code=True).eval()
     processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
