@@ -1,9 +1,10 @@
 """Tables of the results on real scans, for the results page and the model card: no number is typed by hand.
 
-    python examples/experiments/real/report.py RUN [--page docs/pages/results.md]
+    python examples/experiments/real/report.py RUN [--page docs/pages/results.md] [--readme README.md]
 
 RUN is the folder with `test.json` and `external.json` of `evaluate.py`, `crossings.json`, `twins.json` and
-`check.json`; what is missing is left out. With --page the tables replace what is between the two marks on that page.
+`check.json`; what is missing is left out. With --page the tables replace what is between the two marks on that page,
+and with --readme a selection of them.
 """
 
 import argparse
@@ -262,6 +263,45 @@ def sections(run: Run, level: int = 3) -> str:
     return "\n\n".join(parts)
 
 
+_SUMMARY = (
+    ("test", "pneumonia-children", "macro_auroc"),
+    ("test", "pneumonia-adults", "macro_auroc"),
+    ("test", "brain-tumour", "balanced_accuracy"),
+    ("test", "lung-ct", "balanced_accuracy"),
+    ("test", "breast-ultrasound", "balanced_accuracy"),
+    ("test", "lung-histology", "balanced_accuracy"),
+    ("test", "glaucoma", "macro_auroc"),
+    ("external", "fundus-external", "balanced_accuracy"),
+)
+_METRICS = {"macro_auroc": "AUROC", "balanced_accuracy": "balanced accuracy"}
+
+
+def summary_table(run: Run) -> str:
+    """Returns a selection for the README: the router on sources it has not seen, and zero-shot classification."""
+    rows = []
+    for split, seen in (("test", "other subjects"), ("external", "other sources")):
+        for result in measured(run, split, "routing"):
+            if result.dataset == "all sources":
+                value = shown(result.by_variant()["image router"]["balanced_accuracy"])
+                rows.append([f"image router, balanced accuracy, {seen}", counted(result), value, "–"])
+    for split, task, metric in _SUMMARY:
+        probes = {result.dataset: result.metrics for result in measured(run, split, "linear-probe")}
+        for result in measured(run, split, "zero-shot"):
+            if result.dataset == task:
+                value = result.by_variant()[result.facts.get("similarity", "global")][metric]
+                probe = probes.get(task, {}).get(f"imagenet 100%/{metric}")
+                rows.append([f"{TASKS[task].title}, {_METRICS[metric]}", counted(result), shown(value), shown(probe)])
+    crossings = run.get("crossings", ())
+    for result in crossings:
+        if result.protocol == "zero-shot":
+            probe = next(other for other in crossings if other.dataset == result.dataset and other is not result)
+            value = result.metrics[f"{result.facts.get('similarity', 'global')}/macro_auroc"]
+            baseline = shown(probe.metrics["imagenet 100%/macro_auroc"])
+            rows.append([f"{CROSSINGS[result.dataset].title}, AUROC", counted(result), shown(value), baseline])
+    header = ("zero-shot, on subjects or sources that were not trained on", "N (subjects)", "small", "ImageNet probe")
+    return markdown_table(header, rows)
+
+
 def write_page(path: Path, text: str) -> None:
     """Replaces what is between the marks on a page.
 
@@ -281,12 +321,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path, help="folder with the JSON files")
     parser.add_argument("--page", type=Path, help="Markdown page to write the tables into")
+    parser.add_argument("--readme", type=Path, help="Markdown page to write a selection into")
     given = parser.parse_args(arguments)
-    text = sections(read_run(given.run))
+    run = read_run(given.run)
     if given.page:
-        write_page(given.page, text)
-    else:
-        print(text)
+        write_page(given.page, sections(run))
+    if given.readme:
+        write_page(given.readme, summary_table(run))
+    if not given.page and not given.readme:
+        print(sections(run))
 
 
 if __name__ == "__main__":
