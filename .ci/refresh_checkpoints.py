@@ -6,6 +6,7 @@ A checkpoint is published with its own copy of the code, so the copies must not 
 golden outputs stay as they are: `medmoe verify small` shows whether the new code still computes the recorded outputs.
 """
 
+import argparse
 import shutil
 from pathlib import Path
 
@@ -23,4 +24,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0]).parse_args()
     main()

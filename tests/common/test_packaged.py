@@ -23,12 +23,6 @@ from medmoe_hf.training.config import ModelSection
 ROOT = Path(__file__).parents[2]
 SAVED = ROOT / "tests" / "fixtures" / "saved_by_0_1"
 
-# until the weights are committed
-needs_weights = pytest.mark.skipif(
-    not (CHECKPOINTS / "small" / "model.safetensors").is_file(),
-    reason="medmoe_hf/checkpoints/small has no weights yet",
-)
-
 
 def refresh(package: Path) -> None:
     """Run `.ci/refresh_checkpoints.py` for the checkpoints of another folder."""
@@ -134,7 +128,6 @@ def test_refreshing_replaces_the_code_and_nothing_else(stand_in, tmp_path):
     assert before["modeling_medmoe.py"] == (ROOT / "medmoe_hf" / "model" / "modeling_medmoe.py").read_bytes()
 
 
-@needs_weights
 @pytest.mark.parametrize("name", PACKAGED)
 def test_the_code_in_a_checkpoint_is_the_code_of_the_package(name):
     current = {path.name: path.read_bytes() for path in (ROOT / "medmoe_hf" / "model").glob("*_medmoe.py")}
@@ -142,7 +135,6 @@ def test_the_code_in_a_checkpoint_is_the_code_of_the_package(name):
     assert copies == current, "run: python .ci/refresh_checkpoints.py"
 
 
-@needs_weights
 @pytest.mark.parametrize("name", PACKAGED)
 def test_a_packaged_checkpoint_is_complete_and_small(name):
     folder = Path(pretrained(name))
@@ -153,7 +145,6 @@ def test_a_packaged_checkpoint_is_complete_and_small(name):
     assert {path.name for path in CHECKPOINTS.iterdir() if not path.name.startswith(("_", "."))} == set(PACKAGED)
 
 
-@needs_weights
 @pytest.mark.parametrize("name", PACKAGED)
 def test_a_packaged_checkpoint_can_be_published_under_another_name(name):
     pytest.importorskip("torch")
