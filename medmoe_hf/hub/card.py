@@ -43,6 +43,12 @@ _MEASURED = ("protocol", "dataset", "N", "variant", "metric", "value", "95 % int
 _NO_DIFFERENCE = {"architectures", "auto_map", "dtype", "id2label", "label2id", "model_type", "transformers_version"}
 _ABSOLUTE = re.compile(r"(?<![\w.:/\\])(?:~|[A-Za-z]:)?[/\\](?=[^\s/\\])(?:[^\s/\\]+[/\\])*")
 
+_GLOBAL_FEATURES = {
+    "backbone": "of the backbone",
+    "expert": "of the expert",
+    "both": "of the backbone and the expert, concatenated",
+}
+
 
 def build_card(
     folder: str | Path,
@@ -330,7 +336,7 @@ def _architecture(config: MedMoEConfig, model_class: Any, folder: Path) -> dict[
     sizes: list[tuple[str, Any]] = [
         ("image", f"{vision.image_size} x {vision.image_size} pixels (others from 64 up work)"),
         ("local map", f"{_map_side(vision)}, width {vision.local_size}"),
-        ("global image embedding", f"of the {vision.global_features}"),
+        ("global image embedding", _GLOBAL_FEATURES[vision.global_features]),
         ("expert of an image", "one, by the router" if hard else "all, weighted by the router"),
     ]
     if model_class is MedMoEModel:
