@@ -39,7 +39,7 @@ TISSUES = {
     "stroma": "Histopathology image of the colon: stroma between the glands.",
 }
 # scan -> a word, and the text that it is compared with
-HEATMAPS = {"scan": ("brain", "spine"), "histopathology": ("adenocarcinoma", "benign lung tissue")}
+HEATMAPS = {"ct-head": ("head", "chest")}
 SIDE = 320  # of a picture in pixels
 
 

@@ -1,0 +1,65 @@
+"""What saved and published folders need: an `auto_map` for the processor, and uploads without outdated weights."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+# What `save_pretrained` of any model writes: a single file, or shards and their index.
+_OWN_WEIGHTS = re.compile(r"model(?:-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
+
+PROCESSING_AUTO_MAP: dict[str, Any] = {
+    "AutoImageProcessor": {
+        "torchvision": "image_processing_medmoe.MedMoEImageProcessor",
+        "pil": "image_processing_medmoe.MedMoEImageProcessorPil",
+    },
+    "AutoTokenizer": ["tokenization_medmoe.MedMoETokenizer", None],
+    "AutoProcessor": "processing_medmoe.MedMoEProcessor",
+}
+"""The classes of the processor and its parts, for the `auto_map` of every model's configuration."""
+
+
+def upload_model(
+    folder: str | Path,
+    repo_id: str,
+    commit_message: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: bool | str | None = None,
+    **commit: Any,
+) -> Any:
+    """Uploads a saved model in one commit, which also deletes the repository's outdated model weights.
+
+    Otherwise a single file from an earlier upload would be loaded instead of newer shards. Adapters, golden outputs
+    and other `.safetensors` files are kept.
+
+    Args:
+        folder: The saved model; all files below it are uploaded.
+        repo_id: An existing repository of the Hub.
+        commit_message: `"Upload model"` by default.
+        revision: The branch, created if it does not exist; None for the default branch.
+        create_pr: Whether to open a pull request.
+        token: Access token for the Hub.
+        **commit: Other arguments of `HfApi.create_commit`.
+
+    Returns:
+        The `CommitInfo` of huggingface_hub.
+    """
+    api, folder = HfApi(token=token), Path(folder)
+    if revision is not None and not revision.startswith("refs/pr"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    parent = api.model_info(repo_id, revision=revision).sha
+    new = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    old = {name for name in api.list_repo_files(repo_id, revision=parent) if "/" not in name}
+    outdated = {name for name in old - new.keys() if _OWN_WEIGHTS.fullmatch(name)}
+    return api.create_commit(
+        repo_id,
+        [CommitOperationDelete(name) for name in sorted(outdated)]
+        + [CommitOperationAdd(name, str(path)) for name, path in new.items()],
+        commit_message=commit_message or "Upload model",
+        revision=revision,
+        parent_commit=parent,
+        create_pr=create_pr,
+        **commit,
+    )
