@@ -13,7 +13,7 @@ from torch import Tensor
 from medmoe_hf.data.captions import is_empty
 from medmoe_hf.errors import ArgumentError
 from medmoe_hf.evaluation.metrics import classification_metrics
-from medmoe_hf.evaluation.zero_shot import class_embeddings, flatten_prompts
+from medmoe_hf.inference.texts import class_embeddings, flatten_prompts
 
 NO_TASK = -1
 
