@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "medmoe_hf"
 
 
 def main() -> None:
-    code = sorted((PACKAGE / "model").glob("*_medmoe.py"))
+    code = [*sorted((PACKAGE / "model").glob("*_medmoe.py")), PACKAGE / "model" / "handler.py"]
     for folder in sorted(path.parent for path in (PACKAGE / "checkpoints").glob("*/config.json")):
         for copy in folder.glob("*.py"):
             copy.unlink()

@@ -359,6 +359,7 @@ ELSEWHERE = {
     ("predict",): ("tests/inference/test_study_predictor.py", '["predict", '),
     ("calibrate",): ("tests/evaluation/test_calibrate.py", '"calibrate"'),
     ("shrink",): ("tests/hub/test_half_precision.py", '"shrink"'),
+    ("serve",): ("tests/inference/test_serving.py", '["serve", '),
     ("demo",): ("tests/browser/test_demo.py", '"medmoe_hf.cli", "demo"'),
     ("export",): ("noxfile.py", '"medmoe", "export"'),
     ("merge",): ("tests/training/test_adapters.py", '"merge"'),

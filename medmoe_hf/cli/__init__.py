@@ -413,6 +413,33 @@ def predict(
 
 
 @app.command()
+def serve(
+    model: Annotated[str, typer.Option(help="Folder or Hub id. Its Python files are run.")] = DEFAULT_MODEL,
+    host: Annotated[str, typer.Option(help="Address to listen on. There is no password: mind who reaches it.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    max_megabytes: Annotated[
+        int, typer.Option(min=1, help="Greatest size of an upload, and of what its zip files hold.")
+    ] = 1024,
+    max_files: Annotated[
+        int, typer.Option(min=1, help="Greatest number of files, and of slices, in an upload.")
+    ] = 2000,
+    max_seconds: Annotated[int, typer.Option(min=1, help="Longest time of an upload, and of a prediction.")] = 300,
+    max_requests: Annotated[int, typer.Option(min=1, help="Number of requests at a time; one is computed.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Slices per batch.")] = 16,
+) -> None:
+    """Serve predictions of whole studies over HTTP, for this machine only unless --host says otherwise."""
+    with errors_of("serve"):
+        from medmoe_hf.inference.serving import Limits
+        from medmoe_hf.inference.serving import serve as run
+        from medmoe_hf.inference.studies import StudyPredictor
+
+        limits = Limits(max_megabytes, max_files, max_seconds, max_requests)
+        run(StudyPredictor(model, batch_size=batch_size), host, port, limits)
+
+
+@app.command()
 def demo(
     checkpoint: Annotated[str, typer.Argument(envvar="MEDMOE_MODEL", help="Folder or Hub id.")] = DEFAULT_MODEL,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 7860,

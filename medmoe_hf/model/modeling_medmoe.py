@@ -52,7 +52,8 @@ from .tasks_medmoe import (
 from .word_regions_medmoe import of_any_size, word_contributions, word_log_odds
 
 if TYPE_CHECKING:
-    # transformers reads this line: it keeps the processor's files beside this one, and saves them with every model.
+    # transformers reads these lines: it keeps the files beside this one, and saves them with every model.
+    from .handler import EndpointHandler as EndpointHandler
     from .processing_medmoe import MedMoEProcessor as MedMoEProcessor
 
 try:

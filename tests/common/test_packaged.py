@@ -130,7 +130,8 @@ def test_refreshing_replaces_the_code_and_nothing_else(stand_in, tmp_path):
 
 @pytest.mark.parametrize("name", PACKAGED)
 def test_the_code_in_a_checkpoint_is_the_code_of_the_package(name):
-    current = {path.name: path.read_bytes() for path in (ROOT / "medmoe_hf" / "model").glob("*_medmoe.py")}
+    model = ROOT / "medmoe_hf" / "model"
+    current = {path.name: path.read_bytes() for path in [*model.glob("*_medmoe.py"), model / "handler.py"]}
     copies = {path.name: path.read_bytes() for path in (CHECKPOINTS / name).glob("*.py")}
     assert copies == current, "run: python .ci/refresh_checkpoints.py"
 

@@ -24,6 +24,7 @@ from medmoe_hf.model import (
 
 FILES = {f"{name}_medmoe.py" for name in ("configuration", "modeling", "losses", "tokenization", "processing")} | {
     "errors_medmoe.py",
+    "handler.py",
     "image_processing_medmoe.py",
     "image_files_medmoe.py",
     "medical_images_medmoe.py",

@@ -3,7 +3,7 @@
 Shapes: N slices, C labels, K experts, D the width of the shared space.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,12 @@ class StudyPredictor:
         self._text_embeds: dict[tuple[str, ...], Tensor] = {}
 
     def __call__(
-        self, studies: Sequence[Study], question: Question | None = None, *, show_progress: bool = True
+        self,
+        studies: Sequence[Study],
+        question: Question | None = None,
+        *,
+        show_progress: bool = True,
+        check: Callable[[], None] | None = None,
     ) -> StudyPredictions:
         """Predicts studies that `read_studies` found.
 
@@ -152,6 +157,8 @@ class StudyPredictor:
             studies: The studies; their slices are decoded one at a time.
             question: What they are asked.
             show_progress: Whether to show a progress bar.
+            check: Called before each slice; an exception that it raises ends the prediction, after a time limit for
+                example. It must not be one of those that slices raise: `MedMoEError`, `OSError`, `ValueError`.
 
         Returns:
             A prediction per study.
@@ -167,7 +174,7 @@ class StudyPredictor:
                 skipped: list[SkippedFile] = []
                 series: list[SeriesPrediction] = []
                 for one in study.series:
-                    predicted = self._predict_series(len(series) + 1, one, question, skipped, bar)
+                    predicted = self._predict_series(len(series) + 1, one, question, skipped, bar, check)
                     if predicted is not None:
                         series.append(predicted)
                 listed = [_left_out(one) for one in study.left_out]
@@ -195,14 +202,20 @@ class StudyPredictor:
         return replace(question, task=as_task(own[question.task]))
 
     def _predict_series(
-        self, number: int, series: Series, question: Question, skipped: list[SkippedFile], bar: Any
+        self,
+        number: int,
+        series: Series,
+        question: Question,
+        skipped: list[SkippedFile],
+        bar: Any,
+        check: Callable[[], None] | None,
     ) -> SeriesPrediction | None:
         header = self._expert_of(series.header_modality)
         votes = _Votes(
             np.full((len(series), len(self.encoder.modalities)), np.nan), header, trusted=question.trust_header
         )
         embeds = torch.full((len(series), self._width()), torch.nan)
-        for indices, pixels in self._batches(series, range(len(series)), skipped, bar):
+        for indices, pixels in self._batches(series, range(len(series)), skipped, bar, check):
             embeds[indices] = self._encode(pixels, indices, votes)
         read = ~np.isnan(votes.log_probabilities).any(axis=1)
         if not read.any():
@@ -211,7 +224,7 @@ class StudyPredictor:
         # Few or none: the expert that leads after the first batch nearly always stays. One that cannot be read again
         # keeps its embedding.
         again = np.flatnonzero(read & (votes.read_by != expert)).tolist() if self._needs_expert else []
-        for indices, pixels in self._batches(series, again, skipped, None):
+        for indices, pixels in self._batches(series, again, skipped, None, check):
             embeds[indices] = self._encode(pixels, indices, votes, expert)
         return self._answer(number, series, question, votes, expert, embeds)
 
@@ -292,13 +305,20 @@ class StudyPredictor:
         return self._text_embeds[sentences]
 
     def _batches(
-        self, series: Series, indices: Sequence[int], skipped: list[SkippedFile], bar: Any
+        self,
+        series: Series,
+        indices: Sequence[int],
+        skipped: list[SkippedFile],
+        bar: Any,
+        check: Callable[[], None] | None,
     ) -> Iterator[tuple[list[int], Tensor]]:
         """Decodes slices and yields them by batch; the series lists those that cannot be decoded."""
         pictures: list[Any] = []
         known: list[int] = []
         done = 0
         for index, picture in series.slices(indices):
+            if check is not None:
+                check()
             if bar is not None:
                 bar.update(index + 1 - done)
                 done = index + 1

@@ -1,0 +1,348 @@
+"""The HTTP service against `predict`, and what a client may do wrong."""
+
+import asyncio
+import io
+import logging
+import tempfile
+import threading
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from small_encoders import medmoe_folder
+from typer.testing import CliRunner
+
+from medmoe_hf.cli import app
+from medmoe_hf.data import phantom_sample
+from medmoe_hf.errors import ArgumentError
+from medmoe_hf.inference.studies import Question, StudyPredictor
+from medmoe_hf.inference.studies.predictions import predictions_dict
+from medmoe_hf.model.studies_medmoe import read_studies
+
+for package in ("fastapi", "uvicorn", "python_multipart", "httpx"):
+    pytest.importorskip(package)
+from fastapi.testclient import TestClient  # noqa: E402
+
+from medmoe_hf.inference.serving import Limits, create_app  # noqa: E402
+from medmoe_hf.inference.serving.uploads import UploadError, receive, unpack  # noqa: E402
+
+NAME = "DOE^JANE"
+LABELS = ["no finding", "pneumonia", "effusion"]
+HOST = "http://127.0.0.1"
+
+
+@pytest.fixture(scope="module")
+def predictor(tmp_path_factory):
+    return StudyPredictor(medmoe_folder(tmp_path_factory.mktemp("model") / "tiny"), batch_size=4)
+
+
+@pytest.fixture
+def uploads(tmp_path, monkeypatch):
+    """The folder of temporary files, which must be empty in the end."""
+    folder = tmp_path / "uploads"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    yield folder
+    assert not list(folder.iterdir())
+
+
+@pytest.fixture
+def client(predictor, uploads):
+    with TestClient(create_app(predictor, Limits(megabytes=1, files=6, seconds=30)), base_url=HOST) as client:
+        yield client
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Three PNG files whose names identify a person."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for index in range(3):
+        phantom_sample(5, index, image_size=64)["image"].save(folder / f"{NAME}-{index}.png")
+    return sorted(folder.iterdir())
+
+
+def uploaded(paths):
+    return [("files", (path.name, path.read_bytes())) for path in paths]
+
+
+def zipped(members, compression=zipfile.ZIP_DEFLATED):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        for name, content in members:
+            archive.writestr(name, content)
+    return file.getvalue()
+
+
+def assert_same(found, expected):
+    """Equal but for the last digits of numbers: batches may be cut elsewhere."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for key in expected:
+            assert_same(found[key], expected[key])
+    elif isinstance(expected, list):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert_same(one, other)
+    else:
+        assert found == (pytest.approx(expected, abs=1e-5) if isinstance(expected, float) else expected)
+
+
+def predicted(predictor, paths, **question):
+    return predictions_dict(predictor(read_studies(paths), Question(**question), show_progress=False))
+
+
+def test_files_and_a_zip_of_them_get_the_answers_of_predict(client, predictor, pictures, caplog):
+    caplog.set_level(logging.INFO)
+    expected = predicted(predictor, pictures, labels=LABELS, text=["ground glass", "air"], pooling="mean")
+    asked = {"labels": ["no finding,pneumonia", "effusion"], "text": ["ground glass", "air"], "pooling": "mean"}
+    answer = client.post("/predict", files=uploaded(pictures), data=asked)
+    assert answer.status_code == 200
+    assert_same(answer.json(), expected)
+    members = [(f"{NAME}/../{path.name}", path.read_bytes()) for path in reversed(pictures)]
+    members += [("__MACOSX/._a.png", b"x"), ("DICOMDIR", b"x"), ("empty/", b"")]
+    answer = client.post("/predict", files={"files": (f"{NAME}.zip", zipped(members))}, data=asked)
+    assert_same(answer.json(), expected)
+    assert NAME not in answer.text
+    assert "DOE" not in caplog.text
+    assert "/predict: 200, 3 files" in caplog.text
+
+
+def test_a_volume_keeps_its_kind(client, predictor, tmp_path):
+    nibabel = pytest.importorskip("nibabel")
+    path = tmp_path / f"{NAME}.nii.gz"
+    volume = np.random.default_rng(0).integers(0, 255, (40, 36, 5)).astype(np.int16)
+    nibabel.Nifti1Image(volume, np.diag([0.8, 0.7, 2.0, 1.0])).to_filename(path)
+    answer = client.post("/predict", files=uploaded([path]), data={"labels": LABELS, "plane": "axial", "task": ""})
+    assert_same(answer.json(), predicted(predictor, [path], labels=LABELS))
+    assert [series["slices"] for series in answer.json()["studies"][0]["series"]] == [5]
+    narrow = client.post("/predict", files=uploaded([path]), data={"labels": LABELS, "window": "100,20"}).json()
+    assert narrow["studies"][0]["labels"] != answer.json()["studies"][0]["labels"]
+
+
+def test_embeddings_are_those_of_the_model(client, predictor, pictures):
+    found = client.post("/embed", files=uploaded(pictures), data={"text": ["effusion", "air"]}).json()
+    encoder = predictor.encoder
+    images, texts = encoder.encode_images(pictures), encoder.encode_texts(["effusion", "air"])
+    assert [one["text"] for one in found["texts"]] == ["effusion", "air"]
+    torch.testing.assert_close(torch.tensor([one["embedding"] for one in found["texts"]]), texts, atol=1e-5, rtol=0)
+    vectors = torch.tensor([one["embedding"] for one in found["series"]])
+    torch.testing.assert_close(vectors, images, atol=1e-5, rtol=0)
+    routed = encoder.route_images(pictures).argmax(dim=1).tolist()
+    assert [one["modality"] for one in found["series"]] == [encoder.modalities[index] for index in routed]
+    assert client.post("/embed", data={"text": "air"}, files={"files": ("", b"")}).json()["series"] == []
+
+
+def test_eight_uploads_at_a_time_get_their_own_answers(client, predictor, pictures):
+    expected = [predicted(predictor, [path], labels=LABELS) for path in pictures]
+
+    def ask(number):
+        return client.post("/predict", files=uploaded([pictures[number % 3]]), data={"labels": LABELS})
+
+    with ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(ask, range(8)))
+    for number, answer in enumerate(answers):
+        assert answer.status_code == 200
+        assert_same(answer.json(), expected[number % 3])
+    assert client.get("/health").json()["requests"] == 0
+
+
+BOMB = zipped([("a.dcm", b"\0" * 2_000_000)])
+PNG = zipped([("a.png", b"x")])
+DAMAGED = zipped([("a.png", b"content")], zipfile.ZIP_STORED).replace(b"content", b"CONTENT")
+
+
+def encrypted():
+    content = bytearray(PNG)
+    content[content.index(b"PK\x01\x02") + 8] |= 1
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("files", "data", "status", "told"),
+    [
+        ([("a.png", b"\1" * 1_100_000)], {}, 413, "1 MB"),
+        ([("a.zip", BOMB)], {}, 413, "1 MB"),
+        ([(f"{i}.png", b"x") for i in range(7)], {}, 413, "more than 6 files"),
+        ([("a.zip", zipped([(f"{i}.png", b"x") for i in range(7)]))], {}, 413, "more than 6 files"),
+        ([("a.zip", zipped([(f"{i:030}" * 9, b"") for i in range(40)]))], {}, 413, "more than 6 files"),
+        ([(f"{NAME}.txt", b"not an image")], {}, 422, "neither DICOM nor NIfTI nor a picture"),
+        ([("a.zip", zipped([]))], {}, 422, "there are no files"),
+        ([("a.zip", PNG[:-30])], {}, 422, "damaged"),
+        ([("a.zip", DAMAGED)], {}, 422, "damaged"),
+        ([("a.zip", encrypted())], {}, 422, "encrypted"),
+        ([("a.zip", zipped([("a.png", b"x")], zipfile.ZIP_LZMA))], {}, 422, "deflate"),
+        ([("a.png", b"")], {}, 422, "neither"),
+        ([("", b"")], {}, 422, "no files"),
+        (None, {"labels": "a,b"}, 422, "no files"),
+        ([("a.png", b"x")], {"lables": "a,b"}, 422, 'no field "lables"'),
+        ([("a.png", b"x")], {"labels": "a"}, 422, "not enough"),
+        ([("a.png", b"x")], {"task": "/etc/passwd"}, 422, "no such task"),
+        ([("a.png", b"x")], {"pooling": "median"}, 422, "median"),
+        ([("a.png", b"x")], {"pooling": ["mean", "top-k"]}, 422, "one value"),
+        ([("a.png", b"x")], {"plane": "oblique"}, 422, "oblique"),
+        ([("a.png", b"x")], {"window": "1,b"}, 422, "window"),
+        ([("a.png", b"x")], {"trust_header": "perhaps"}, 422, "true or false"),
+        ([("a.png", b"x")], {"text": "x" * 70_000}, 413, "64 kB"),
+    ],
+)
+def test_what_cannot_be_answered_is_explained(client, uploads, files, data, status, told):
+    # With an empty file the request is multipart in any case.
+    listed = [("files", ("", b""))] if files is None else [("files", file) for file in files]
+    answer = client.post("/predict", files=listed, data=data)
+    assert answer.status_code == status, answer.text
+    assert told in answer.json()["detail"]
+    assert str(uploads) not in answer.text
+    assert "DOE" not in answer.text
+
+
+def test_other_bodies_are_refused(client, pictures):
+    assert client.post("/predict", json={}).status_code == 415
+    multipart = {"content-type": "multipart/form-data; boundary=b"}
+    part = b'--b\r\ncontent-disposition: form-data; name="%s"; filename="a"\r\n\r\nx\r\n'
+    cut = client.post("/predict", content=part % b"files", headers=multipart)
+    assert (cut.status_code, cut.json()["detail"]) == (400, "The body ends too early.")
+    assert client.post("/predict", content=b"nonsense", headers=multipart).status_code == 400
+    assert client.post("/predict", content=part % b"image" + b"--b--", headers=multipart).status_code == 422
+    chunks = client.post("/predict", content=(b"x" * 500_000 for _ in range(3)), headers=multipart)
+    assert chunks.status_code in (400, 413)
+    rebound = client.get("/health", headers={"host": "evil.example"})
+    assert rebound.status_code == 400
+
+
+def test_too_slow_and_too_many(predictor, pictures, uploads, monkeypatch):
+    service = create_app(predictor, Limits(seconds=1, requests=1))
+    started, go = threading.Event(), threading.Event()
+    read = read_studies
+
+    def slow(*args, **kwargs):
+        started.set()
+        assert go.wait(20)
+        return read(*args, **kwargs)
+
+    monkeypatch.setattr("medmoe_hf.inference.serving.app.read_studies", slow)
+    with TestClient(service, base_url=HOST) as client, ThreadPoolExecutor(1) as thread:
+        first = thread.submit(client.post, "/predict", files=uploaded(pictures))
+        assert started.wait(20)
+        busy = client.post("/predict", files=uploaded(pictures))
+        assert (busy.status_code, busy.headers["retry-after"]) == (503, "10")
+        assert client.get("/health").json()["requests"] == 1
+        time.sleep(1.1)
+        go.set()
+        assert (first.result().status_code, first.result().json()["detail"][:20]) == (413, "The prediction took ")
+
+
+def test_a_failure_is_logged_without_what_it_says(predictor, pictures, uploads, monkeypatch, caplog):
+    def broken(*args, **kwargs):
+        raise RuntimeError(NAME)
+
+    monkeypatch.setattr("medmoe_hf.inference.serving.app.read_studies", broken)
+    with TestClient(create_app(predictor), base_url=HOST) as client:
+        answer = client.post("/predict", files=uploaded(pictures))
+    assert answer.status_code == 500
+    assert "RuntimeError" in caplog.text
+    assert "in _studies" in caplog.text
+    assert NAME not in caplog.text + answer.text
+
+
+def test_a_client_that_hangs_up_ends_its_prediction(predictor, pictures, uploads, monkeypatch):
+    """Against the application itself: a test client does not hang up."""
+    read, seen = read_studies, []
+
+    def wait(*args, **kwargs):
+        studies = read(*args, **kwargs)
+        time.sleep(1.2)  # longer than two looks at the client
+        seen.append(len(studies))
+        return studies
+
+    monkeypatch.setattr("medmoe_hf.inference.serving.app.read_studies", wait)
+    monkeypatch.setattr(predictor, "_encode", lambda *args, **kwargs: pytest.fail("the prediction went on"))
+    body = b"".join(
+        b'--b\r\ncontent-disposition: form-data; name="files"; filename="a.png"\r\n\r\n%s\r\n' % path.read_bytes()
+        for path in pictures
+    )
+    headers = [(b"host", b"127.0.0.1"), (b"content-type", b"multipart/form-data; boundary=b")]
+    scope = {"type": "http", "method": "POST", "path": "/predict", "headers": headers, "query_string": b""}
+    scope |= {"http_version": "1.1", "scheme": "http", "server": ("127.0.0.1", 80), "root_path": ""}
+
+    def statuses(messages):
+        """What the application answers to a client that sends these messages and then hangs up."""
+        sent = []
+
+        async def receive():
+            return messages.pop(0) if messages else {"type": "http.disconnect"}
+
+        async def send(message):
+            sent.append(message.get("status"))
+
+        asyncio.run(create_app(predictor)(dict(scope), receive, send))
+        return sent[0]
+
+    whole = {"type": "http.request", "body": body + b"--b--\r\n", "more_body": False}
+    assert statuses([whole]) == 499
+    assert seen == [3]
+    assert statuses([{"type": "http.request", "body": body[:-100], "more_body": True}]) == 499
+    assert seen == [3]
+
+
+def test_a_slow_upload_ends(tmp_path):
+    async def never():
+        yield b"--b"
+        await asyncio.sleep(60)
+
+    async def upload():
+        await asyncio.wait_for(receive(never(), "multipart/form-data; boundary=b", tmp_path, Limits()), 0.1)
+
+    with pytest.raises(asyncio.TimeoutError):
+        asyncio.run(upload())
+
+
+def test_names_in_a_zip_lead_nowhere(tmp_path):
+    names = ["../../escaped.dcm", "/absolute.nii.gz", "a/b/../../../c.png", "b\\..\\d", "plain.NII.GZ"]
+    archive = tmp_path / "in" / "000000"
+    archive.parent.mkdir()
+    archive.write_bytes(zipped([(name, name.encode()) for name in names]))
+    unpack([archive], Limits(), lambda: None)
+    found = {path.read_bytes().decode(): path for path in tmp_path.rglob("*") if path.is_file()}
+    assert sorted(found) == sorted(names)
+    for name, path in found.items():
+        assert path.resolve().is_relative_to(archive)
+        assert path.name[6:] == {"../../escaped.dcm": ".dcm", "/absolute.nii.gz": ".nii.gz"}.get(
+            name, ".nii.gz" if name == "plain.NII.GZ" else ""
+        )
+
+
+def test_a_check_ends_the_unpacking(tmp_path):
+    (tmp_path / "000000").write_bytes(zipped([("a", b"x")]))
+
+    def check():
+        raise UploadError(413, "late")
+
+    with pytest.raises(UploadError, match="late"):
+        unpack([tmp_path / "000000"], Limits(), check)
+
+
+def test_limits_are_positive():
+    with pytest.raises(ArgumentError, match="seconds"):
+        Limits(seconds=0)
+
+
+def test_the_description_names_fields_and_errors(client):
+    described = client.get("/openapi.json").json()
+    body = described["paths"]["/predict"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
+    assert {"files", "labels", "text", "task", "pooling", "plane", "window", "trust_header"} == set(body["properties"])
+    assert {"413", "422", "503"} <= set(described["paths"]["/embed"]["post"]["responses"])
+    assert client.get("/docs").status_code == 200
+
+
+def test_the_command_listens_on_this_machine_only(predictor, monkeypatch):
+    started = {}
+    monkeypatch.setattr("uvicorn.run", lambda app, **options: started.update(options, app=app))
+    monkeypatch.setattr("warnings.simplefilter", lambda *args, **options: None)
+    folder = predictor.encoder.model.name_or_path
+    result = CliRunner().invoke(app, ["serve", "--model", folder, "--port", "8123", "--max-files", "3"])
+    assert result.exit_code == 0, result.output
+    assert (started["host"], started["port"], started["access_log"]) == ("127.0.0.1", 8123, False)
