@@ -80,7 +80,7 @@ def slice_by_slice(predictor, path, expert, **kwargs):
         for index in range(len(study.series[0])):
             pixels = processor(images=study.series[0].slice(index), return_tensors="pt")["pixel_values"]
             embeds.append(normalize(model.get_image_features(pixels, modality=expert).pooler_output[0], dim=0))
-            votes.append(model.route(pixels).probabilities[0].log())
+            votes.append(model.vision_model(pixels).router_logits[0].log_softmax(dim=-1))
     return torch.stack(embeds), torch.stack(votes).double().numpy()
 
 
