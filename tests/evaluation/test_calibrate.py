@@ -65,7 +65,7 @@ def read_task(content, place):
 
 
 def run(*arguments):
-    return CliRunner().invoke(app, ["-q", "calibrate", *map(str, arguments)])
+    return CliRunner().invoke(app, ["calibrate", *map(str, arguments)])
 
 
 def test_a_folder_is_calibrated_in_place(place, tmp_path):
