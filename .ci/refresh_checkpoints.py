@@ -7,20 +7,16 @@ golden outputs stay as they are: `medmoe verify small` shows whether the new cod
 """
 
 import argparse
-import shutil
 from pathlib import Path
+
+from medmoe_hf.common.packaged import copy_model_code
 
 PACKAGE = Path(__file__).resolve().parents[1] / "medmoe_hf"
 
 
 def main() -> None:
-    code = [*sorted((PACKAGE / "model").glob("*_medmoe.py")), PACKAGE / "model" / "handler.py"]
     for folder in sorted(path.parent for path in (PACKAGE / "checkpoints").glob("*/config.json")):
-        for copy in folder.glob("*.py"):
-            copy.unlink()
-        for path in code:
-            shutil.copyfile(path, folder / path.name)
-        print(f"{folder.relative_to(PACKAGE.parent)}: {len(code)} files of code")
+        print(f"{folder.relative_to(PACKAGE.parent)}: {copy_model_code(folder)} files of code")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The checkpoints that the package contains."""
 
+import shutil
 from pathlib import Path
 
 from medmoe_hf.errors import ArgumentError, PathNotFoundError
@@ -9,6 +10,8 @@ CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
 
 PACKAGED = ("small",)
 """Names of the checkpoints; the first one is what commands use when no model is named."""
+
+_MODEL_CODE = Path(__file__).resolve().parents[1] / "model"
 
 # Without any of these a folder does not load; the code files are named by the configuration.
 _REQUIRED = ("config.json", "model.safetensors", "processor_config.json", "tokenizer.json")
@@ -63,3 +66,20 @@ def packaged_folder(name: str | Path) -> str:
         PathNotFoundError: If this copy of the package lacks the checkpoint's files.
     """
     return pretrained(str(name)) if str(name) in PACKAGED and not Path(name).exists() else str(name)
+
+
+def copy_model_code(folder: Path) -> int:
+    """Replaces the code in the folder of a checkpoint by the current code.
+
+    Args:
+        folder: Folder of a checkpoint. Other Python files, such as those of an expert of one's own, stay.
+
+    Returns:
+        The number of files.
+    """
+    code = [*sorted(_MODEL_CODE.glob("*_medmoe.py")), _MODEL_CODE / "handler.py"]
+    for copy in folder.glob("*_medmoe.py"):
+        copy.unlink()
+    for path in code:
+        shutil.copyfile(path, folder / path.name)
+    return len(code)

@@ -21,6 +21,7 @@ import medmoe_hf.model.tasks_medmoe as model_tasks
 from medmoe_hf.common.console import progress
 from medmoe_hf.common.files import atomic_dir, redact_paths
 from medmoe_hf.common.loading import explain_loading
+from medmoe_hf.common.packaged import copy_model_code
 from medmoe_hf.common.yaml_files import explain, read_yaml
 from medmoe_hf.data.cells import cell_text, matches
 from medmoe_hf.data.checkpoint_names import find_checkpoint
@@ -427,11 +428,9 @@ def _data_name(name: str) -> str:
 
 
 def _write(folder: Path, target: Path, tasks: Mapping[str, Task]) -> None:
-    code = Path(model_tasks.__file__)
     with atomic_dir(target, force=True) as partial:
         shutil.copytree(folder, partial, dirs_exist_ok=True, symlinks=folder == target)
-        if not (partial / code.name).is_file():
+        if not (partial / Path(model_tasks.__file__).name).is_file():
             # Saved by a version whose models had no tasks: its code cannot read them.
-            for path in code.parent.glob("*_medmoe.py"):
-                shutil.copyfile(path, partial / path.name)
+            copy_model_code(partial)
         model_tasks.write_tasks(partial / model_tasks.TASKS_FILE, tasks)

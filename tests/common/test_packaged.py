@@ -29,8 +29,6 @@ def refresh(package: Path) -> None:
     spec = importlib.util.spec_from_file_location("refresh_checkpoints", ROOT / ".ci" / "refresh_checkpoints.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    if not (package / "model").exists():
-        (package / "model").symlink_to(script.PACKAGE / "model")
     script.PACKAGE = package
     script.main()
 

@@ -17,22 +17,14 @@ from pathlib import Path
 
 from card import write
 
-import medmoe_hf.model
 from medmoe_hf.common.files import atomic_dir
+from medmoe_hf.common.packaged import copy_model_code
 from medmoe_hf.errors import PublishError
 from medmoe_hf.hub import shrink, verify
 from medmoe_hf.hub.folder_checks import check_folder
 
 LARGEST = 40_000_000
 """Bytes of `model.safetensors`."""
-
-
-def copy_code(folder: Path) -> None:
-    """Replaces the model code of a checkpoint by the current one."""
-    for old in folder.glob("*.py"):
-        old.unlink()
-    for path in sorted(Path(medmoe_hf.model.__file__).parent.glob("*_medmoe.py")):
-        shutil.copyfile(path, folder / path.name)
 
 
 def clean_configuration(path: Path) -> None:
@@ -74,7 +66,7 @@ def pack(
         if report.after > LARGEST:
             raise PublishError(f"The weights have {report.after / 1e6:.1f} MB, more than {LARGEST / 1e6:g} MB.")
         clean_configuration(folder / "config.json")
-        copy_code(folder)
+        copy_model_code(folder)
         checked = verify(folder, record=True)
         if not checked.ok:
             raise PublishError(f"{trained} has other outputs in a process without this package:\n{checked}")

@@ -67,8 +67,13 @@ def counted(result: Result) -> str:
 
 
 def measured(run: Run, split: str, protocol: str) -> list[Result]:
-    """Returns the results of a protocol on a split."""
+    """Returns the results of a protocol in one file of a run, such as that of a split."""
     return [result for result in run.get(split, ()) if result.protocol == protocol]
+
+
+def probes_of(results: Sequence[Result]) -> dict[str, Mapping[str, Interval]]:
+    """Returns the metrics of the linear probes, by task."""
+    return {result.dataset: result.metrics for result in results if result.protocol == "linear-probe"}
 
 
 def routing_table(run: Run, split: str) -> str:
@@ -83,7 +88,7 @@ def routing_table(run: Run, split: str) -> str:
 
 def zero_shot_table(run: Run, split: str) -> str:
     """Returns zero-shot classification by task, beside chance and the linear probes of the two baselines."""
-    probes = {result.dataset: result.metrics for result in measured(run, split, "linear-probe")}
+    probes = probes_of(run.get(split, ()))
     rows = []
     for result in measured(run, split, "zero-shot"):
         metrics = result.by_variant()[result.facts.get("similarity", "global")]
@@ -147,12 +152,9 @@ def retrieval_table(run: Run, split: str) -> str:
 
 def crossing_table(run: Run) -> str:
     """Returns the AUROC on sources that a model has not seen, beside that of the bare ImageNet backbone."""
-    results = run.get("crossings", ())
-    probes = {result.dataset: result.metrics for result in results if result.protocol == "linear-probe"}
+    probes = probes_of(run.get("crossings", ()))
     rows = []
-    for result in results:
-        if result.protocol != "zero-shot":
-            continue
+    for result in measured(run, "crossings", "zero-shot"):
         score = result.facts.get("similarity", "global")
         probe = probes[result.dataset]
         rows.append(
@@ -285,19 +287,17 @@ def summary_table(run: Run) -> str:
                 value = shown(result.by_variant()["image router"]["balanced_accuracy"])
                 rows.append([f"image router, balanced accuracy, {seen}", counted(result), value, "–"])
     for split, task, metric in _SUMMARY:
-        probes = {result.dataset: result.metrics for result in measured(run, split, "linear-probe")}
+        probes = probes_of(run.get(split, ()))
         for result in measured(run, split, "zero-shot"):
             if result.dataset == task:
                 value = result.by_variant()[result.facts.get("similarity", "global")][metric]
                 probe = probes.get(task, {}).get(f"imagenet 100%/{metric}")
                 rows.append([f"{TASKS[task].title}, {_METRICS[metric]}", counted(result), shown(value), shown(probe)])
-    crossings = run.get("crossings", ())
-    for result in crossings:
-        if result.protocol == "zero-shot":
-            probe = next(other for other in crossings if other.dataset == result.dataset and other is not result)
-            value = result.metrics[f"{result.facts.get('similarity', 'global')}/macro_auroc"]
-            baseline = shown(probe.metrics["imagenet 100%/macro_auroc"])
-            rows.append([f"{CROSSINGS[result.dataset].title}, AUROC", counted(result), shown(value), baseline])
+    probes = probes_of(run.get("crossings", ()))
+    for result in measured(run, "crossings", "zero-shot"):
+        value = result.metrics[f"{result.facts.get('similarity', 'global')}/macro_auroc"]
+        baseline = shown(probes[result.dataset]["imagenet 100%/macro_auroc"])
+        rows.append([f"{CROSSINGS[result.dataset].title}, AUROC", counted(result), shown(value), baseline])
     header = ("zero-shot, on subjects or sources that were not trained on", "N (subjects)", "small", "ImageNet probe")
     return markdown_table(header, rows)
 
