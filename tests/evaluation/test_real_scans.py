@@ -381,11 +381,15 @@ def test_a_crossing_learns_on_one_source_and_measures_on_another(data):
         module.crossing_set(crossings["glaucoma-camera"], rows, data, "external")
 
 
-def test_a_crossing_is_measured_beside_the_bare_backbone(data, model, tmp_path, in_process):
+def need_imagenet_weights():
     try:
         scripts["encode"].imagenet_weights()
-    except SourceError:
-        pytest.skip("the ImageNet backbone is not installed")
+    except SourceError as error:
+        pytest.skip(str(error))
+
+
+def test_a_crossing_is_measured_beside_the_bare_backbone(data, model, tmp_path, in_process):
+    need_imagenet_weights()
     encoder = scripts["encode"].StoredEncoder(model, "small", tmp_path)
     measure = scripts["leave_one_out"].measure
     zero_shot, probe = measure("adults-to-children", encoder, rows_of(data), data, "val", resamples=20, seed=0)
@@ -644,6 +648,7 @@ def test_heatmaps_are_of_findings(data):
 
 @pytest.mark.slow
 def test_evaluation_in_a_clean_process(data, model, tmp_path, capsys):
+    need_imagenet_weights()
     out = tmp_path / "run" / "val.json"
     arguments = ["--model", str(model), "--data", str(data), "--split", "val", "--out", str(out), "--resamples", "20"]
     scripts["evaluate"].main([*arguments, "--only", "glaucoma", "pneumonia-adults", "--name", "me/small"])
