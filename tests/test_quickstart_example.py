@@ -4,8 +4,10 @@ import csv
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 from PIL import Image
+from pydicom.data import get_testdata_file
 
 from medmoe_hf.data.sources import TableSource, WebDatasetSource
 from medmoe_hf.data.stream import SampleStream
@@ -41,6 +43,14 @@ def test_the_shard_holds_every_scan_with_its_report_and_modality(files):
     assert sorted((s["caption"], MODALITIES[s["modality"]]) for s in samples) == sorted(
         (scan["report"], scan["modality"]) for scan in scans if not scan["path"].endswith(".nii.gz")
     )
+
+
+def test_the_hospital_that_a_scan_names_is_covered(files):
+    original = pydicom.dcmread(get_testdata_file("examples_jpeg2k.dcm")).pixel_array
+    covered = pydicom.dcmread(files / "scans" / "ultrasound-node.dcm").pixel_array
+    assert original[:104].any()
+    assert not covered[:104].any()
+    assert (covered[104:] == original[104:]).all()
 
 
 def test_tiles_are_labelled_by_the_brown_stain_and_split_by_half_of_the_section(files):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import matplotlib.cbook
 import numpy as np
+import pydicom
 from PIL import Image
 from skimage.color import rgb2hed
 
@@ -25,6 +26,8 @@ SCANS = {
     "fundus.jpg": ("skimage/data/retina.jpg", "Fundus photograph of the retina."),
     "histopathology.png": ("skimage/data/ihc.png", "Histopathology image of the colon, immunohistochemistry."),
 }
+COVERED = {"ultrasound-node.dcm": 104}
+"""Scan -> rows at the top that name a hospital and are blackened, so that no picture of the quickstart shows it."""
 REPORTS = {
     "glands": ("Histopathology image of the colon: stained glands.", "Stained glands."),
     "stroma": ("Histopathology image of the colon: stroma between the glands.", "Stroma between the glands."),
@@ -41,6 +44,8 @@ def write_scans(folder: Path) -> None:
         package, _, inside = file.partition("/")
         spec = importlib.util.find_spec(package)
         shutil.copyfile(Path(spec.submodule_search_locations[0]) / inside, folder / "scans" / name)
+        if name in COVERED:
+            cover(folder / "scans" / name, COVERED[name])
         rows.append((f"scans/{name}", report, name.split("-")[0].split(".")[0]))
     with matplotlib.cbook.get_sample_data("s1045.ima.gz") as file:
         head = np.frombuffer(file.read(), np.uint16).reshape(256, 256)
@@ -53,6 +58,16 @@ def write_scans(folder: Path) -> None:
             shard.add(folder / path, f"{number:06d}.{path.partition('.')[2]}")
             shard.add(folder / "report.txt", f"{number:06d}.txt")
     (folder / "report.txt").unlink()
+
+
+def cover(path: Path, rows: int) -> None:
+    """Blacken rows at the top of a DICOM file."""
+    scan = pydicom.dcmread(path)
+    scan.decompress()
+    pixels = scan.pixel_array.copy()
+    pixels[:rows] = 0
+    scan.PixelData = pixels.tobytes()
+    scan.save_as(path)
 
 
 def write_tiles(folder: Path) -> None:
