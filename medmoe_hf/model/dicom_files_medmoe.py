@@ -89,7 +89,7 @@ def read_dataset(source: Any, name: str, max_pixels: int) -> Any:
         return pydicom.dcmread(file, force=True)
 
 
-def read_header(source: Any, name: str, max_pixels: int, keywords: Sequence[str]) -> tuple[Any, bool]:
+def read_header(source: Any, name: str, max_pixels: int, keywords: Sequence[str]) -> tuple[Any, int]:
     """Reads values of a header, and no pixels.
 
     Args:
@@ -99,11 +99,13 @@ def read_header(source: Any, name: str, max_pixels: int, keywords: Sequence[str]
         keywords: The tags to keep; everything else is dropped.
 
     Returns:
-        The dataset, and whether pixels follow it.
+        The dataset, and the number of bytes behind it that hold pixels; 0 if none follow.
     """
     with _opened(source, name, max_pixels) as file:
         header = pydicom.dcmread(file, force=True, stop_before_pixels=True, specific_tags=list(keywords))
-        return header, file.read(2) in (b"\xe0\x7f", b"\x7f\xe0")
+        start = file.tell()
+        has_pixels = file.read(2) in (b"\xe0\x7f", b"\x7f\xe0")
+        return header, file.seek(0, 2) - start if has_pixels else 0
 
 
 class DicomFrames:
@@ -209,7 +211,7 @@ class DicomFrames:
                 file.seek(index * self._bytes, 1)
                 pixels = file.read(self._bytes)
                 if len(pixels) < self._bytes:
-                    raise MedicalImageError(f"{self.name} is cut off before the end of frame {index}; copy it again")
+                    raise MedicalImageError(f"{self.name} is cut off before the end of frame {index + 1}; copy it")
                 pixels += b"\0" * (len(pixels) % 2)
         result.add_new(self._keyword, self._vr if len(self._vr) == 2 and self._vr.isalpha() else "OW", pixels)
         return result, 0

@@ -26,8 +26,8 @@ for package in ("fastapi", "uvicorn", "python_multipart", "httpx"):
     pytest.importorskip(package)
 from fastapi.testclient import TestClient  # noqa: E402
 
-from medmoe_hf.inference.serving import Limits, create_app  # noqa: E402
-from medmoe_hf.inference.serving.uploads import UploadError, receive, unpack  # noqa: E402
+from medmoe_hf.inference.serving import Limits, create_app, serve  # noqa: E402
+from medmoe_hf.inference.serving.uploads import UploadError, unpack  # noqa: E402
 
 NAME = "DOE^JANE"
 LABELS = ["no finding", "pneumonia", "effusion"]
@@ -187,6 +187,8 @@ def encrypted():
         ([("a.png", b"x")], {"window": "1,b"}, 422, "window"),
         ([("a.png", b"x")], {"trust_header": "perhaps"}, 422, "true or false"),
         ([("a.png", b"x")], {"text": "x" * 70_000}, 413, "64 kB"),
+        ([("a.png", b"x")], {"text": [str(i) for i in range(257)]}, 413, "256"),
+        ([("a.png", b"x")], {"labels": ",".join(map(str, range(257)))}, 413, "256"),
     ],
 )
 def test_what_cannot_be_answered_is_explained(client, uploads, files, data, status, told):
@@ -207,8 +209,14 @@ def test_other_bodies_are_refused(client, pictures):
     assert (cut.status_code, cut.json()["detail"]) == (400, "The body ends too early.")
     assert client.post("/predict", content=b"nonsense", headers=multipart).status_code == 400
     assert client.post("/predict", content=part % b"image" + b"--b--", headers=multipart).status_code == 422
-    chunks = client.post("/predict", content=(b"x" * 500_000 for _ in range(3)), headers=multipart)
-    assert chunks.status_code in (400, 413)
+
+    def chunks():
+        yield part % b"files"
+        yield b"--b--" + b" " * 1000
+        yield from [b"x" * 500_000] * 3
+
+    endless = client.post("/predict", content=chunks(), headers=multipart)  # states no length
+    assert (endless.status_code, "1 MB" in endless.text) == (413, True)
     rebound = client.get("/health", headers={"host": "evil.example"})
     assert rebound.status_code == 400
 
@@ -264,40 +272,89 @@ def test_a_client_that_hangs_up_ends_its_prediction(predictor, pictures, uploads
         b'--b\r\ncontent-disposition: form-data; name="files"; filename="a.png"\r\n\r\n%s\r\n' % path.read_bytes()
         for path in pictures
     )
-    headers = [(b"host", b"127.0.0.1"), (b"content-type", b"multipart/form-data; boundary=b")]
-    scope = {"type": "http", "method": "POST", "path": "/predict", "headers": headers, "query_string": b""}
-    scope |= {"http_version": "1.1", "scheme": "http", "server": ("127.0.0.1", 80), "root_path": ""}
 
-    def statuses(messages):
-        """What the application answers to a client that sends these messages and then hangs up."""
-        sent = []
+    def status(messages):
+        """What is answered to a client that sends these messages and then hangs up."""
 
         async def receive():
             return messages.pop(0) if messages else {"type": "http.disconnect"}
 
-        async def send(message):
-            sent.append(message.get("status"))
-
-        asyncio.run(create_app(predictor)(dict(scope), receive, send))
-        return sent[0]
+        return answer_of(create_app(predictor), receive)
 
     whole = {"type": "http.request", "body": body + b"--b--\r\n", "more_body": False}
-    assert statuses([whole]) == 499
+    assert status([whole]) == 499
     assert seen == [3]
-    assert statuses([{"type": "http.request", "body": body[:-100], "more_body": True}]) == 499
+    assert status([{"type": "http.request", "body": body[:-100], "more_body": True}]) == 499
     assert seen == [3]
 
 
-def test_a_slow_upload_ends(tmp_path):
-    async def never():
-        yield b"--b"
-        await asyncio.sleep(60)
+def answer_of(app, receive, *headers):
+    """The status that an application answers with to what `receive` sends."""
+    sent = []
 
-    async def upload():
-        await asyncio.wait_for(receive(never(), "multipart/form-data; boundary=b", tmp_path, Limits()), 0.1)
+    async def send(message):
+        sent.append(message.get("status"))
 
-    with pytest.raises(asyncio.TimeoutError):
-        asyncio.run(upload())
+    headers = [(b"host", b"127.0.0.1"), (b"content-type", b"multipart/form-data; boundary=b"), *headers]
+    scope = {"type": "http", "method": "POST", "path": "/predict", "headers": headers, "query_string": b""}
+    scope |= {"http_version": "1.1", "scheme": "http", "server": ("127.0.0.1", 80), "root_path": ""}
+    asyncio.run(app(scope, receive, send))
+    return sent[0]
+
+
+def test_a_slow_upload_ends(predictor, uploads):
+    async def receive():
+        await asyncio.sleep(0.1)
+        return {"type": "http.request", "body": b"", "more_body": True}
+
+    begun = time.monotonic()
+    assert answer_of(create_app(predictor, Limits(seconds=1)), receive) == 408
+    assert time.monotonic() - begun >= 1
+
+
+def test_a_body_that_states_too_large_a_size_is_not_read(predictor, uploads):
+    async def receive():
+        pytest.fail("the body was read")
+
+    app = create_app(predictor, Limits(megabytes=1))
+    assert answer_of(app, receive, (b"content-length", b"1000001")) == 413
+
+
+def test_one_prediction_is_computed_at_a_time(client, pictures, monkeypatch):
+    read, inside, most = read_studies, [], []
+
+    def counted(*args, **kwargs):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.05)
+        studies = read(*args, **kwargs)
+        inside.pop()
+        return studies
+
+    monkeypatch.setattr("medmoe_hf.inference.serving.app.read_studies", counted)
+    with ThreadPoolExecutor(6) as threads:
+        list(threads.map(lambda _: client.post("/predict", files=uploaded(pictures[:1])), range(6)))
+    assert most == [1] * 6
+
+
+def test_the_list_of_a_zip_file_is_measured_before_it_is_read(tmp_path, monkeypatch):
+    """`zipfile` holds the whole list in memory."""
+    (tmp_path / "000000").write_bytes(zipped([(f"{index:030}" * 9, b"") for index in range(40)]))
+    monkeypatch.setattr(zipfile, "ZipFile", lambda *args: pytest.fail("the list was read"))
+    with pytest.raises(UploadError, match="more than 6 files"):
+        unpack([tmp_path / "000000"], Limits(files=6), lambda: None)
+
+
+def test_damaged_slices_take_time_too(predictor, tmp_path):
+    """A prediction ends in time also where no slice of a series can be decoded."""
+    nibabel = pytest.importorskip("nibabel")
+    volume = np.random.default_rng(0).integers(0, 255, (40, 36, 5)).astype(np.int16)
+    nibabel.Nifti1Image(volume, np.eye(4)).to_filename(tmp_path / "a.nii.gz")
+    (tmp_path / "a.nii.gz").write_bytes((tmp_path / "a.nii.gz").read_bytes()[:-100])
+    checks = []
+    with pytest.raises(ArgumentError, match="no picture to predict"):
+        predictor(read_studies(tmp_path), show_progress=False, check=lambda: checks.append(1))
+    assert len(checks) == 5
 
 
 def test_names_in_a_zip_lead_nowhere(tmp_path):
@@ -330,6 +387,17 @@ def test_limits_are_positive():
         Limits(seconds=0)
 
 
+def test_frames_count_as_files(client, tmp_path):
+    nibabel = pytest.importorskip("nibabel")
+    for count, status in ((6, 200), (7, 413)):
+        volume = np.random.default_rng(0).integers(0, 255, (24, 24, count)).astype(np.int16)
+        nibabel.Nifti1Image(volume, np.diag([-1, -1, 1, 1])).to_filename(tmp_path / "a.nii")
+        for path in ("/predict", "/embed"):
+            answer = client.post(path, files=uploaded([tmp_path / "a.nii"]))
+            assert answer.status_code == status, answer.text
+    assert "more than 6 slices" in answer.json()["detail"]
+
+
 def test_the_description_names_fields_and_errors(client):
     described = client.get("/openapi.json").json()
     body = described["paths"]["/predict"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
@@ -340,9 +408,19 @@ def test_the_description_names_fields_and_errors(client):
 
 def test_the_command_listens_on_this_machine_only(predictor, monkeypatch):
     started = {}
-    monkeypatch.setattr("uvicorn.run", lambda app, **options: started.update(options, app=app))
+    monkeypatch.setattr("uvicorn.run", lambda app, **options: started.update(options))
     monkeypatch.setattr("warnings.simplefilter", lambda *args, **options: None)
-    folder = predictor.encoder.model.name_or_path
-    result = CliRunner().invoke(app, ["serve", "--model", folder, "--port", "8123", "--max-files", "3"])
+    monkeypatch.setattr("medmoe_hf.inference.studies.StudyPredictor", lambda *args, **options: predictor)
+
+    def made(predictor, limits, hosts):
+        started.update(limits=limits, hosts=hosts)
+
+    monkeypatch.setattr("medmoe_hf.inference.serving.app.create_app", made)
+    limits = ["--max-megabytes", "2", "--max-files", "3", "--max-seconds", "4", "--max-requests", "5"]
+    result = CliRunner().invoke(app, ["serve", "--port", "8123", *limits])
     assert result.exit_code == 0, result.output
     assert (started["host"], started["port"], started["access_log"]) == ("127.0.0.1", 8123, False)
+    assert started["limits"] == Limits(megabytes=2, files=3, seconds=4, requests=5)
+    assert "*" not in started["hosts"]
+    serve(predictor)
+    assert (started["host"], started["limits"]) == ("127.0.0.1", None)

@@ -1,16 +1,18 @@
 """Studies: files written here, whose slices, order and places are known."""
 
+import gzip
 import io
 import itertools
 import random
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from medmoe_hf.errors import ArgumentError, MedicalImageError, PathNotFoundError
+from medmoe_hf.errors import ArgumentError, ImageTooLargeError, MedicalImageError, PathNotFoundError
 from medmoe_hf.model.image_processing_medmoe import MedMoEImageProcessor
 from medmoe_hf.model.medical_images_medmoe import read_medical_image
 from medmoe_hf.model.modeling_medmoe import MedMoEModel
@@ -270,7 +272,7 @@ def test_missing_slices_are_noted_and_leave_their_place(tmp_path):
     write([dataset for number, dataset in enumerate(datasets) if number not in (3, 6, 7)], tmp_path)
     series = only(tmp_path)
     assert series.missing == [(2, 1), (4, 2)]
-    assert series.notes == ["3 slices missing, behind slice 2, 4"]
+    assert series.notes == ["3 slices missing, behind slice 3, 5, counted from 1"]
     assert series.slots.tolist() == [0, 1, 2, 4, 5, 8]
     assert series.step == pytest.approx(2.5)
     np.testing.assert_allclose(series.affine @ [0, 0, 8, 1], [20, -7, 120, 1])
@@ -532,8 +534,8 @@ def test_volumes_in_time(tmp_path):
     nibabel.save(nibabel.Nifti1Image(data, np.diag([2, 3, 4, 1])), tmp_path / "a.nii.gz")
     first, last = only(tmp_path, window=(500, 1000)), only(tmp_path, window=(500, 1000), volume=2)
     assert (first.notes, last.notes) == (
-        ["volume 0 of 3, counted from 0"],
-        ["volume 2 of 3, counted from 0"],
+        ["volume 1 of 3; the others are not read"],
+        ["volume 3 of 3; the others are not read"],
     )
     for series, volume in ((first, 0), (last, 2)):
         expected = between(data[::-1, ::-1, :, volume].transpose(2, 1, 0), 0, 1000)
@@ -674,3 +676,46 @@ def test_the_model_takes_a_study(tmp_path, processor, small_config, lived_in):
         model.get_study_features(batches, modality=["ct"])
     with pytest.raises(ValueError, match="no slices"):
         model.get_study_features([])
+
+
+def test_files_that_state_very_many_slices_cost_no_memory(tmp_path):
+    """Headers of a few bytes, which a server may be sent."""
+    save(dicom(np.zeros(SIZE, np.uint8), "1.2.3.1.1", ULTRASOUND, NumberOfFrames=2**31 - 1), tmp_path / "a.dcm")
+    volume = nibabel.Nifti2Image(np.zeros((2, 2, 2), np.int16), np.diag([-1, -1, 1, 1]))
+    content = bytearray(volume.to_bytes())
+    content[40:48] = (2**40).to_bytes(8, "little")  # the third dimension
+    (tmp_path / "a.nii").write_bytes(content)
+    content[40:48] = (10**8).to_bytes(8, "little")  # as much as may be inflated
+    (tmp_path / "b.nii.gz").write_bytes(gzip.compress(content))
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    found = []
+    assert peak(lambda: found.extend(read_studies(tmp_path, on_skip=found.append))) < 2**24
+    skipped, (study,) = found[:-1], found[-1:]
+    assert len(study) == 1
+    assert ["more" in one.reason and "than it has bytes" in one.reason for one in skipped] == [True] * 3
+
+
+def test_a_limit_of_slices_counts_all_files(tmp_path):
+    write(ct(hounsfield(3)), tmp_path)
+    save(dicom(np.zeros((4, *SIZE), np.uint8), "1.2.3.2.1", ULTRASOUND, "1.2.3.2", NumberOfFrames=4), tmp_path / "a")
+    nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 5), np.int16), np.diag([-1, -1, 1, 1])), tmp_path / "a.nii")
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    assert sum(len(study) for study in read_studies(tmp_path, max_slices=13)) == 13
+    with pytest.raises(ImageTooLargeError, match="more than 12 slices"):
+        read_studies(tmp_path, max_slices=12)
+
+
+def test_many_compressed_volumes_keep_few_files_open(tmp_path):
+    """A data set of thousands of volumes would use up the file descriptors."""
+    data = [np.full((4, 5, 3), 10 * number, np.int16) for number in range(6)]
+    for number, values in enumerate(data):
+        nibabel.save(nibabel.Nifti1Image(values, np.diag([-1, -1, 1, 1])), tmp_path / f"{number}.nii.gz")
+    folder = Path("/proc/self/fd")
+    if not folder.is_dir():
+        pytest.skip("open files can be counted on Linux")
+    studies = read_studies(tmp_path, window=(50, 100))
+    before = len(list(folder.iterdir()))
+    for index in (0, 2, 1):  # again and again, as for pictures of key slices
+        for study, values in zip(studies, data, strict=True):
+            np.testing.assert_allclose(study.series[0].slice(index).pixels, values[..., index].T / 100, atol=1e-6)
+    assert len(list(folder.iterdir())) <= before + 2

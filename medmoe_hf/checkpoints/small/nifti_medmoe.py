@@ -6,6 +6,8 @@ import math
 import os
 import shutil
 import tempfile
+import threading
+import weakref
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -42,6 +44,7 @@ except ImportError:  # only NIfTI needs it
 PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}
 """Name -> axis of the patient across the slices: right, front, head."""
 
+_OPEN_VOLUMES = 2  # compressed volumes whose inflated content is kept; each needs a file descriptor, and disk
 _AIR = 0.05  # least share of air in a CT
 _MILLIMETRES = {"meter": 1000.0, "micron": 0.001}
 _CIFTI = range(3000, 3100)  # NIfTI's intent codes for data on surfaces
@@ -136,7 +139,7 @@ class _Slices:
         length = np.linalg.norm(normal)
         toward = affine[:3, :3] @ np.array([0, 0, 1.0])
         normal = normal / length * np.sign(normal @ toward) if length > 0 else toward
-        self.positions = (affine[:3, 3] @ normal) + np.arange(self.count) * (toward @ normal)
+        self.first_position, self.step = float(affine[:3, 3] @ normal), float(toward @ normal)
 
     def stored(self, image: Any, slice_index: int, volume: int) -> np.ndarray:
         """Reads a slice as it is stored, (H, W)."""
@@ -150,8 +153,8 @@ class _Slices:
 class NiftiVolume:
     """The slices of a file, one at a time; the header alone is read at first.
 
-    A compressed file is inflated once, into a temporary file without a name, because it cannot be read from the
-    middle.
+    A compressed file is inflated into a temporary file without a name, because it cannot be read from the middle. The
+    files of the last volumes that were read are kept; others are inflated again when they are needed.
 
     Args:
         path: The file.
@@ -177,9 +180,14 @@ class NiftiVolume:
         if not 0 <= volume < self.volumes:
             raise MedicalImageError(f"{name} has no volume {volume}: it has {self.volumes}, and they count from 0")
         self.count, self.affine, self.spacing = slices.count, slices.affine, slices.spacing
-        self.size, self.positions = slices.size, slices.positions
+        self.size, self._first_position, self._step = slices.size, slices.first_position, slices.step
         self._inflated: Any = None
         self._hounsfield: bool | None = None
+
+    @property
+    def positions(self) -> np.ndarray:
+        """(count,) millimetres along the normal of the slices."""
+        return self._first_position + np.arange(self.count) * self._step
 
     def read(self, frame: int, windows: Windows) -> MedicalImage:
         """Reads one slice.
@@ -222,19 +230,36 @@ class NiftiVolume:
 
     def _source(self) -> Any:
         """Returns what slices are read from: the file, or an image whose voxels are in a temporary file."""
-        if self._inflated is None:
+        inflated = self._inflated
+        if inflated is None:
             with open(self._path, "rb") as file:
                 if file.read(2) != b"\x1f\x8b":
                     return self._path
                 file.seek(0)
-                temporary = tempfile.TemporaryFile()  # noqa: SIM115 (closed when this object goes)
+                temporary = tempfile.TemporaryFile()  # noqa: SIM115 (closed when nothing refers to it)
                 reader: Any = _GzipReader(file, self.name, self._limit)
                 shutil.copyfileobj(reader, temporary, CHUNK_BYTES)
             temporary.seek(0)
             head = temporary.read(HEAD_BYTES)
             temporary.seek(0)
-            self._inflated = _kind_of(head).from_stream(temporary)
-        return self._inflated
+            inflated = self._inflated = _kind_of(head).from_stream(temporary)
+        _keep_open(self)
+        return inflated
+
+
+_opened: list["weakref.ref[NiftiVolume]"] = []  # the last one read at the end
+_opened_lock = threading.Lock()
+
+
+def _keep_open(volume: NiftiVolume) -> None:
+    """Lets go of the inflated content of all volumes but the last ones; who reads one at the moment still has it."""
+    with _opened_lock:
+        others = [one for one in _opened if one() is not None and one() is not volume]
+        for one in others[: len(others) + 1 - _OPEN_VOLUMES]:
+            old = one()
+            if old is not None:
+                old._inflated = None
+        _opened[:] = [*others[max(len(others) + 1 - _OPEN_VOLUMES, 0) :], weakref.ref(volume)]
 
 
 def _unit(image: Any) -> str:
@@ -266,7 +291,10 @@ def _open_nifti(source: Any, name: str, limit: int, verified: bool = True) -> It
         header = kind.header_class(head[: kind.header_class.template_dtype.itemsize], check=False)
         if int(header["intent_code"]) in _CIFTI:
             raise MedicalImageError(f"{name} is a CIFTI file: values on a surface, not an image")
-        voxels = math.prod(int(size) for size in header.get_data_shape()) * header.get_data_dtype().itemsize
+        shape = [int(size) for size in header.get_data_shape()]
+        if not compressed and max(shape, default=0) > file.seek(0, 2):
+            raise MedicalImageError(f"{name} states more slices than it has bytes: it is damaged or cut off")
+        voxels = math.prod(shape) * header.get_data_dtype().itemsize
         if compressed and header.get_data_offset() + voxels > limit:
             raise too_many_bytes(name, limit)
         file.seek(0)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from .dicom_files_medmoe import DicomFrames, directions_of_cosines
-from .errors_medmoe import ArgumentError, ImageError, MedicalImageError
+from .errors_medmoe import ArgumentError, ImageError, ImageTooLargeError, MedicalImageError
 from .image_files_medmoe import load_image
 from .image_processing_medmoe import to_rgb
 from .medical_images_medmoe import read_medical_image, windows_of
@@ -22,8 +22,10 @@ from .study_files_medmoe import Instance, Skipped, identifier, read_files, reaso
 
 _SAME_DIRECTION = 0.01  # greatest difference of cosines within a series
 _SAME_POSITION = 2  # decimals of millimetres
+_GAPS_NAMED = 5  # in notes
 _UNEVEN = 0.2  # greatest deviation of a position from an even grid, in steps
 _OPEN_FILES = 2  # headers of multi-frame files that are kept
+_MOST_INFLATED = 1032  # bytes that gzip makes of one
 _TO_RAS = np.array([-1.0, -1.0, 1.0])
 
 
@@ -211,6 +213,7 @@ def read_studies(
     volume: int | None = None,
     on_skip: Callable[[Skipped], None] | None = None,
     max_pixels: int = MAX_PIXELS,
+    max_slices: int | None = None,
 ) -> Studies:
     """Finds the studies in files and folders. Headers are read, and no pixels.
 
@@ -233,12 +236,15 @@ def read_studies(
         volume: For NIfTI with several volumes: which one, from 0. None for the first one, which is noted.
         on_skip: Called with each `Skipped`, also with those that are found later, when slices are decoded.
         max_pixels: As for `read_medical_image`.
+        max_slices: Greatest number of slices of all studies together; None for no limit. It is checked before the
+            slices are listed, so that files which state very many of them cost no memory.
 
     Returns:
         DICOM studies in the order of their UIDs, and then other files in the order of their paths.
 
     Raises:
         FileNotFoundError: A path does not exist.
+        ImageTooLargeError: There are more than `max_slices` slices.
         ImportError: The package that reads the format is missing.
         MedicalImageError: There is no image at all; the message counts the reasons.
         ValueError: The window or plane is unknown.
@@ -268,6 +274,15 @@ def read_studies(
 
     given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     instances, others = read_files(given, max_pixels, skip)
+    slices = 0
+
+    def count(more: int) -> None:
+        nonlocal slices
+        slices += more
+        if max_slices is not None and slices > max_slices:
+            raise _TooManySlices(f"there are more than {max_slices} slices; pass fewer files")
+
+    count(sum(one.frames for one in instances))
     grouped: dict[str, dict[str, list[Instance]]] = {}
     for one in instances:
         # Without UIDs the files of a folder belong together.
@@ -280,8 +295,12 @@ def read_studies(
         studies.append(Study(uid, series, skipped.pop(uid, [])))
     for path, kind, note in others:
         try:
-            single = _volume(path, plane, volume, max_pixels) if kind == "nifti" else _picture(path, note, max_pixels)
-        except ImportError:
+            if kind == "nifti":
+                single = _volume(path, plane, volume, max_pixels, count)
+            else:
+                count(1)
+                single = _picture(path, note, max_pixels)
+        except (ImportError, _TooManySlices):
             raise
         except Exception as error:  # parsers raise many types
             known = isinstance(error, ImageError)
@@ -300,6 +319,10 @@ def read_studies(
             f"{reasons or 'there are no files'}"
         )
     return Studies(studies, rest)
+
+
+class _TooManySlices(ImageTooLargeError):
+    """Of all files together; single ones that are too large are left out."""
 
 
 def _hashed(text: str) -> str:
@@ -433,8 +456,10 @@ def _stacked(frames: list[_Frame]) -> Series:
         series.missing.append((index, count))
     if series.missing:
         total = sum(count for _, count in series.missing)
-        places = ", ".join(str(index) for index, _ in series.missing[:5])
-        series.notes.append(f"{_counted(total, 'slice')} missing, behind slice {places}")
+        # For people, who count from 1, as in reports.
+        places = ", ".join(str(index + 1) for index, _ in series.missing[:_GAPS_NAMED])
+        more = " and others" if len(series.missing) > _GAPS_NAMED else ""
+        series.notes.append(f"{_counted(total, 'slice')} missing, behind slice {places}{more}, counted from 1")
     if spacing is not None:
         series.affine = _affine(frames[0], turns, origins, series.slots, normal)
     return series
@@ -512,11 +537,14 @@ class _DicomDecoder:
 # --- NIfTI and pictures
 
 
-def _volume(path: str, plane: str | None, volume: int | None, max_pixels: int) -> Series:
+def _volume(path: str, plane: str | None, volume: int | None, max_pixels: int, count: Callable[[int], None]) -> Series:
     nifti = NiftiVolume(path, repr(path), max_pixels, plane, volume or 0)
+    count(nifti.count)
+    if nifti.count > _MOST_INFLATED * os.path.getsize(path):
+        raise MedicalImageError(f"{path!r} states more slices than it has bytes: it is damaged or cut off")
     notes = []
     if nifti.volumes > 1:
-        notes.append(f"volume {volume or 0} of {nifti.volumes}, counted from 0")
+        notes.append(f"volume {(volume or 0) + 1} of {nifti.volumes}; the others are not read")
     series = Series(
         identifier(path),
         0,

@@ -236,18 +236,20 @@ def _picture(path: str) -> tuple[str, str] | str:
 
 
 def _dicom(path: str, max_pixels: int) -> Instance | list[str] | str:
-    header, has_pixels = read_header(path, repr(path), max_pixels, _KEYWORDS)
+    header, pixel_bytes = read_header(path, repr(path), max_pixels, _KEYWORDS)
     meta = getattr(header, "file_meta", None) or {}
     sop_class = str(header.get("SOPClassUID") or meta.get("MediaStorageSOPClassUID") or "")
     if sop_class == _DIRECTORY:
         return _listed(path)
     reason = _no_image(header, sop_class)
-    if not reason and not has_pixels:
+    if not reason and not pixel_bytes:
         reason = "it holds no pixels: it is no image, or cut off"
     if reason:
         return reason
 
     frames = max(int(first_number(header_numbers(header, "NumberOfFrames", 0)) or 1), 1)
+    if frames > pixel_bytes:  # a list of so many frames might not fit into memory
+        return "it states more frames than it has bytes: it is damaged or cut off"
     syntax = meta.get("TransferSyntaxUID")
     compression = 0
     if syntax and syntax.is_encapsulated:

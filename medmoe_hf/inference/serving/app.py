@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from medmoe_hf import __version__
-from medmoe_hf.errors import ArgumentError, MedMoEError, MissingPackageError
+from medmoe_hf.errors import ArgumentError, ImageTooLargeError, MedMoEError, MissingPackageError
 from medmoe_hf.inference.serving.uploads import Form, Limits, UploadError, receive, unpack
 from medmoe_hf.inference.studies.predictions import predictions_dict
-from medmoe_hf.inference.studies.predictor import Question, StudyPredictor
+from medmoe_hf.inference.studies.predictor import Question, StudyPredictor, checked
 from medmoe_hf.model.studies_medmoe import Series, Study, read_studies
 
 try:
@@ -36,6 +36,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 """Addresses that only this machine reaches."""
 _CLOSED = 499  # nobody reads it
 _LOOK = 0.5  # seconds between two looks at whether the client is still there
+_MOST = 256  # labels, and texts, of a request: each costs time, and answers have a number of each for each slice
 _READING = ("plane", "window")
 _FIELDS = {
     "labels": "Labels to compare, repeated or separated by commas; by default by modality.",
@@ -92,8 +93,10 @@ class _Service:
             answer = _error(error.status, str(error))
         except MissingPackageError as error:
             answer = _error(501, str(error))
+        except ImageTooLargeError as error:  # too many slices; single images that are too large are left out
+            answer = _error(413, _without(str(error), folder))
         except MedMoEError as error:
-            answer = _error(422, str(error).replace(repr(folder), "the upload").replace(str(folder), "the upload"))
+            answer = _error(422, _without(str(error), folder))
         except (_Gone, ClientDisconnect):
             answer = _error(_CLOSED, "The client hung up.")
         except Exception as error:
@@ -167,10 +170,9 @@ class _Service:
             self.lock.release()
 
     def _studies(self, fields: dict[str, list[str]], folder: Path) -> Sequence[Study]:
-        studies = read_studies(folder, plane=_single(fields, "plane"), window=_window(fields))
-        if sum(len(study) for study in studies) > self.limits.files:
-            raise self.limits.too_many()
-        return studies
+        return read_studies(
+            folder, plane=_single(fields, "plane"), window=_window(fields), max_slices=self.limits.files
+        )
 
     def _predict(
         self, fields: dict[str, list[str]], folder: Path, files: bool, check: Callable[[], None]
@@ -192,9 +194,9 @@ class _Service:
             raise UploadError(422, f"The model has no such task; it has {', '.join(own) or 'none'}.")
         pooling: Any = _single(fields, "pooling")
         return Question(
-            labels=_listed(fields, "labels"),
+            labels=_few(_listed(fields, "labels"), "labels"),
             task=None if task is None else own[task],
-            text=[text for text in fields.get("text", []) if text.strip()] or None,
+            text=_few([text for text in fields.get("text", []) if text.strip()], "text") or None,
             trust_header=trusted == "true",
             **({} if pooling is None else {"pooling": pooling}),
         )
@@ -202,7 +204,7 @@ class _Service:
     def _embed(
         self, fields: dict[str, list[str]], folder: Path, files: bool, check: Callable[[], None]
     ) -> dict[str, Any]:
-        texts = [text for text in fields.get("text", []) if text.strip()]
+        texts = _few([text for text in fields.get("text", []) if text.strip()], "text") or []
         if not files and not texts:
             raise UploadError(422, 'There is nothing to embed: send "files", "text" or both.')
         series: list[dict[str, Any]] = []
@@ -230,8 +232,7 @@ class _Service:
 
         def batches() -> Iterator[torch.Tensor]:
             pictures: list[torch.Tensor] = []
-            for _, picture in series.slices():
-                check()
+            for _, picture in series.slices(checked(range(len(series)), check)):
                 try:
                     pictures.append(encoder.processor(images=picture, return_tensors="pt")["pixel_values"])
                 except MissingPackageError:
@@ -265,6 +266,11 @@ def _error(status: int, message: str, headers: dict[str, str] | None = None) -> 
     return JSONResponse({"detail": message}, status_code=status, headers=headers)
 
 
+def _without(message: str, folder: str | None) -> str:
+    """A message without the name of the temporary folder."""
+    return message.replace(repr(folder), "the upload").replace(str(folder), "the upload")
+
+
 def _single(fields: dict[str, list[str]], name: str) -> str | None:
     """The value of a field that may not be repeated; None without one, and where a form left it empty."""
     values = [value.strip() for value in fields.get(name, []) if value.strip()]
@@ -277,6 +283,12 @@ def _listed(fields: dict[str, list[str]], name: str) -> list[str] | None:
     """The values of a field that may be repeated, or has several values separated by commas."""
     values = [value for value in fields.get(name, []) if value.strip()]
     return [part.strip() for value in values for part in value.split(",")] if values else None
+
+
+def _few(values: list[str] | None, name: str) -> list[str] | None:
+    if values and len(values) > _MOST:
+        raise UploadError(413, f"`{name}` has {len(values)} values; {_MOST} are answered at most.")
+    return values
 
 
 def _window(fields: dict[str, list[str]]) -> Any:

@@ -225,7 +225,7 @@ def unpack(files: list[Path], limits: Limits, check: Callable[[], None]) -> None
     Args:
         files: Files that `receive` saved.
         limits: What they may hold together.
-        check: Called between files; what it raises ends the work.
+        check: Called before each file and each of its parts; what it raises ends the work.
 
     Raises:
         UploadError: If a zip file is damaged, encrypted or exceeds a limit.
@@ -247,7 +247,6 @@ def unpack(files: list[Path], limits: Limits, check: Callable[[], None]) -> None
                 folders: dict[PurePosixPath, Path] = {}
                 path.mkdir()
                 for number, member in enumerate(members):
-                    check()
                     if member.flag_bits & 1:
                         raise UploadError(422, "A zip file is encrypted.")
                     # Others may need much memory.
@@ -260,7 +259,9 @@ def unpack(files: list[Path], limits: Limits, check: Callable[[], None]) -> None
                         opened.open(member) as source,
                         (target / f"{number:06}{_suffix(member.filename)}").open("xb") as out,
                     ):
+                        check()
                         while chunk := source.read(_CHUNK):
+                            check()
                             # The sizes that a zip file states may be wrong.
                             size += len(chunk)
                             if size > limits.bytes:

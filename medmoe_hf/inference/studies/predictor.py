@@ -3,7 +3,7 @@
 Shapes: N slices, C labels, K experts, D the width of the shared space.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -316,9 +316,7 @@ class StudyPredictor:
         pictures: list[Any] = []
         known: list[int] = []
         done = 0
-        for index, picture in series.slices(indices):
-            if check is not None:
-                check()
+        for index, picture in series.slices(checked(indices, check)):
             if bar is not None:
                 bar.update(index + 1 - done)
                 done = index + 1
@@ -456,6 +454,14 @@ def predict(
         predictor = StudyPredictor(model, batch_size=batch_size, device=device)
     assert predictor is not None
     return predictor(studies, question, show_progress=progress)
+
+
+def checked(indices: Iterable[int], check: Callable[[], None] | None) -> Iterator[int]:
+    """Calls a function before each slice is decoded, also before those that cannot be."""
+    for index in indices:
+        if check is not None:
+            check()
+        yield index
 
 
 def plain_reason(reason: object, path: str | Path) -> str:

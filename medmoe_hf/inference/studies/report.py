@@ -111,6 +111,29 @@ def heat_colours(heatmap: np.ndarray) -> np.ndarray:
     return np.asarray((colours * 255).round().astype(np.uint8))
 
 
+def edges(affine: np.ndarray | None) -> tuple[str, str]:
+    """Names the sides of the patient at the left and the upper edge of slices, as scanners do.
+
+    Args:
+        affine: As in `SeriesPrediction`.
+
+    Returns:
+        Two of R, L, A, P, H (head) and F (feet), or two empty texts without an affine.
+
+    Example:
+        >>> edges(np.array([[0, -1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]))
+        ('R', 'A')
+    """
+    if affine is None:
+        return "", ""
+    letters = []
+    for axis in (1, 0):  # columns run to the right of a picture, rows down: the edges are where they come from
+        direction = -np.asarray(affine)[:3, axis]
+        largest = int(np.abs(direction).argmax())
+        letters.append(("RL", "AP", "HF")[largest][int(direction[largest] < 0)])
+    return letters[0], letters[1]
+
+
 def _study(study: StudyPrediction, keep_identifiers: bool) -> dict[str, Any]:
     return {
         "number": study.number,
@@ -180,6 +203,7 @@ def _curve(name: str, values: np.ndarray, keys: Sequence[int], place: str) -> di
         lines[-1].append(f"{index},{height - margin - share * (height - 2 * margin):.1f}")
     return {
         "name": name,
+        "range": f"{low:.3f} to {high:.3f}",
         "width": max(1, len(values) - 1),
         "lines": [" ".join(points) for points in lines if points],
         "marked": list(keys),
@@ -204,6 +228,7 @@ def _pictures(series: SeriesPrediction) -> list[dict[str, str]]:
         indices = [index for other, _, index in wanted if other == phrase]
         heats |= {(phrase, index): heat for index, heat in series.heatmaps(phrase, indices, size=_HEAT_SIDE)}
     images: dict[int, str] = {}
+    left, top = edges(series.affine)
     found = []
     for phrase, caption, index in wanted:
         if index not in images:
@@ -214,6 +239,7 @@ def _pictures(series: SeriesPrediction) -> list[dict[str, str]]:
             picture.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
             images[index] = data_uri(np.asarray(picture), "JPEG")
         where = "" if series.count == 1 else f"{place} {index + 1} of {series.count}: "
+        caption = caption.replace(" %", "\u00a0%")
         heat = heats.get((phrase, index))
         found.append(
             {
@@ -221,6 +247,8 @@ def _pictures(series: SeriesPrediction) -> list[dict[str, str]]:
                 "heat": "" if heat is None else data_uri(heat_colours(heat), "PNG"),
                 "alt": f"{place} {index + 1} of series {series.number}",
                 "caption": f"{where}{caption}",
+                "left": left,
+                "top": top,
             }
         )
     return found
