@@ -194,6 +194,8 @@ def test_the_report_states_labels_experts_reasons_and_limits():
         "it is a dose report (2 times)",
         "it is no image",
         "There is always a warmest place",
+        "Pixels of 0.8 × 0.7 mm. Slices every 2.51 mm. The header states ct.",
+        "pneumonia 0.231 to 0.941",
         "Slice 20 of 40: pneumonia",
     ):
         assert part in text, part
@@ -205,7 +207,7 @@ def test_the_report_states_labels_experts_reasons_and_limits():
 
 def test_heat_colours_run_from_transparent_to_white():
     colours = heat_colours(np.array([[0.0, 0.5, 1.0]], dtype=np.float32))
-    assert colours[0].tolist() == [[0, 0, 0, 0], [255, 128, 0, 128], [255, 255, 255, 255]]
+    assert colours[0].tolist() == [[0, 0, 0, 0], [255, 128, 0, 64], [255, 255, 255, 255]]
     assert not heat_colours(np.ones((2, 2), dtype=np.float32)).any()
 
 

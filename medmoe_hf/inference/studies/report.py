@@ -102,12 +102,14 @@ def data_uri(pixels: np.ndarray, kind: str) -> str:
 def heat_colours(heatmap: np.ndarray) -> np.ndarray:
     """Colours of a heat-map (H, W) from its least to its greatest value: transparent, red, yellow, white.
 
+    Opacity is the square of the share of the range: maps vary slowly, and would cover the anatomy otherwise.
+
     Returns:
         (H, W, 4) uint8; all transparent for a constant map.
     """
     low, high = float(heatmap.min()), float(heatmap.max())
     share = (heatmap - low) / (high - low) if high > low else np.zeros_like(heatmap)
-    colours = np.stack([np.clip(3 * share - shift, 0, 1) for shift in range(3)] + [share], axis=-1)
+    colours = np.stack([np.clip(3 * share - shift, 0, 1) for shift in range(3)] + [share**2], axis=-1)
     return np.asarray((colours * 255).round().astype(np.uint8))
 
 
@@ -149,6 +151,8 @@ def _series(series: SeriesPrediction) -> dict[str, Any]:
     facts = []
     if series.spacing is not None:
         facts.append(f"Pixels of {' × '.join(f'{value:.3g}' for value in series.spacing)} mm.")
+    if series.affine is not None and series.count > 1:
+        facts.append(f"Slices every {np.linalg.norm(np.asarray(series.affine)[:3, 2]):.3g} mm.")
     if series.header_modality is not None:
         facts.append(f"The header states {series.header_modality}.")
     shown = series.labels[:_LABELS_SHOWN]
