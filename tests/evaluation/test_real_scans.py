@@ -29,7 +29,7 @@ from medmoe_hf.training import TrainConfig
 FOLDER = Path(__file__).parents[2] / "examples" / "experiments" / "real"
 NAMES = (
     "manifest", "tasks", "clean_encode", "encode", "evaluate", "check", "report", "card", "trainings", "leave_one_out",
-    "twins", "figures", "pooling",
+    "twins", "figures", "pooling", "organs",
 )  # fmt: skip
 
 # The scripts import each other by name; other modules of these names must not be hidden from other tests.
@@ -695,3 +695,127 @@ def test_series_that_are_composed_of_slices():
     assert found["attention"] > 0.95 > found["mean"]
     assert found["middle slice"] < 0.6
     assert module.composed(logits, labels, subjects, size=40, tumours=40)["mean"] == 1
+
+
+def test_organs_are_ranked_by_what_their_slices_and_series_score():
+    module = scripts["organs"]
+    generator = np.random.default_rng(0)
+    organs, count = list(module.ORGANS), 80
+    truth = generator.random((count, len(organs))) < 0.5
+    logits = {}
+    for index, organ in enumerate(organs):
+        logits[organ] = 3 * truth[:, index] + generator.normal(size=count)
+        logits[f"without {organ}"] = generator.normal(size=count)
+        # The sentences agree in what all slices share, which is large and says nothing.
+        logits[f"with {organ}"] = logits[f"without {organ}"] + truth[:, index]
+    contrast = module.columns(logits, module.CONTRAST)
+    assert module.aurocs(contrast, truth) == [1] * len(organs)
+    labels = module.answers(module.columns(logits, module.LABELS), module.LABELS)
+    np.testing.assert_allclose(labels.sum(axis=1), 1)
+    expected = [roc_auc_score(truth[:, index], labels[:, index]) for index in range(len(organs))]
+    np.testing.assert_allclose(module.aurocs(labels, truth), expected)
+    truth[:, 0], truth[:, 1] = np.arange(count) < module.LEAST, np.arange(count) < module.LEAST - 1
+    assert [value is None for value in module.aurocs(contrast, truth)[:2]] == [False, True]
+
+
+def test_series_are_ranges_of_slices_and_show_what_one_of_them_shows():
+    module = scripts["organs"]
+    truth = np.zeros((60, 2), dtype=bool)
+    truth[25:35, 0] = True
+    scores = np.where(truth, 2.0, 0.0)  # a slice with the organ scores 2, in every method but that of the middle slice
+    places = module.cut(60, 20)
+    assert (len(places), places[0], places[-1]) == (41, slice(0, 20), slice(40, 60))
+    shows = np.array([truth[place, 0].any() for place in places])
+    middle = np.array([scores[place.start + 10, 0] for place in places])
+    found = module.series_aurocs(scores, truth, 20, module.CONTRAST)
+    assert {name: values[1] for name, values in found.items()} == dict.fromkeys(found)  # no series shows it
+    assert found["attention"][0] == found["mean"][0] == 1
+    assert found["middle slice"][0] == roc_auc_score(shows, middle)
+    assert 0.5 < found["middle slice"][0] < 0.8
+
+
+def test_regions_are_those_of_the_organs():
+    module = scripts["organs"]
+    present = {organ: np.zeros(6, dtype=bool) for organ in module.ORGANS}
+    present["left lung"][2:] = True
+    present["pancreas"][:4] = True
+    truth = module.region_truth(present)
+    assert truth.tolist() == ["abdomen", "abdomen", "", "", "chest", "chest"]
+    logits = {
+        "region head": np.array([0.0, 0, 9, 9, 0, 0]),
+        "region chest": np.array([1.0, 2, 0, 0, 1, 3]),
+        "region abdomen": np.array([3.0, 1, 0, 0, 2, 1]),
+    }
+    # Differences: 2 and -1 of the abdomen, 1 and -2 of the chest; the answers: abdomen, chest, abdomen, chest.
+    assert module.measure_regions(logits, truth) == {"auroc": 0.75, "accuracy": 0.5}
+
+
+def test_random_weights_replace_those_of_the_model_only(tmp_path):
+    module = scripts["organs"]
+    encoder = MedMoEEncoder(medmoe_folder(tmp_path / "model"))
+    before = {name: value.clone() for name, value in encoder.model.state_dict().items()}
+    one, same, other = (module.random_model(encoder, seed) for seed in (1, 1, 2))
+    image = phantom_sample(1, 1, image_size=64)["image"]
+    embeds = [made.encode_images([image]) for made in (encoder, one, same, other)]
+    assert torch.equal(embeds[1], embeds[2])
+    assert min(float((embeds[a] - embeds[b]).norm()) for a, b in ((0, 1), (0, 3), (1, 3))) > 0.05
+    assert one.processor is encoder.processor
+    for name, value in encoder.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_the_page_gets_tables_and_figure_of_organs(tmp_path, monkeypatch):
+    module = scripts["organs"]
+    count, organs = 60, list(module.ORGANS)
+    truth = np.zeros((count, len(organs)), dtype=bool)
+    for index in range(len(organs)):
+        truth[2 * index : 2 * index + 20, index] = True
+    logits = {}
+    for index, organ in enumerate(organs):
+        logits |= {
+            organ: 5.0 * truth[:, index],
+            f"with {organ}": 1.0 - truth[:, index],
+            f"without {organ}": np.zeros(count),
+        }
+    random = {name: values[::-1] for name, values in logits.items()}
+    scores = [module.columns(one, module.LABELS) for one in (logits, random)]
+    slices = {
+        kind: [module.aurocs(module.answers(module.columns(one, kind), kind), truth) for one in (logits, random)]
+        for kind in (module.LABELS, module.CONTRAST)
+    }
+    by_length = [module.series_aurocs(one, truth, 20, module.LABELS) for one in scores]
+    found = {
+        "model": "small", "weights_hash": "0123456789abcdef", "slices": count, "seeds": 1, "organs": organs,
+        "shown_by": truth.sum(axis=0).tolist(),
+        "slice_auroc": {kind: {"model": one[0], "random": one[1:]} for kind, one in slices.items()},
+        "series": {"20": 41}, "series_auroc": {"20": {"model": by_length[0], "random": by_length[1:]}},
+        "regions": {
+            "slices": {"chest": 30, "abdomen": 20},
+            "model": {"auroc": 0.9, "accuracy": 0.75}, "random": [{"auroc": 0.5, "accuracy": 0.25}],
+        },
+        "volumes": [
+            {"name": "MRI of the brain", "slices": 24, "expert": "mri", "parts": ["brain"],
+             "probability": dict.fromkeys(module.METHODS, 0.5)},
+        ],
+        "positions": list(range(count)), "present": truth.T.tolist(),
+        "log_probability": {"model": scores[0].T.tolist(), "random": [scores[1].T.tolist()]},
+    }  # fmt: skip
+    monkeypatch.setattr(module, "measure", lambda model, seeds: found)
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n\n{module.BEGIN}\nold\n{module.END}\n\nafter\n", encoding="utf-8")
+    module.main(["--page", str(page), "--out", str(tmp_path / "organs.json")])
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith(f"before\n\n{module.BEGIN}\n\n`small` (weights 0123456789ab)")
+    assert text.endswith(f"\n\n{module.END}\n\nafter\n")
+    assert "old" not in text
+    # Every organ has 20 of 60 slices: `with` scores exactly the others.
+    assert text.count("| 20 / 40 |") == len(organs)
+    (mean,) = (line.split(" | ") for line in text.splitlines() if line.startswith("| mean"))
+    assert (mean[2], mean[4]) == ("1.00", "0.00")
+    assert "| checkpoint | 0.90 | 0.75 |" in text
+    assert "| MRI of the brain, 24 slices | mri | brain | 0.50 | 0.50 | 0.50 | 0.50 |" in text
+    assert json.loads((tmp_path / "organs.json").read_text(encoding="utf-8")) == found
+    assert (tmp_path / "organs.png").stat().st_size > 10_000
+    page.write_text("no marks", encoding="utf-8")
+    with pytest.raises(SourceError, match="lacks the lines"):
+        module.main(["--page", str(page), "--out", str(tmp_path / "organs.json")])

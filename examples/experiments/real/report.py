@@ -302,19 +302,25 @@ def summary_table(run: Run) -> str:
     return markdown_table(header, rows)
 
 
-def write_page(path: Path, text: str) -> None:
-    """Replaces what is between the marks on a page.
+def write_page(path: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
+    """Replaces what is between two marks on a page.
+
+    Args:
+        path: The page.
+        text: What to write.
+        begin: The line before it.
+        end: The line behind it.
 
     Raises:
-        SourceError: If the page lacks them.
+        SourceError: If the page lacks the marks.
     """
     content = path.read_text(encoding="utf-8")
-    before, begin, rest = content.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SourceError(f"{path} lacks the lines\n{BEGIN}\n{END}\nbetween which the tables are written.")
+    before, first, rest = content.partition(begin)
+    _, second, after = rest.partition(end)
+    if not first or not second:
+        raise SourceError(f"{path} lacks the lines\n{begin}\n{end}\nbetween which the tables are written.")
     with atomic_write(path) as partial:
-        partial.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+        partial.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
