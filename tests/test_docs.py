@@ -361,6 +361,7 @@ ELSEWHERE = {
     ("init",): ("tests/test_cli.py", '"init"'),
     ("predict",): ("tests/inference/test_study_predictor.py", '["predict", '),
     ("calibrate",): ("tests/evaluation/test_calibrate.py", '"calibrate"'),
+    ("evaluate", "robustness"): ("tests/evaluation/test_robustness.py", '"evaluate robustness one'),
     ("shrink",): ("tests/hub/test_half_precision.py", '"shrink"'),
     ("serve",): ("tests/inference/test_serving.py", '["serve", '),
     ("demo",): ("tests/browser/test_demo.py", '"medmoe_hf.cli", "demo"'),

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,43 +18,54 @@ _Recipe = "Name from `medmoe evaluate recipes`, or a YAML file."
 _Data = Annotated[Path, typer.Option("--data", help="Folder of your copy of the data.")]
 
 
+_Output = Annotated[Path, typer.Option(help="Folder to create, for results.json, results.md and figures.")]
+_Model = Annotated[
+    str, typer.Argument(help="Folder or Hub id of a MedMoE, CLIP or SigLIP; or open_clip:ARCH[:CHECKPOINT].")
+]
+_Compare = Annotated[list[str] | None, typer.Option(help="Another model to evaluate for comparison; may be repeated.")]
+_Resamples = Annotated[int, typer.Option(min=1, help="Number of bootstrap resamples.")]
+_BatchSize = Annotated[int, typer.Option(min=1, help="Images per batch.")]
+_Force = Annotated[bool, typer.Option("--force", help="Replace OUTPUT if it exists.")]
+
+
 def _evaluation_command(protocol: str | None) -> Callable[..., None]:
     def command(
         recipe: Annotated[str, typer.Option(help=_Recipe)],
         data: _Data,
-        output: Annotated[Path, typer.Option(help="Folder to create, for results.json, results.md and figures.")],
-        model: Annotated[
-            str, typer.Argument(help="Folder or Hub id of a MedMoE, CLIP or SigLIP; or open_clip:ARCH[:CHECKPOINT].")
-        ] = DEFAULT_MODEL,
-        compare: Annotated[
-            list[str] | None, typer.Option(help="Another model to evaluate for comparison; may be repeated.")
-        ] = None,
-        resamples: Annotated[int, typer.Option(min=1, help="Number of bootstrap resamples.")] = 1000,
+        output: _Output,
+        model: _Model = DEFAULT_MODEL,
+        compare: _Compare = None,
+        resamples: _Resamples = 1000,
         seed: Annotated[
             int, typer.Option(min=0, help="Random seed of the bootstrap and of the training subsets of probes.")
         ] = 0,
-        batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 32,
-        force: Annotated[bool, typer.Option("--force", help="Replace OUTPUT if it exists.")] = False,
+        batch_size: _BatchSize = 32,
+        force: _Force = False,
     ) -> None:
-        with errors_of(f"evaluate {protocol or 'all'}"):
-            from medmoe_hf.evaluation.report import summary
-            from medmoe_hf.evaluation.suite import evaluate
-
-            results = evaluate(
-                [model, *(compare or [])],
-                recipe,
-                data,
-                None if protocol is None else [protocol],
-                output=output,
-                resamples=resamples,
-                seed=seed,
-                batch_size=batch_size,
-                force=force,
-                report=logger.info,
-            )
-        typer.echo(f"\n{summary(results)}\n\nWrote {output}: every metric is in results.md.")
+        _run(
+            protocol,
+            [model, *(compare or [])],
+            recipe,
+            data,
+            output=output,
+            resamples=resamples,
+            seed=seed,
+            batch_size=batch_size,
+            force=force,
+        )
 
     return command
+
+
+def _run(protocol: str | None, models: list[str], recipe: str, data: Path, *, output: Path, **settings: Any) -> None:
+    """Evaluates models and prints the short table."""
+    with errors_of(f"evaluate {protocol or 'all'}"):
+        from medmoe_hf.evaluation.report import summary
+        from medmoe_hf.evaluation.suite import evaluate
+
+        protocols = None if protocol is None else [protocol]
+        results = evaluate(models, recipe, data, protocols, output=output, report=logger.info, **settings)
+    typer.echo(f"\n{summary(results)}\n\nWrote {output}: every metric is in results.md.")
 
 
 for _protocol, _help in {
@@ -66,6 +77,49 @@ for _protocol, _help in {
     "all": "Run all protocols that the recipe supports.",
 }.items():
     app.command(_protocol, help=_help)(_evaluation_command(None if _protocol == "all" else _protocol))
+
+
+@app.command("robustness")
+def robustness_command(
+    recipe: Annotated[str, typer.Option(help=_Recipe)],
+    data: _Data,
+    output: _Output,
+    model: _Model = DEFAULT_MODEL,
+    compare: _Compare = None,
+    group: Annotated[
+        list[str] | None,
+        typer.Option(help="Column of the table, such as sex, age or site, whose groups are compared; repeatable."),
+    ] = None,
+    smallest_group: Annotated[int, typer.Option(min=2, help="Groups of fewer subjects are left out.")] = 20,
+    corruptions: Annotated[bool, typer.Option(help="Whether images are corrupted, which takes longest.")] = True,
+    severity: Annotated[
+        list[int] | None, typer.Option(min=1, max=5, help="Severity of corruptions; repeatable. By default all five.")
+    ] = None,
+    corrupted_images: Annotated[
+        int | None, typer.Option(min=1, help="Number of images to corrupt, drawn by SEED. By default all.")
+    ] = None,
+    resamples: _Resamples = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the bootstrap and the corruptions.")] = 0,
+    batch_size: _BatchSize = 32,
+    force: _Force = False,
+) -> None:
+    """Measure what corrupted images, other words, missing images and groups do to zero-shot classification."""
+    settings: dict[str, Any] = {"smallest_group": smallest_group, "corrupted_images": corrupted_images}
+    settings |= {"severities": sorted(set(severity))} if severity else {}
+    settings |= {} if corruptions else {"corruptions": ()}
+    _run(
+        "robustness",
+        [model, *(compare or [])],
+        recipe,
+        data,
+        output=output,
+        groups=group or [],
+        robustness_settings=settings,
+        resamples=resamples,
+        seed=seed,
+        batch_size=batch_size,
+        force=force,
+    )
 
 
 @app.command()

@@ -35,6 +35,9 @@ class EvaluationSet:
         modalities: (N,) int64 expert ids, -100 where unknown.
         splits: (N,) "train", "validation" or "test"; None if all images are for testing.
         subjects: Subject of each image, for splits and intervals by subject.
+        groups: Column, such as `sex` -> value of each image, "" where it is unknown (robustness).
+        paraphrases: Class -> other sentences, as many for each class (robustness); empty for those of `prompts`.
+        negation: Class -> words of the finding in the negation test (robustness); empty for the classes' names.
         boxes: Boxes around the phrase's finding, zero or more per image (grounding).
         phrases: Phrase to localize in each image; "" where there is nothing to find.
         references: Sentences of the same modality that report no finding, against which a phrase is compared.
@@ -57,6 +60,9 @@ class EvaluationSet:
     modalities: np.ndarray | None = None
     splits: np.ndarray | None = None
     subjects: list[str] | None = None
+    groups: dict[str, list[str]] = field(default_factory=dict)
+    paraphrases: dict[str, list[str]] = field(default_factory=dict)
+    negation: dict[str, str] = field(default_factory=dict)
     boxes: list[list[Box]] | None = None
     phrases: list[str] | None = None
     references: list[list[str]] | None = None
@@ -86,6 +92,7 @@ class EvaluationSet:
             if column.name in _PER_IMAGE and value is not None:
                 value = value[rows] if isinstance(value, np.ndarray) else [value[row] for row in rows]
             columns[column.name] = value
+        columns["groups"] = {name: [cells[row] for row in rows] for name, cells in self.groups.items()}
         return EvaluationSet(**columns)
 
     def _split_names(self) -> Sequence[str]:
@@ -95,6 +102,8 @@ class EvaluationSet:
 _PER_IMAGE = frozenset(
     {"images", "captions", "labels", "modalities", "splits", "subjects", "boxes", "phrases", "references"}
 )
+
+_BY_CLASS = ("classes", "prompts", "negative_prompts", "paraphrases", "negation")
 
 
 def joined(sets: Sequence[EvaluationSet], name: str) -> EvaluationSet:
@@ -118,8 +127,13 @@ def joined(sets: Sequence[EvaluationSet], name: str) -> EvaluationSet:
             continue
         arrays = isinstance(parts[0], np.ndarray)
         columns[column] = np.concatenate(parts) if arrays else [entry for part in parts for entry in part]
+    columns["groups"] = {
+        name: [cell for one in sets for cell in one.groups[name]]
+        for name in first.groups
+        if all(name in one.groups for one in sets)
+    }
     if all(one.classes == first.classes for one in sets):
-        columns |= {"classes": first.classes, "prompts": first.prompts, "negative_prompts": first.negative_prompts}
+        columns |= {name: getattr(first, name) for name in _BY_CLASS}
     else:
         columns["labels"] = None
     return EvaluationSet(name=name, facts=first.facts, **columns)

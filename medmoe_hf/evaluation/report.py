@@ -12,7 +12,7 @@ from medmoe_hf.common.console import text_table
 from medmoe_hf.common.files import atomic_dir
 from medmoe_hf.evaluation.figures import draw_confusions, draw_heatmaps, draw_probes, draw_recalls, draw_reliability
 from medmoe_hf.evaluation.intervals import Interval
-from medmoe_hf.evaluation.results import Result, metric_name
+from medmoe_hf.evaluation.results import DETAIL, Result, metric_name
 
 _QUOTED_OF_FINDINGS = ("macro_average_precision", "auroc", "average_precision")
 _QUOTED = {
@@ -21,6 +21,12 @@ _QUOTED = {
     "retrieval": ("image_to_text_r1", "image_to_text_r5", "text_to_image_r1", "text_to_image_r5"),
     "grounding": ("pointing", "contrast_to_noise", "same_map"),
     "routing": ("accuracy", "balanced_accuracy"),
+    "robustness": ("macro_auroc", "accuracy_drop", "macro_auroc_drop"),
+    "paraphrases": ("flip_rate", "any_flip", "lowest_accuracy"),
+    "negation": ("negated_higher_present", "negated_higher_absent", "negation_balanced_accuracy"),
+    "text-only": ("accuracy", "balanced_accuracy", "same_label"),
+    "subgroups": ("accuracy", "macro_auroc", "accuracy_gap", "macro_auroc_gap"),
+    "comparison": ("accuracy", "macro_auroc"),
 }
 """Metrics of the short table; a recipe's own is added."""
 
@@ -81,7 +87,7 @@ def summary(results: Sequence[Result]) -> str:
         rows = [["set", *["model"] * several, "variant", "N", *map(metric_name, names)]]
         for result in chosen:
             for variant, metrics in result.by_variant().items():
-                if not metrics.keys() & set(names):
+                if DETAIL in variant or not metrics.keys() & set(names):
                     continue
                 cells = [_cell(metrics[name]) if name in metrics else "" for name in names]
                 model = [result.model] * several
@@ -118,8 +124,41 @@ def _notes(results: Sequence[Result], brief: bool = False) -> list[str]:
         notes += [] if brief else [_spread_of_draws(result) for result in results]
         notes += _equal_rows(results)
     notes += [_always_one(result) for result in results if result.protocol == "retrieval"]
+    if not brief:
+        notes += _ROBUSTNESS_NOTES.get(results[0].protocol, [])
+    for result in results:
+        facts = result.facts
+        if 0 < facts.get("corrupted_images", 0) < result.count:
+            notes.append(f"{result.dataset}: {facts['corrupted_images']} images were drawn and corrupted.")
+        worst = [f"{what}: {names}" for what, names in facts.get("worst_groups", {}).items()]
+        notes += [f"{result.dataset}, {result.model}, worst group by {', '.join(worst)}."] if worst else []
+        notes += [f"{result.dataset}: {why}" for why in facts.get("omitted", ())]
     notes += _not_always_defined(results)
     return [note for note in dict.fromkeys(notes) if note]
+
+
+_ROBUSTNESS_NOTES = {
+    "robustness": [
+        "A corruption without a severity is the mean over severities; a drop is what the same images lose by it. "
+        "Severities are those of this package: compare models by them, not with corruptions of others."
+    ],
+    "paraphrases": [
+        "Flip rate: share of labels that other words change, mean over paraphrases; `any flip`: share that at least "
+        "one paraphrase changes. Without `paraphrases` in the recipe, one sentence per class replaces its ensemble."
+    ],
+    "negation": [
+        'How often "there is no X" scores higher than "there is X": 0 is right where X is present, 1 where it is '
+        "absent. A balanced accuracy of 0.5 means that the negation is not understood."
+    ],
+    "text-only": [
+        "Labels that the prompts yield without an image: all images get the one of their mean, or of plain gray."
+    ],
+    "subgroups": [
+        "A gap is between the best and the worst group as they are on all images. Of several groups the extremes "
+        "differ by chance too, so a gap is evidence only if its interval is far from 0."
+    ],
+    "comparison": ["Differences to the model after the minus sign, on the same images and resamples."],
+}
 
 
 def _spread_of_draws(result: Result) -> str:

@@ -18,12 +18,19 @@ from medmoe_hf.inference.encoders import Encoder
 
 PACKAGES = ("medmoe_hf", "torch", "torchvision", "transformers", "numpy", "scikit-learn", "pillow")
 
+DETAIL = ", severity "
+"""Part of the name of variants that short tables and model cards leave out: corruptions at a single severity."""
+
 _TASKS = {
     "zero-shot": "zero-shot-image-classification",
     "linear-probe": "image-classification",
     "retrieval": "image-text-retrieval",
     "grounding": "visual-grounding",
     "routing": "image-classification",
+    **dict.fromkeys(
+        ("robustness", "paraphrases", "negation", "text-only", "subgroups", "comparison"),
+        "zero-shot-image-classification",
+    ),
 }
 # Names of metrics on the Hub, where they differ.
 _METRIC_TYPES = {
@@ -75,7 +82,8 @@ class Result:
     """Result of one protocol with one model on one set.
 
     Attributes:
-        protocol: zero-shot, linear-probe, retrieval, grounding or routing.
+        protocol: zero-shot, linear-probe, retrieval, grounding or routing; or a part of a robustness report:
+            robustness, paraphrases, negation, text-only, subgroups, comparison.
         model: Name of the model.
         dataset: Name of the set.
         count: Number of images.
@@ -258,7 +266,8 @@ class Result:
         """Converts to entries of a model card.
 
         Returns:
-            Entries for `ModelCardData(eval_results=...)`, without metrics that are not finite.
+            Entries for `ModelCardData(eval_results=...)`, without metrics that are not finite and without single
+            severities of corruptions.
 
         Example:
             ```python
@@ -285,6 +294,7 @@ class Result:
                 },
             )
             for variant, metrics in self.by_variant().items()
+            if DETAIL not in variant
             for metric, interval in metrics.items()
             if math.isfinite(interval.value)
         ]
@@ -374,6 +384,11 @@ def _version(package: str) -> str | None:
 
 def metric_name(metric: str) -> str:
     """Formats the name of a metric for tables and figures."""
+    for ending in ("_drop", "_gap"):
+        if metric.endswith(ending):
+            return metric_name(metric.removesuffix(ending)) + ending.replace("_", " ")
+    if metric.startswith("gain_of_images_"):
+        return "images' gain in " + metric_name(metric.removeprefix("gain_of_images_"))
     return _NAMES.get(metric, metric.replace("_", " "))
 
 

@@ -1,6 +1,6 @@
 """Runs all protocols of a recipe, for one model or several."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,23 +9,25 @@ from medmoe_hf.errors import ArgumentError, PathExistsError
 from medmoe_hf.evaluation.dataset import EvaluationSet, joined
 from medmoe_hf.evaluation.grounding import grounding
 from medmoe_hf.evaluation.linear_probe import linear_probe
-from medmoe_hf.evaluation.recipes import load_recipe, open_recipe
+from medmoe_hf.evaluation.recipes import Recipe, TableLayout, load_recipe, open_recipe
 from medmoe_hf.evaluation.report import write
 from medmoe_hf.evaluation.results import Result
 from medmoe_hf.evaluation.retrieval import retrieval
+from medmoe_hf.evaluation.robustness import compare, robustness
 from medmoe_hf.evaluation.routing import routing
 from medmoe_hf.evaluation.zero_shot import zero_shot
 from medmoe_hf.inference.batching import BATCH_SIZE
 from medmoe_hf.inference.encoders import MedMoEEncoder, load_encoder
 
-PROTOCOLS: dict[str, Callable[..., Result]] = {
+PROTOCOLS: dict[str, Callable[..., Result | list[Result]]] = {
     "zero-shot": zero_shot,
     "linear-probe": linear_probe,
     "retrieval": retrieval,
     "grounding": grounding,
     "routing": routing,
+    "robustness": robustness,
 }
-_BY_CLASS = ("zero-shot", "linear-probe")
+_BY_CLASS = ("zero-shot", "linear-probe", "robustness")
 _MEDMOE_ONLY = ("grounding", "routing")
 
 
@@ -40,6 +42,8 @@ def evaluate(
     batch_size: int = BATCH_SIZE,
     force: bool = False,
     report: Callable[[str], Any] = print,
+    groups: Sequence[str] = (),
+    robustness_settings: Mapping[str, Any] | None = None,
 ) -> list[Result]:
     """Runs the protocols of a recipe on your copy of its data.
 
@@ -56,9 +60,12 @@ def evaluate(
         force: Whether an existing `output` is replaced.
         report: Called with a line per measurement, and the reason if one is left out: only a MedMoE has heat-maps and
             routers.
+        groups: Columns of the recipe's table whose groups `robustness` compares, beside those of the recipe.
+        robustness_settings: Arguments of `robustness`, such as `severities`; None for the defaults.
 
     Returns:
-        A result per model, protocol and set.
+        A result per model, protocol and set; of `robustness` one per part, and for each model but the first one with
+        its differences to the first.
 
     Raises:
         FileExistsError: If `output` exists and `force` is False, before anything is measured.
@@ -76,31 +83,46 @@ def evaluate(
     read = load_recipe(recipe)
     chosen = list(read.tasks) if protocols is None else list(protocols)
     for protocol in chosen:
-        if protocol not in read.tasks:
+        if protocol not in read.tasks and not (protocol == "robustness" and "zero-shot" in read.tasks):
             raise ArgumentError(f"The recipe {read.name} does not support {protocol}, only {', '.join(read.tasks)}.")
-    sets = open_recipe(read, data_dir)
-    results = []
+    sets = open_recipe(_with_groups(read, groups), data_dir)
+    results: list[Result] = []
+    baselines: dict[str, list[Result]] = {}
     for model in models:
         encoder = load_encoder(model, batch_size)
         for protocol in chosen:
             if protocol in _MEDMOE_ONLY and not isinstance(encoder, MedMoEEncoder):
                 report(f"{protocol} of {encoder.name} is left out: only a MedMoE has it.")
                 continue
-            run = partial(PROTOCOLS[protocol], encoder, resamples=resamples, seed=seed)
+            settings = (robustness_settings or {}) if protocol == "robustness" else {}
+            run = partial(PROTOCOLS[protocol], encoder, resamples=resamples, seed=seed, **settings)
             for data in _sets_for(protocol, sets, read.name):
                 try:
-                    result = run(data)
+                    found = run(data)
                 except ValueError as error:
                     # Protocols requested by name must run; of all tasks of a recipe, those that the copy allows.
                     if protocols is not None:
                         raise
                     report(f"{protocol} of {encoder.name} on {data.name} is left out: {error}")
                     continue
-                results.append(result)
-                report(f"{protocol} of {encoder.name} on {data.name}: N = {result.count}")
+                parts = [found] if isinstance(found, Result) else found
+                if protocol == "robustness" and (base := baselines.setdefault(data.name, parts)) is not parts:
+                    parts = [*parts, compare(base, parts, data)]
+                results += parts
+                report(f"{protocol} of {encoder.name} on {data.name}: N = {parts[0].count}")
     if output is not None:
         write(results, output, force)
     return results
+
+
+def _with_groups(recipe: Recipe, groups: Sequence[str]) -> Recipe:
+    """The recipe, with further columns whose groups are compared."""
+    if not groups:
+        return recipe
+    if not isinstance(recipe.layout, TableLayout):
+        raise ArgumentError(f"The recipe {recipe.name} has no table, and so no column {groups[0]}.")
+    layout = recipe.layout.model_copy(update={"groups": list(dict.fromkeys([*recipe.layout.groups, *groups]))})
+    return recipe.model_copy(update={"layout": layout})
 
 
 def _sets_for(protocol: str, sets: Sequence[EvaluationSet], name: str) -> list[EvaluationSet]:

@@ -105,11 +105,8 @@ def zero_shot(
         print(result.metrics["global/accuracy"])
         ```
     """
-    data = test_split(data)
-    if data.labels is None or not data.classes or list(data.prompts) != list(data.classes):
-        raise ArgumentError(f"{data.name}: zero-shot needs labels, and prompts for each of its classes.")
-    if data.negative_prompts and list(data.negative_prompts) != list(data.classes):
-        raise ArgumentError(f"{data.name}: negative prompts must be given for each of the classes, or for none.")
+    data = check_labelled(data)
+    assert data.labels is not None
     sentences = [*flatten_prompts(data.prompts)[0], *flatten_prompts(data.negative_prompts)[0]]
     result = Result(
         protocol="zero-shot",
@@ -129,13 +126,33 @@ def zero_shot(
         for kind, logits in found.items():
             result.add_multilabel(kind, logits.double().numpy(), data.labels, data.classes, data.subjects)
     else:
-        for kind, logits in _class_logits(encoder, data.images, data.prompts, scores).items():
+        for kind, logits in class_logits(encoder, data.images, data.prompts, scores).items():
             probabilities = logits.double().softmax(dim=1).numpy()
             result.probabilities[kind] = probabilities[:, None]
             result.add_classification(kind, probabilities, data.labels, data.classes, data.subjects)
     if isinstance(encoder, MedMoEEncoder) and data.modalities is not None:
         _add_routing(result, encoder, data, data.modalities)
     return result
+
+
+def check_labelled(data: EvaluationSet) -> EvaluationSet:
+    """Selects the test split of a set that can be classified by prompts.
+
+    Args:
+        data: A set with labels and prompts.
+
+    Returns:
+        The images of `data` that are for testing.
+
+    Raises:
+        ArgumentError: For a set without labels, prompts or test images.
+    """
+    data = test_split(data)
+    if data.labels is None or not data.classes or list(data.prompts) != list(data.classes):
+        raise ArgumentError(f"{data.name}: zero-shot needs labels, and prompts for each of its classes.")
+    if data.negative_prompts and list(data.negative_prompts) != list(data.classes):
+        raise ArgumentError(f"{data.name}: negative prompts must be given for each of the classes, or for none.")
+    return data
 
 
 def multilabel_logits(
@@ -176,16 +193,26 @@ def multilabel_logits(
         raise ArgumentError("`negative_prompts` must have the findings of `prompts`, in their order.")
     # One pass for both: images are encoded once.
     both = {str(index): texts for index, texts in enumerate([*prompts.values(), *negatives.values()])}
-    logits = _class_logits(encoder, images, both, scores)
+    logits = class_logits(encoder, images, both, scores)
     if not negatives:
         return logits
     return {kind: table[:, : len(prompts)] - table[:, len(prompts) :] for kind, table in logits.items()}
 
 
-def _class_logits(
+def class_logits(
     encoder: Encoder, images: Sequence[Any], prompts: Mapping[str, Sequence[str]], scores: Sequence[str]
 ) -> dict[str, Tensor]:
-    """(N, C) of each of the scores that the encoder has."""
+    """Scores images by the sentences of each class.
+
+    Args:
+        encoder: See `load_encoder`.
+        images: N paths, PIL images or arrays; one pass over them for all classes.
+        prompts: Class -> sentences, C classes.
+        scores: Which of `SCORES`.
+
+    Returns:
+        Score -> (N, C) float32 on the CPU, for those of the scores that the encoder has.
+    """
     kinds = scores_of(encoder, scores)
     logits: dict[str, Tensor] = {}
     if "global" in kinds or "mean" in kinds:

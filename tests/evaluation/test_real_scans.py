@@ -29,7 +29,7 @@ from medmoe_hf.training import TrainConfig
 FOLDER = Path(__file__).parents[2] / "examples" / "experiments" / "real"
 NAMES = (
     "manifest", "tasks", "clean_encode", "encode", "evaluate", "check", "report", "card", "trainings", "leave_one_out",
-    "twins", "figures", "pooling", "organs",
+    "twins", "figures", "pooling", "organs", "robustness",
 )  # fmt: skip
 
 # The scripts import each other by name; other modules of these names must not be hidden from other tests.
@@ -589,7 +589,41 @@ def test_tables_come_from_the_results(data, tmp_path):
 
 def test_the_results_page_has_the_marks():
     page = (FOLDER.parents[2] / "docs" / "pages" / "results.md").read_text()
-    assert page.index(scripts["report"].BEGIN) < page.index(scripts["report"].END)
+    for name in ("report", "robustness"):
+        assert page.index(scripts[name].BEGIN) < page.index(scripts[name].END)
+
+
+def test_robustness_is_measured_with_the_prompts_of_the_tasks(data, model, tmp_path):
+    robustness, tasks = scripts["robustness"], scripts["tasks"]
+    rows = scripts["manifest"].read_manifest(data)
+    sets = {one.name: one for one in robustness.sets_of(rows, data, "test")}
+    assert list(sets) == ["pneumonia", "glaucoma"]
+    both = sets["pneumonia"]
+    sources = ["kermany-cxr" if "children" in group else "nih-cxr14" for group in both.groups["patients"]]
+    assert [Path(image).relative_to(data).parts[1] for image in both.images] == sources
+    assert both.negation == {"pneumonia": "pneumonia"}
+    # One template and one name at a time, the same template for all classes.
+    assert len(both.paraphrases["pneumonia"]) == len(both.paraphrases["no finding"]) == 12
+    assert both.paraphrases["no finding"][3] == "Chest radiograph showing no finding."
+    assert both.paraphrases["pneumonia"][3] == "Chest radiograph showing pneumonia."
+    page = tmp_path / "page.md"
+    page.write_text(f"Before.\n{robustness.BEGIN}\nold\n{robustness.END}\nAfter.\n")
+    command = ["--model", model, "--data", data, "--out", tmp_path / "out.json", "--page", page, "--resamples", "5"]
+    robustness.main([str(word) for word in [*command, "--severity", "5", "--corrupted-images", "3"]])
+    results = [Result.from_json(entry) for entry in json.loads((tmp_path / "out.json").read_text())]
+    text = page.read_text()
+    assert text.startswith("Before.\n")
+    assert text.endswith("\nAfter.\n")
+    assert "old" not in text
+    title = tasks.TASKS["glaucoma"].title
+    flips = next(one for one in results if (one.protocol, one.dataset) == ("paraphrases", "glaucoma"))
+    flip_rate = scripts["report"].shown(flips.metrics["all paraphrases/flip_rate"])
+    found = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    assert any(row[0] == title and row[2:4] == ["8", flip_rate] for row in found)
+    drops = [one.metrics["noise/balanced_accuracy_drop"].value for one in results if one.protocol == "robustness"]
+    assert any(row[0] == "noise" and row[1] == f"{np.mean(drops):.3f}" for row in found)
+    with pytest.raises(SystemExit, match="No task has images"):
+        robustness.measure(str(model), data, "external", 3, (5,), 5, 0)
 
 
 def test_the_card_credits_every_source(data, model, tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from medmoe_hf.evaluation.zero_shot import _class_logits, multilabel_logits
+from medmoe_hf.evaluation.zero_shot import class_logits, multilabel_logits
 from medmoe_hf.inference.encoders import MedMoEEncoder
 from medmoe_hf.model import MedMoEImageProcessor, MedMoEModel, MedMoEProcessor, MedMoETokenizer
 from medmoe_hf.model.tasks_medmoe import Calibration, Task, read_tasks, task_tokens, write_tasks
@@ -64,7 +64,7 @@ def test_scores_are_those_of_the_evaluation(make, processor, tmp_path, router, k
     if negative:
         expected = multilabel_logits(encoder, images, PROMPTS, negative)
     else:
-        expected = _class_logits(encoder, images, PROMPTS, ("global", "local", "mean"))
+        expected = class_logits(encoder, images, PROMPTS, ("global", "local", "mean"))
     pixels = processor(images=images, return_tensors="pt")["pixel_values"]
     for score, logits in expected.items():
         task = processor.tokenize_task(Task("lungs", PROMPTS, negative, kind, score))

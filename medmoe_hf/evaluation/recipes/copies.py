@@ -18,6 +18,7 @@ class Row:
 
     Attributes:
         findings: Labels of a multi-label set, one per class: 1, 0 or `UNKNOWN_LABEL`.
+        groups: Column -> value, for the columns whose groups are compared; "" where it is empty.
     """
 
     image: Any
@@ -29,6 +30,7 @@ class Row:
     modality: int = UNKNOWN_MODALITY
     phrase: str | None = None
     boxes: list[Box] | None = None
+    groups: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass

@@ -14,7 +14,7 @@ from medmoe_hf.errors import RecipeError
 from medmoe_hf.evaluation.dataset import Split
 from medmoe_hf.model.modalities_medmoe import MODALITIES, modality_id
 
-Task = Literal["zero-shot", "linear-probe", "retrieval", "grounding", "routing"]
+Task = Literal["zero-shot", "linear-probe", "retrieval", "grounding", "routing", "robustness"]
 Metric = Literal[
     "accuracy",
     "macro_auroc",
@@ -77,6 +77,7 @@ class TableLayout(_Layout):
         caption: Template of an image's text; rows without a text are left out.
         subject: Template of the image's subject.
         subject_pattern: Regular expression; the part of `subject` that matches it is used.
+        groups: Columns, such as sex, age or site, whose groups `robustness` compares.
 
     Example:
         >>> layout = TableLayout(kind="table", tables={"test": "test.csv"}, image="{file}", label="finding")
@@ -99,6 +100,7 @@ class TableLayout(_Layout):
     caption: str | None = None
     subject: str | None = None
     subject_pattern: str | None = None
+    groups: list[str] = []
 
 
 class FolderLayout(_Layout):
@@ -177,6 +179,10 @@ class Recipe(BaseModel):
         negative_prompts: Finding -> sentences that describe its absence, with `labels: multi`. With them, zero-shot
             scores a finding by how much more an image is like its prompts than like these; without them, by similarity
             alone.
+        paraphrases: Class -> other sentences, as many for each class: sentence k of each class is one paraphrase of
+            the task (robustness). By default single sentences of `prompts`.
+        negation: Class -> words of its finding, which fit after "there is no" (robustness). By default the names of
+            the classes that do not name an absence, such as `normal`.
         references: Sentences that report no finding, for grounding.
         metric: Metric to quote; all are computed.
         count: Number of images in the published test split.
@@ -202,6 +208,8 @@ class Recipe(BaseModel):
     classes: list[str] = []
     prompts: dict[str, list[str]] = {}
     negative_prompts: dict[str, list[str]] = {}
+    paraphrases: dict[str, list[str]] = {}
+    negation: dict[str, str] = {}
     references: list[str] = []
     metric: Metric
     count: int | None = Field(default=None, ge=1)
@@ -248,6 +256,10 @@ class Recipe(BaseModel):
         multi = self.labels == "multi"
         if multi and not (isinstance(self.layout, TableLayout) and self.layout.one_hot):
             raise ValueError("`labels: multi` needs `layout` of kind table with `one_hot: true`")
+        by_prompts = {"zero-shot", "robustness"} & set(self.tasks)
+        for key in ("paraphrases", "negation"):
+            if getattr(self, key) and not by_prompts:
+                raise ValueError(f"`{key}` goes with `tasks` of zero-shot or robustness")
         if self.negative_prompts and not multi:
             raise ValueError("`negative_prompts` go with `labels: multi` only")
         if self.metric == "accuracy" and multi:
@@ -256,16 +268,21 @@ class Recipe(BaseModel):
             return
         if len(set(self.classes)) < len(self.classes):
             raise ValueError("`classes` contains a name twice")
-        if {"zero-shot", "linear-probe"} & set(self.tasks) and len(self.classes) < (1 if multi else 2):
+        if (by_prompts or "linear-probe" in self.tasks) and len(self.classes) < (1 if multi else 2):
             least = "one class" if multi else "two or more"
             raise ValueError(f"`classes` must name {least} for zero-shot and linear-probe")
-        if "zero-shot" in self.tasks:
+        if by_prompts:
             for key in ("prompts", "negative_prompts"):
                 by_class: dict[str, list[str]] = getattr(self, key)
                 if key == "negative_prompts" and not by_class:
                     continue
                 if list(by_class) != self.classes or not all(by_class.values()):
                     raise ValueError(f"`{key}` must hold sentences for each of `classes`, in their order")
+            numbers = {len(self.paraphrases.get(name, ())) for name in self.classes}
+            if self.paraphrases and (set(self.paraphrases) != set(self.classes) or len(numbers) > 1 or 0 in numbers):
+                raise ValueError("`paraphrases` must hold as many sentences for each of `classes`")
+            if unknown := [name for name in self.negation if name not in self.classes]:
+                raise ValueError(f"`negation` names {unknown[0]!r}, which is not in `classes`")
         sentences = Counter(sentence for texts in self.prompts.values() for sentence in texts)
         # The same sentence may deny several findings, but none that also describes one.
         sentences.update({sentence for texts in self.negative_prompts.values() for sentence in texts})

@@ -96,7 +96,7 @@ def _fields(template: str | None) -> set[str]:
 
 
 def _columns(recipe: Recipe, layout: TableLayout) -> set[str]:
-    columns = _fields(layout.image) | _fields(layout.caption) | set(layout.where)
+    columns = _fields(layout.image) | _fields(layout.caption) | set(layout.where) | set(layout.groups)
     columns |= set(recipe.classes) if layout.one_hot else set()
     return columns | {column for column in (layout.label, layout.split_column) if column is not None}
 
@@ -136,6 +136,7 @@ def _rows_of_split(
                 unlabelled[f'"{value}"'] += 1
         row.modality = expert_id(recipe.modality, row.caption)
         row.subject = _filled(layout.subject, entry) or None
+        row.groups = {column: str(entry.get(column) or "").strip() for column in layout.groups}
         rows.append(row)
     if without_text:
         warnings.append(f"{path}: {without_text} rows have no text and are left out.")
