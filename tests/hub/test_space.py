@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import re
+import shutil
 import socket
 from pathlib import Path
 
@@ -19,9 +20,13 @@ from transformers import BertConfig, BertModel
 
 gr = pytest.importorskip("gradio", reason='the demo needs gradio: pip install "medmoe_hf[demo]"')
 
+import medmoe_hf  # noqa: E402
 from medmoe_hf.data import MODALITIES, PHRASES, phantom_sample, zero_shot_prompts  # noqa: E402
 from medmoe_hf.hub import init_model  # noqa: E402
 from medmoe_hf.hub.space import app  # noqa: E402
+from medmoe_hf.hub.study_demo import examples  # noqa: E402
+from medmoe_hf.hub.study_demo import page as study_page  # noqa: E402
+from medmoe_hf.hub.study_demo import tab as study_tab  # noqa: E402
 from medmoe_hf.model import MedMoEModel  # noqa: E402
 from medmoe_hf.model.medical_images_medmoe import read_medical_image  # noqa: E402
 
@@ -282,11 +287,88 @@ def test_without_a_checkpoint_the_page_says_what_to_give(monkeypatch):
     seen = []
     monkeypatch.setattr(gr.Blocks, "launch", lambda self, **options: seen.append(self))
     monkeypatch.delenv("MEDMOE_MODEL", raising=False)
+    monkeypatch.setattr(app, "packaged", lambda: None)
     app.launch()
     assert "No checkpoint was given" in texts_of(seen[0])
     monkeypatch.setenv("MEDMOE_MODEL", "/nowhere/at/all")
     with pytest.raises(OSError, match="/nowhere/at/all: there is no such folder"):
         app.launch()
+
+
+def test_the_packaged_checkpoint_is_shown_where_none_is_named(monkeypatch):
+    class Loaded(Exception):
+        pass
+
+    def load(name, *rest):
+        raise Loaded(name)
+
+    monkeypatch.delenv("MEDMOE_MODEL", raising=False)
+    monkeypatch.setattr(app, "Checkpoint", load)
+    with pytest.raises(Loaded, match=re.escape(medmoe_hf.pretrained("small"))):
+        app.launch()
+
+
+@pytest.fixture(scope="module")
+def with_studies(folder):
+    return app.Checkpoint(str(folder), load=app.study_loader())
+
+
+@pytest.fixture
+def tab(with_studies, tmp_path, monkeypatch):
+    """The handlers of the tab for studies, with an example of three slices."""
+    monkeypatch.setattr(examples, "_SLICES", 3)
+    (tmp_path / "example").mkdir()
+    examples.write_ct_series(tmp_path / "example")
+    return study_tab._Tab(study_page.StudyPage(with_studies.predictor), [tmp_path / "example"], None)
+
+
+PLAIN = ("axial", "usual", False)
+OUTPUTS = ("place", "key", "number", "shown", "curve", "jump", "keys", "answer", "left_out")
+
+
+def test_both_tabs_use_one_model(with_studies, checkpoint, file):
+    assert with_studies.model is with_studies.predictor.encoder.model
+    with_it, without = with_studies.read(str(file)), checkpoint.read(str(file))
+    assert with_it.probabilities == pytest.approx(without.probabilities, abs=1e-6)
+    assert with_studies.predictor.encoder.processor.image_processor.allow_urls is False
+    found = [block.label for block in app.build(with_studies).blocks.values() if isinstance(block, gr.Tab)]
+    assert found == ["Study", "Picture and model"]
+
+
+def test_a_study_is_shown_from_its_first_key_slice_on(tab, with_studies, tmp_path):
+    archive = shutil.make_archive(str(tmp_path / "study"), "zip", tmp_path / "example")
+    file, view, status, *rest = tab.upload([archive], None, "head\nchest", "", *PLAIN)
+    (study,) = medmoe_hf.predict(
+        tmp_path / "example", model=with_studies.predictor, labels=["head", "chest"], progress=False
+    )
+    best = study.series[0].labels[0]
+    shown = dict(zip(OUTPUTS, rest, strict=True))
+    assert file["value"] is None
+    assert not Path(archive).exists()
+    assert "Read 3 images in 1 series of 1 study." in status
+    assert shown["place"]["visible"] is False
+    assert shown["key"]["value"] == f"label:{best.label}"
+    assert (shown["number"]["value"], shown["number"]["maximum"]) == (best.key_slices[0] + 1, 3)
+    assert f"Slice {best.key_slices[0] + 1} of 3" in shown["shown"]
+    assert study.series[0].expert_reason in shown["answer"]
+
+    other = 3 - best.key_slices[0]
+    picture, curve = tab.move(view, 0, f"label:{best.label}", other)
+    assert picture == study_page.slice_html(view.series(0), other - 1, view.series(0).labels[0])
+    assert f'class="medmoe-here" x1="{other - 1}"' in curve
+    assert tab.jump(view, 0, None, 2)[0]["value"] == 2
+
+    asked, _, *rest = tab.ask(view, 0, 1, f"label:{best.label}", "", "ventricle")
+    shown = dict(zip(OUTPUTS, rest, strict=True))
+    assert shown["key"]["value"] == "text:ventricle"
+    assert shown["number"]["value"] == asked.series(0).texts[0].key_slices[0] + 1
+
+    assert view.folder.is_dir()
+    _, gone, status, *_ = tab.upload([], asked, "", "", *PLAIN)
+    assert gone is None
+    assert "Choose at least one file" in status
+    assert not view.folder.exists()
+    assert "There is no study" in tab.point(gone, 0, None)[0]
 
 
 @pytest.mark.parametrize("name", ["large.png", "bomb.png"])

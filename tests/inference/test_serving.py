@@ -27,7 +27,7 @@ for package in ("fastapi", "uvicorn", "python_multipart", "httpx"):
 from fastapi.testclient import TestClient  # noqa: E402
 
 from medmoe_hf.inference.serving import Limits, create_app, serve  # noqa: E402
-from medmoe_hf.inference.serving.uploads import UploadError, unpack  # noqa: E402
+from medmoe_hf.inference.serving.archives import UploadError, unpack  # noqa: E402
 
 NAME = "DOE^JANE"
 LABELS = ["no finding", "pneumonia", "effusion"]
@@ -370,6 +370,24 @@ def test_names_in_a_zip_lead_nowhere(tmp_path):
         assert path.name[6:] == {"../../escaped.dcm": ".dcm", "/absolute.nii.gz": ".nii.gz"}.get(
             name, ".nii.gz" if name == "plain.NII.GZ" else ""
         )
+
+
+def test_a_zip_that_grows_beyond_its_ratio_is_refused_while_it_is_unpacked(tmp_path, monkeypatch):
+    content = b"\0" * 3_000_000
+    archive = tmp_path / "000000"
+    archive.write_bytes(zipped([("zeros.dcm", content)]))
+    assert archive.stat().st_size * 500 < len(content)
+    unpack([archive], Limits(), lambda: None)  # small enough for any ratio
+    assert [path.read_bytes() for path in archive.rglob("*.dcm")] == [content]
+    monkeypatch.setattr("medmoe_hf.inference.serving.archives._ALWAYS", 1_000_000)
+    again = tmp_path / "000001"
+    again.write_bytes(zipped([("zeros.dcm", content)]))
+    with pytest.raises(UploadError, match="more than 100 times its own size"):
+        unpack([again], Limits(), lambda: None)
+    assert sum(path.stat().st_size for path in again.rglob("*") if path.is_file()) <= 1_000_000
+    plain = tmp_path / "000002"
+    plain.write_bytes(zipped([("noise.dcm", bytes(range(256)) * 12_000)], zipfile.ZIP_STORED))
+    unpack([plain], Limits(), lambda: None)
 
 
 def test_a_check_ends_the_unpacking(tmp_path):

@@ -1,9 +1,9 @@
-"""A MedMoE checkpoint in the browser: routing, zero-shot labels, heat-maps, scales, nearest reports.
+"""A MedMoE checkpoint in the browser: whole studies; routing, labels, heat-maps, scales and reports of a picture.
 
     python app.py CHECKPOINT        (a folder or Hub id; or set the variable MEDMOE_MODEL)
 
-This folder is a complete Space, and what `medmoe demo` runs. It needs the checkpoint and transformers, but not the
-package medmoe_hf.
+This folder is a complete Space, and what `medmoe demo` runs. It needs the checkpoint and transformers, and for whole
+studies the package medmoe_hf; without that, the page shows single pictures.
 """
 
 import argparse
@@ -42,6 +42,7 @@ MAX_FILE_SIZE = "200mb"
 MAX_PIXELS = 50_000_000  # per picture; an X-ray has some 10 million
 MAX_LABELS, MAX_CHARACTERS = 100, 1000  # characters per label or phrase
 SESSIONS_KEPT = 100  # whose pictures stay in memory; gradio keeps 10,000
+COLUMN = 345  # least width in pixels: two columns only if both are readable, so that a telephone gets one
 WAITING = 32  # requests in the queue of each event
 
 TEXTS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("reports.json").read_text())
@@ -56,7 +57,8 @@ DISCLAIMER = (
 )
 PRIVACY = (
     "Pictures are read and deleted at once; what is shown stays in memory for this page only, for half an hour at "
-    "most. Nothing is logged. Do not upload images of patients to a server that is not yours."
+    "most. Files of a study lie in a temporary folder, without their names, until the next study, the end of the page "
+    "or half an hour. Nothing is logged. Do not upload images of patients to a server that is not yours."
 )
 NO_CHECKPOINT = """# MedMoE
 
@@ -67,7 +69,7 @@ NO_CHECKPOINT = """# MedMoE
 - in a Space: Settings, Variables and secrets, a variable `MEDMOE_MODEL` with the id; for a private checkpoint also a
   secret `HF_TOKEN` that may read it.
 
-Where medmoe_hf is installed, `medmoe demo` alone shows the checkpoint that it contains.
+Where medmoe_hf is installed, the checkpoint that it contains is shown without being named.
 """
 
 CSS = """
@@ -132,26 +134,34 @@ class Checkpoint:
     Args:
         name: A folder or Hub id. Warning: its code is run, so it must be one that you trust.
         say: Called with progress messages.
+        load: Function of the name that returns a `StudyPredictor`, whose model is used; None without medmoe_hf.
+
+    Attributes:
+        predictor: What `load` returned; None without it.
 
     Raises:
         OSError: If the checkpoint does not exist or cannot be reached.
         ValueError: If it is not a MedMoE dual encoder.
     """
 
-    def __init__(self, name: str, say: Callable[[str], None] = lambda text: None) -> None:
+    def __init__(
+        self, name: str, say: Callable[[str], None] = lambda text: None, load: Callable[[str], Any] | None = None
+    ) -> None:
         local = name.count("/") != 1 or name.startswith((".", "/", "~")) or Path(name).parent.is_dir()
         if local and not Path(name).is_dir():
             raise FileNotFoundError(f"{name}: there is no such folder, and an id on the Hub has the form user/name")
         # The last two parts of a folder: the full path may be sensitive.
         self.name = "/".join(Path(name).resolve().parts[-2:]) if Path(name).is_dir() else name
         say(f"Loading {self.name}" + ("" if Path(name).is_dir() else ", which is downloaded the first time") + " ...")
-        self.model = AutoModel.from_pretrained(name, trust_remote_code=True).eval()
+        self.predictor = None if load is None else load(name)
+        own = None if self.predictor is None else self.predictor.encoder
+        self.model = AutoModel.from_pretrained(name, trust_remote_code=True).eval() if own is None else own.model
         if self.model.config.model_type != "medmoe":
             raise ValueError(
                 f"{name} holds a model of type {self.model.config.model_type!r}; the demo shows dual encoders, of "
                 "type 'medmoe'."
             )
-        self.processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
+        self.processor = AutoProcessor.from_pretrained(name, trust_remote_code=True) if own is None else own.processor
         # DICOM and NIfTI files are decoded by the checkpoint's code, which alone knows their size.
         self.processor.image_processor.max_pixels = MAX_PIXELS
         self.processor.image_processor.allow_urls = False
@@ -479,58 +489,90 @@ def uploads_only(file: gr.File) -> gr.File:
 
 
 def build(checkpoint: Checkpoint) -> gr.Blocks:
-    """The page of a checkpoint."""
-    page = Page(checkpoint)
-    # Two columns only if both are readable: a telephone gets one.
-    column = {"min_width": 345}
+    """The page of a checkpoint: whole studies if it has a predictor of them, and single pictures."""
     with gr.Blocks(title="MedMoE", analytics_enabled=False, delete_cache=(60, 60)) as blocks:
         gr.Markdown(f"# MedMoE: `{checkpoint.name}`\n\n{DISCLAIMER}")
-        picture = gr.State(None, time_to_live=SECONDS_KEPT)
-        # Any suffix: DICOM files often have none.
-        file = uploads_only(gr.File(label="Picture: PNG, JPEG or DICOM", height=140, elem_id="file"))
-        status = gr.HTML(elem_id="status")
-        with gr.Row():
-            with gr.Column(**column):
-                shown = gr.HTML(_empty("Your picture will be here."), elem_id="picture")
-                phrase = gr.Textbox(
-                    label="Phrase", info="Where is it? One word is often best: effusion", max_lines=1, elem_id="phrase"
-                )
-                find = gr.Button("Show heat-map", variant="primary", elem_id="find")
-                opacity = gr.Slider(0, 1, value=0.6, step=0.05, label="Opacity of the heat-map", elem_id="opacity")
-            with gr.Column(**column):
-                wish = gr.Dropdown(
-                    [AUTOMATIC, *checkpoint.modalities],
-                    value=AUTOMATIC,
-                    label="Expert",
-                    info="The router's choice, or overrule it.",
-                    filterable=False,
-                    elem_id="expert",
-                )
-                router = gr.Label(label="Router: probability of each expert", show_heading=False, elem_id="router")
-                labels = gr.Textbox(
-                    label="Zero-shot labels", info="Sentences as in a report, one per line.", lines=4, elem_id="labels"
-                )
-                ask = gr.Button("Compare labels", variant="primary", elem_id="ask")
-                zero_shot = gr.Label(label="Probability among these labels", show_heading=False, elem_id="zero-shot")
-        with gr.Row():
-            with gr.Column(**column):
-                gr.Markdown("## Scales of the expert")
-                means = gr.Label(label="Mean weight of each scale", show_heading=False, elem_id="scales")
-                dominating = gr.HTML(elem_id="dominating")
-            with gr.Column(**column):
-                gr.Markdown(f"## Nearest phantom reports\n\nOf {len(checkpoint.reports)} synthetic ones.")
-                nearest = gr.HTML(elem_id="nearest")
-        gr.Markdown(PRIVACY)
+        if checkpoint.predictor is None:
+            build_picture(checkpoint)
+        else:
+            from medmoe_hf.hub.study_demo.page import StudyPage
+            from medmoe_hf.hub.study_demo.tab import build_tab
 
-        described = [status, shown, router, labels, zero_shot, means, dominating, nearest]
-        controls = [wish, labels, phrase]
-        file.upload(page.load, [file, *controls], [picture, *described])
-        file.clear(page.clear, [labels], [picture, *described])
-        wish.change(page.describe, [picture, *controls], described)
-        gr.on([ask.click, labels.submit], page.compare, [picture, wish, labels], [status, zero_shot])
-        gr.on([find.click, phrase.submit], page.ground, [picture, wish, phrase], [status, shown])
-        opacity.change(None, [opacity], None, js=SET_OPACITY)
+            with gr.Tab("Study"):
+                build_tab(StudyPage(checkpoint.predictor), uploads_only, SECONDS_KEPT, SET_OPACITY, COLUMN)
+            with gr.Tab("Picture and model"):
+                build_picture(checkpoint)
+        gr.Markdown(PRIVACY)
     return blocks.queue(max_size=WAITING)
+
+
+def build_picture(checkpoint: Checkpoint) -> None:
+    """Adds the controls for a single picture, and what the model has inside, to the page that is being built."""
+    page = Page(checkpoint)
+    column = {"min_width": COLUMN}
+    picture = gr.State(None, time_to_live=SECONDS_KEPT)
+    # Any suffix: DICOM files often have none.
+    file = uploads_only(gr.File(label="Picture: PNG, JPEG or DICOM", height=140, elem_id="file"))
+    status = gr.HTML(elem_id="status")
+    with gr.Row():
+        with gr.Column(**column):
+            shown = gr.HTML(_empty("Your picture will be here."), elem_id="picture")
+            phrase = gr.Textbox(
+                label="Phrase", info="Where is it? One word is often best: effusion", max_lines=1, elem_id="phrase"
+            )
+            find = gr.Button("Show heat-map", variant="primary", elem_id="find")
+            opacity = gr.Slider(0, 1, value=0.6, step=0.05, label="Opacity of the heat-map", elem_id="opacity")
+        with gr.Column(**column):
+            wish = gr.Dropdown(
+                [AUTOMATIC, *checkpoint.modalities],
+                value=AUTOMATIC,
+                label="Expert",
+                info="The router's choice, or overrule it.",
+                filterable=False,
+                elem_id="expert",
+            )
+            router = gr.Label(label="Router: probability of each expert", show_heading=False, elem_id="router")
+            labels = gr.Textbox(
+                label="Zero-shot labels", info="Sentences as in a report, one per line.", lines=4, elem_id="labels"
+            )
+            ask = gr.Button("Compare labels", variant="primary", elem_id="ask")
+            zero_shot = gr.Label(label="Probability among these labels", show_heading=False, elem_id="zero-shot")
+    with gr.Row():
+        with gr.Column(**column):
+            gr.Markdown("## Scales of the expert")
+            means = gr.Label(label="Mean weight of each scale", show_heading=False, elem_id="scales")
+            dominating = gr.HTML(elem_id="dominating")
+        with gr.Column(**column):
+            gr.Markdown(f"## Nearest phantom reports\n\nOf {len(checkpoint.reports)} synthetic ones.")
+            nearest = gr.HTML(elem_id="nearest")
+
+    described = [status, shown, router, labels, zero_shot, means, dominating, nearest]
+    controls = [wish, labels, phrase]
+    file.upload(page.load, [file, *controls], [picture, *described])
+    file.clear(page.clear, [labels], [picture, *described])
+    wish.change(page.describe, [picture, *controls], described)
+    gr.on([ask.click, labels.submit], page.compare, [picture, wish, labels], [status, zero_shot])
+    gr.on([find.click, phrase.submit], page.ground, [picture, wish, phrase], [status, shown])
+    opacity.change(None, [opacity], None, js=SET_OPACITY)
+
+
+def study_loader() -> Callable[[str], Any] | None:
+    """Returns the function that loads a predictor of whole studies; None where medmoe_hf is not installed."""
+    try:
+        from medmoe_hf.inference.studies import StudyPredictor
+    except ImportError:
+        return None
+    return lambda name: StudyPredictor(name, device="cpu")
+
+
+def packaged() -> str | None:
+    """Returns the folder of the checkpoint that medmoe_hf contains; None without it."""
+    try:
+        from medmoe_hf import pretrained
+
+        return pretrained()
+    except (ImportError, OSError):
+        return None
 
 
 def check_port(port: int) -> None:
@@ -563,8 +605,8 @@ def launch(name: str | None = None, port: int | None = None) -> None:
     """Serves a checkpoint until interrupted, on 127.0.0.1 unless GRADIO_SERVER_NAME is set.
 
     Args:
-        name: A folder or Hub id; `None` for the variable MEDMOE_MODEL. Without either, the page explains what to
-            specify.
+        name: A folder or Hub id; `None` for the variable MEDMOE_MODEL, and then for the checkpoint that medmoe_hf
+            contains. Without all of them, the page explains what to specify.
         port: A port; `None` for the first free one from 7860.
 
     Raises:
@@ -573,9 +615,15 @@ def launch(name: str | None = None, port: int | None = None) -> None:
     """
     if port is not None:
         check_port(port)
-    name = name or os.environ.get("MEDMOE_MODEL")
+    name = name or os.environ.get("MEDMOE_MODEL") or packaged()
+    css = CSS
     if name:
-        checkpoint = Checkpoint(name, say)
+        load = study_loader()
+        checkpoint = Checkpoint(name, say, load)
+        if load is not None:
+            from medmoe_hf.hub.study_demo.tab import STUDY_CSS
+
+            css += STUDY_CSS
         say("Starting the page ...")
         blocks = build(checkpoint)
     else:
@@ -589,13 +637,13 @@ def launch(name: str | None = None, port: int | None = None) -> None:
         max_file_size=MAX_FILE_SIZE,
         state_session_capacity=SESSIONS_KEPT,
         theme=THEME,
-        css=CSS,
+        css=css,
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="A MedMoE checkpoint in the browser.")
-    parser.add_argument("checkpoint", nargs="?", help="folder or Hub id; default: the variable MEDMOE_MODEL")
+    parser.add_argument("checkpoint", nargs="?", help="folder or Hub id; default: MEDMOE_MODEL, or medmoe_hf's")
     parser.add_argument("--port", type=int, help="port; default: the first free one from 7860")
     arguments = parser.parse_args()
     try:

@@ -16,7 +16,8 @@ import torch
 
 from medmoe_hf import __version__
 from medmoe_hf.errors import ArgumentError, ImageTooLargeError, MedMoEError, MissingPackageError
-from medmoe_hf.inference.serving.uploads import Form, Limits, UploadError, receive, unpack
+from medmoe_hf.inference.serving.archives import Limits, UploadError, unpack
+from medmoe_hf.inference.serving.uploads import Form, receive
 from medmoe_hf.inference.studies.predictions import predictions_dict
 from medmoe_hf.inference.studies.predictor import Question, StudyPredictor, checked
 from medmoe_hf.model.studies_medmoe import Series, Study, read_studies

@@ -140,6 +140,8 @@ class SeriesPrediction:
         picture: Function of a slice's index that returns (H, W, 3) uint8.
         heatmaps: Function of a label or text and of indices that yields the index and the (H, W) float32 heat-map of
             each slice, in the pixels of its picture, or with sides of at most `size` if that is given.
+        ask: Function of another `Question` that returns its answer at once: slices are not encoded again, and the
+            expert stays.
     """
 
     number: int
@@ -162,6 +164,7 @@ class SeriesPrediction:
     task: LabelTask | None = field(default=None, repr=False)
     picture: Callable[[int], np.ndarray] | None = field(default=None, repr=False)
     heatmaps: Callable[..., Iterator[tuple[int, np.ndarray]]] | None = field(default=None, repr=False)
+    ask: "Callable[[Any], SeriesPrediction] | None" = field(default=None, repr=False)
 
     def to_dict(self, keep_identifiers: bool = False) -> dict[str, Any]:
         """Returns the entry of prediction.json.

@@ -271,6 +271,7 @@ class StudyPredictor:
             task=task,
             picture=shown.picture,
             heatmaps=shown.heatmaps,
+            ask=lambda other: self._answer(number, series, self._known_task(other), votes, expert, embeds),
         )
 
     def _labels(self, task: LabelTask, embeds: Tensor, pooling: Pooling) -> list[LabelPrediction]:

@@ -163,7 +163,7 @@ def _series(series: SeriesPrediction) -> dict[str, Any]:
         "notes": series.notes,
         "labels": [(label.label, label.probability) for label in series.labels],
         "texts": [(text.text, text.score) for text in series.texts],
-        "explained": _explained(series),
+        "explained": explained(series),
         "routing": sorted(series.routing.items(), key=lambda entry: -entry[1]),
         "expert": series.expert,
         "reason": series.expert_reason,
@@ -172,13 +172,14 @@ def _series(series: SeriesPrediction) -> dict[str, Any]:
         "count": series.count,
         "curves": []
         if series.count < 3
-        else [_curve(label.label, label.slice_probabilities, label.key_slices, place) for label in shown]
-        + [_curve(f"“{text.text}”", text.slice_scores, text.key_slices, place) for text in series.texts],
+        else [curve(label.label, label.slice_probabilities, label.key_slices, place) for label in shown]
+        + [curve(f"“{text.text}”", text.slice_scores, text.key_slices, place) for text in series.texts],
         "pictures": _pictures(series),
     }
 
 
-def _explained(series: SeriesPrediction) -> str:
+def explained(series: SeriesPrediction) -> str:
+    """Says what the probabilities of a series mean."""
     independent = series.task is not None and series.task.independent
     text = (
         "Each label has a probability of its own."
@@ -195,7 +196,18 @@ def _explained(series: SeriesPrediction) -> str:
     return text
 
 
-def _curve(name: str, values: np.ndarray, keys: Sequence[int], place: str) -> dict[str, Any]:
+def curve(name: str, values: np.ndarray, keys: Sequence[int], place: str) -> dict[str, Any]:
+    """Describes a curve through the slices as SVG, 44 high and N - 1 wide.
+
+    Args:
+        name: What is drawn.
+        values: (N,) numbers; NaN leaves a gap.
+        keys: Indices of the slices to mark.
+        place: What a slice is called.
+
+    Returns:
+        `name`, `width`, `lines` (points of polylines), `marked` and `described`.
+    """
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
     margin, height = 4, _CURVE_HEIGHT
     lines: list[list[str]] = [[]]
