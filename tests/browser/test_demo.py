@@ -1,4 +1,4 @@
-"""The demo in headless Chromium: a copy of the Space's folder, where `medmoe_hf` cannot be imported.
+"""The demo in headless Chromium: a copy of the Space's folder, where `medmoe_hf` cannot be imported, and the command.
 
 MEDMOE_MODEL names the checkpoint, by default an untrained one; MEDMOE_SCREENSHOTS a folder for screenshots.
 """
@@ -21,6 +21,7 @@ from PIL import Image
 
 from medmoe_hf.data import phantom_sample
 from medmoe_hf.hub import init_model
+from medmoe_hf.hub.study_demo.examples import write_ct_series
 
 pytest.importorskip("gradio", reason='the demo needs gradio: pip install "medmoe_hf[demo]"')
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
@@ -343,13 +344,67 @@ def test_it_can_be_read_at_any_width(open_page, drawing, width, columns):
     assert page.evaluate(SMALL_TEXT) == []
 
 
-def test_the_command_serves_the_same_page(chromium, tmp_path):
-    init_model(tmp_path / "model", "tiny")
+def study_status(page, words):
+    page.wait_for_function("words => document.querySelector('#study-status').innerText.includes(words)", arg=words)
+    settle(page)
+
+
+def test_the_command_shows_whole_studies(chromium, tmp_path):
+    model = os.environ.get("MEDMOE_MODEL")
+    if not model:
+        model = tmp_path / "model"
+        init_model(model, "tiny")
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    (tmp_path / "series").mkdir()
+    write_ct_series(tmp_path / "series")
+    for path in sorted((tmp_path / "series").iterdir())[5:]:
+        path.unlink()
+    archive = shutil.make_archive(str(tmp_path / "study"), "zip", tmp_path / "series")
+    (tmp_path / "broken.zip").write_bytes(Path(archive).read_bytes()[:500])
     port = free_port()
-    command = [sys.executable, "-m", "medmoe_hf.cli", "demo", str(tmp_path / "model"), "--port", str(port)]
-    with running(command, port, tmp_path / "log"):
-        page = chromium.new_page(viewport=DESKTOP)
-        page.goto(f"http://127.0.0.1:{port}")
-        page.wait_for_selector("#file button")
-        assert "model" in page.inner_text("h1")
-        page.close()
+    command = [sys.executable, "-m", "medmoe_hf.cli", "demo", str(model), "--port", str(port)]
+    asked = []
+    with running(command, port, tmp_path / "log", env=os.environ | {"TMPDIR": str(temporary)}):
+        for width, size in ((1280, DESKTOP), (390, PHONE)):
+            page = chromium.new_page(viewport=size)
+            page.set_default_timeout(4 * ANSWER)
+            page.on("request", lambda request: asked.append(request.url))
+            page.goto(f"http://127.0.0.1:{port}")
+            page.wait_for_selector("#study-ask")
+            settle(page)
+            screenshot(page, f"study-{width}-empty")
+            page.click("#study-examples button:has-text('CT of a body')")
+            study_status(page, "Read 32 images in 1 series of 1 study.")
+            assert "voted for" in page.inner_text("#study-answer")
+            assert page.locator("#study-keys figure").count() >= 1
+            screenshot(page, f"study-{width}")
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            assert page.evaluate(SMALL_TEXT) == []
+
+            page.fill("#study-slider input[type=number]", "9")
+            page.keyboard.press("Tab")
+            page.wait_for_function("document.querySelector('#study-slice').innerText.includes('Slice 9 of 32')")
+            page.wait_for_selector(".medmoe-curve .medmoe-here[x1='8']", state="attached")
+            box = page.locator("#study-slice .medmoe-stack").bounding_box()
+            assert box["width"] == pytest.approx(box["height"], rel=0.02)
+
+            page.fill("#study-phrase input, #study-phrase textarea", "lung")
+            page.click("#study-ask")
+            page.wait_for_function("document.querySelector('#study-curve').innerText.includes('“lung”')")
+            page.set_input_files("#study-files input[type=file]", str(tmp_path / "broken.zip"))
+            study_status(page, "A zip file is damaged")
+            assert page.locator("#study-status [role=alert]").is_visible()
+            assert not page.locator("#study-slider").is_visible()
+            screenshot(page, f"study-{width}-broken")
+            page.set_input_files("#study-files input[type=file]", archive)
+            study_status(page, "Read 5 images in 1 series of 1 study.")
+            assert "“lung”" in page.inner_text("#study-curve")
+            page.close()
+        # Of uploads only those that are shown are left, without their names.
+        kept = [path for path in temporary.glob("medmoe-demo-*/**/*") if path.is_file()]
+        assert len(kept) <= 10
+        assert not list(temporary.rglob("study*.zip"))
+        assert not [path for path in (temporary / "gradio").rglob("*") if path.is_file() and path.stat().st_size]
+    local = (f"http://127.0.0.1:{port}", f"ws://127.0.0.1:{port}", "data:", "blob:")
+    assert [url for url in asked if not url.startswith(local)] == []
