@@ -53,7 +53,7 @@ STUDY_CSS = """
 .medmoe-slice .medmoe-top { left: calc(50% - 5px); top: 6px; }
 .medmoe-example img { aspect-ratio: 1; background: #000; border-radius: 6px; display: block; margin: 0 auto;
   object-fit: contain; width: 100%; max-width: 160px; }
-.medmoe-example p { font-size: 0.85em; line-height: 1.35; margin: 6px 0 0; min-height: 2.7em; text-align: center; }
+.medmoe-example p { font-size: 0.9em; line-height: 1.35; margin: 6px 0 0; min-height: 2.7em; text-align: center; }
 .medmoe-curve { margin: 0; }
 .medmoe-curve svg { background: var(--background-fill-secondary); display: block; height: 110px; width: 100%; }
 .medmoe-curve line, .medmoe-curve polyline { fill: none; vector-effect: non-scaling-stroke; }
@@ -61,14 +61,14 @@ STUDY_CSS = """
 .medmoe-mark { stroke: #b45309; stroke-dasharray: 4 3; stroke-width: 2px; }
 .medmoe-here { stroke: #15803d; stroke-width: 3px; }
 .dark .medmoe-line { stroke: #93c5fd; } .dark .medmoe-mark { stroke: #fbbf24; } .dark .medmoe-here { stroke: #4ade80; }
-.medmoe-ends { display: flex; font-size: 0.85em; justify-content: space-between; }
+.medmoe-ends { display: flex; font-size: 0.9em; justify-content: space-between; }
 .medmoe-note { font-size: 0.9em; line-height: 1.45; margin: 4px 0 14px; }
 .medmoe-swatch { display: inline-block; height: 1em; margin: 0 6px 0 0; vertical-align: -0.15em; }
 .medmoe-here-swatch { border-left: 3px solid #15803d; }
 .medmoe-mark-swatch { border-left: 3px dashed #b45309; margin-left: 14px; }
 .medmoe-keys { display: grid; gap: 10px; grid-template-columns: repeat(3, minmax(0, 1fr)); }
-.medmoe-key { margin: 0; } .medmoe-key figcaption { font-size: 0.85em; line-height: 1.3; margin-top: 4px; }
-table.medmoe-bars { border-collapse: collapse; margin: 0 0 6px; width: 100%; }
+.medmoe-key { margin: 0; } .medmoe-key figcaption { font-size: 0.9em; line-height: 1.3; margin-top: 4px; }
+table.medmoe-bars { border: 0 !important; border-collapse: collapse; margin: 0 0 6px; width: 100%; }
 .medmoe-bars caption { font-size: 1.1em; font-weight: 600; padding: 4px 0 6px; text-align: left; }
 /* Gradio draws borders around all cells. */
 table.medmoe-bars :is(th, td) { border-color: var(--border-color-primary) !important; border-style: solid !important;
