@@ -23,6 +23,7 @@ from .study_files_medmoe import Instance, Skipped, identifier, read_files, reaso
 _SAME_DIRECTION = 0.01  # greatest difference of cosines within a series
 _SAME_POSITION = 2  # decimals of millimetres
 _GAPS_NAMED = 5  # in notes
+_SPARSE = 10  # places of a grid for each slice; where there are more, a position is wrong
 _UNEVEN = 0.2  # greatest deviation of a position from an even grid, in steps
 _OPEN_FILES = 2  # headers of multi-frame files that are kept
 _MOST_INFLATED = 1032  # bytes that gzip makes of one
@@ -471,6 +472,8 @@ def _slots(positions: np.ndarray) -> np.ndarray | None:
         return np.arange(len(positions))
     steps = np.diff(positions)
     step = float(np.median(steps))
+    if positions[-1] - positions[0] > _SPARSE * len(positions) * step:
+        return None
     counts = np.rint(steps / step).astype(int)
     if (np.abs(steps / step - counts) > _UNEVEN).any() or counts.min() < 1:
         return None

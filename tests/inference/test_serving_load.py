@@ -38,6 +38,7 @@ NAME = "DOE^JANE"
 LABELS = ["no finding", "pneumonia", "effusion"]
 WARM_UP, ROUNDS = 3, 12
 MEMORY = 0.05  # greatest growth, as a share
+SPARE = 2  # descriptors and threads that may be on their way out: one a round would be six times as many
 SECONDS = 600  # for a server that has to load a model, on a machine that has more to do
 
 
@@ -222,9 +223,10 @@ def test_answers_stay_right_and_nothing_grows(server, files, expected):
         print(f"round {number + 1}: {memory / 2**20:.1f} MiB, {opened} descriptors, {threads} threads")
     warm, last = figures[:WARM_UP], figures[-1]
     assert last[0] <= (1 + MEMORY) * max(one[0] for one in warm)
-    assert last[1] <= max(one[1] for one in warm)
-    assert last[2] <= max(one[2] for one in warm)
-    assert list(server.uploads.iterdir()) == []
+    assert last[1] <= SPARE + max(one[1] for one in warm)
+    assert last[2] <= SPARE + max(one[2] for one in warm)
+    # Libraries that the server imports may leave hidden files of their own.
+    assert [path.name for path in server.uploads.iterdir() if not path.name.startswith(".")] == []
     log = server.log.read_text()
     assert "Traceback" not in log
     assert "DOE" not in log

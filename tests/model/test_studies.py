@@ -284,6 +284,11 @@ def test_uneven_and_repeated_positions_have_no_grid(tmp_path):
     write(datasets, tmp_path / "uneven")
     assert only(tmp_path / "uneven").notes == ["the slices are unevenly spaced"]
     assert only(tmp_path / "uneven").affine is None
+    for number, stray in enumerate((1e4, 1e9, 1e30)):  # a grid with all places between would fill the disk
+        datasets[2].ImagePositionPatient = [-20, 7, stray]
+        write(datasets, tmp_path / f"stray{number}")
+        series = only(tmp_path / f"stray{number}")
+        assert (len(series), series.notes, series.affine) == (5, ["the slices are unevenly spaced"], None)
     values = hounsfield(6)
     times = [*ct(values[:3]), *ct(values[3:])]
     for number, dataset in enumerate(times):
