@@ -3,6 +3,7 @@
 import asyncio
 import io
 import logging
+import socket
 import tempfile
 import threading
 import time
@@ -24,6 +25,7 @@ from medmoe_hf.model.studies_medmoe import read_studies
 
 for package in ("fastapi", "uvicorn", "python_multipart", "httpx"):
     pytest.importorskip(package)
+import uvicorn  # noqa: E402
 from fastapi.testclient import TestClient  # noqa: E402
 
 from medmoe_hf.inference.serving import Limits, create_app, serve  # noqa: E402
@@ -288,6 +290,41 @@ def test_a_client_that_hangs_up_ends_its_prediction(predictor, pictures, uploads
     assert seen == [3]
 
 
+def test_a_real_client_that_hangs_up_ends_its_prediction(predictor, pictures, uploads, monkeypatch, caplog):
+    """A socket that is closed while its request is computed, as a server sees it."""
+    caplog.set_level(logging.INFO)
+    read, begun = read_studies, threading.Event()
+
+    def wait(*args, **kwargs):
+        studies = read(*args, **kwargs)
+        begun.set()
+        time.sleep(1.7)  # longer than two looks at the client
+        return studies
+
+    monkeypatch.setattr("medmoe_hf.inference.serving.app.read_studies", wait)
+    monkeypatch.setattr(predictor, "_encode", lambda *args, **kwargs: pytest.fail("the prediction went on"))
+    server = uvicorn.Server(uvicorn.Config(create_app(predictor), port=0, log_config=None))
+    with ThreadPoolExecutor(1) as thread:
+        running = thread.submit(server.run)
+        while not server.started:
+            time.sleep(0.02)
+        try:
+            body = b'--b\r\ncontent-disposition: form-data; name="files"; filename="a"\r\n\r\n%s\r\n--b--\r\n'
+            body %= pictures[0].read_bytes()
+            head = f"POST /predict HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: {len(body)}\r\n"
+            head += "content-type: multipart/form-data; boundary=b\r\n\r\n"
+            with socket.create_connection(server.servers[0].sockets[0].getsockname()) as client:
+                client.sendall(head.encode() + body)
+                assert begun.wait(20)
+            end = time.monotonic() + 20
+            while "/predict: " not in caplog.text and time.monotonic() < end:
+                time.sleep(0.05)
+        finally:
+            server.should_exit = True
+            running.result()
+    assert "/predict: 499, 1 files" in caplog.text
+
+
 def answer_of(app, receive, *headers):
     """The status that an application answers with to what `receive` sends."""
     sent = []
@@ -303,13 +340,14 @@ def answer_of(app, receive, *headers):
 
 
 def test_a_slow_upload_ends(predictor, uploads):
+    messages = iter(range(60))
+
     async def receive():
         await asyncio.sleep(0.1)
-        return {"type": "http.request", "body": b"", "more_body": True}
+        more = next(messages, None)
+        return {"type": "http.disconnect"} if more is None else {"type": "http.request", "more_body": True}
 
-    begun = time.monotonic()
     assert answer_of(create_app(predictor, Limits(seconds=1)), receive) == 408
-    assert time.monotonic() - begun >= 1
 
 
 def test_a_body_that_states_too_large_a_size_is_not_read(predictor, uploads):
@@ -424,7 +462,7 @@ def test_the_description_names_fields_and_errors(client):
     assert client.get("/docs").status_code == 200
 
 
-def test_the_command_listens_on_this_machine_only(predictor, monkeypatch):
+def test_the_command_listens_on_this_machine_only(predictor, monkeypatch, caplog):
     started = {}
     monkeypatch.setattr("uvicorn.run", lambda app, **options: started.update(options))
     monkeypatch.setattr("warnings.simplefilter", lambda *args, **options: None)
@@ -442,3 +480,7 @@ def test_the_command_listens_on_this_machine_only(predictor, monkeypatch):
     assert "*" not in started["hosts"]
     serve(predictor)
     assert (started["host"], started["limits"]) == ("127.0.0.1", None)
+    assert "password" not in caplog.text
+    serve(predictor, "0.0.0.0")
+    assert (started["host"], started["hosts"]) == ("0.0.0.0", ["*"])
+    assert "neither a password nor encryption" in caplog.text

@@ -230,8 +230,10 @@ def test_answers_stay_right_and_nothing_grows(server, files, expected):
     log = server.log.read_text()
     assert "Traceback" not in log
     assert "DOE" not in log
-    assert log.count("/predict: 200, ") == 3 * (WARM_UP + ROUNDS)
-    assert "/predict: 499, " in log
+    # Who hangs up after the whole request may do so too late to be noticed; who does so before, never.
+    answered, gone = log.count("/predict: 200, "), log.count("/predict: 499, ")
+    assert answered + gone == 5 * (WARM_UP + ROUNDS)
+    assert gone >= WARM_UP + ROUNDS
 
 
 def test_it_ends_when_it_is_told_to(server):

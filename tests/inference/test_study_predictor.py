@@ -221,6 +221,7 @@ def test_nothing_that_identifies_is_written(predictor, tmp_path):
     studies = predict(tmp_path / NAME, model=predictor, text="mass", progress=False)
     files = write_predictions(studies, tmp_path / "out")
     assert len(files) == 4
+    assert '"model": "tiny"' in files[1].read_text()  # and not the folder of the model
     for path in files:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         content = re.sub(rb"base64,[^\"]*", b"", content)  # pixels may spell anything
