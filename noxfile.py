@@ -126,6 +126,7 @@ def examples(session: nox.Session) -> None:
     example(session, "train_on_your_data", "--steps", "20", "--output", fresh("mine"))
     example(session, "train_on_two_processes", "--output", fresh("two"))
     example(session, "search", "--model", model)
+    example(session, "finetune_sentence_transformer", "--output", fresh("sentence"))
     exported = fresh("exported")
     session.run("medmoe", "export", str(model), str(exported))
     labels = ("Axial CT of the abdomen.", "Color fundus photograph.")

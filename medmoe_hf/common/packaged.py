@@ -69,17 +69,21 @@ def packaged_folder(name: str | Path) -> str:
 
 
 def copy_model_code(folder: Path) -> int:
-    """Replaces the code in the folder of a checkpoint by the current code.
+    """Replaces the code in the folder of a checkpoint by the current code, and adds what sentence-transformers reads.
 
     Args:
-        folder: Folder of a checkpoint. Other Python files, such as those of an expert of one's own, stay.
+        folder: Folder of a dual encoder. Other Python files, such as those of an expert of one's own, stay.
 
     Returns:
-        The number of files.
+        The number of files of code.
     """
+    # Not at the top: it loads torch, and a folder's name is needed without it.
+    from medmoe_hf.model.saving_medmoe import write_sentence_transformers_files
+
     code = [*sorted(_MODEL_CODE.glob("*_medmoe.py")), _MODEL_CODE / "handler.py"]
     for copy in folder.glob("*_medmoe.py"):
         copy.unlink()
     for path in code:
         shutil.copyfile(path, folder / path.name)
+    write_sentence_transformers_files(folder)
     return len(code)

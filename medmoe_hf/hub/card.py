@@ -106,7 +106,10 @@ def build_card(
         license=license,
         library_name="transformers",
         pipeline_tag=task,
-        tags=["medmoe", "medical-imaging", "mixture-of-experts", "image-text-contrastive", "arxiv:2506.08356"],
+        tags=[
+            *("medmoe", "medical-imaging", "mixture-of-experts", "image-text-contrastive", "arxiv:2506.08356"),
+            *(() if task == "image-classification" else ("sentence-transformers",)),
+        ],
         datasets=list(datasets) or None,
         base_model=base_models or None,
         eval_results=[line for result in found for line in result.to_eval_results()] or None,

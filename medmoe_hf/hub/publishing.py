@@ -17,6 +17,8 @@ from medmoe_hf.hub.access import explained
 from medmoe_hf.hub.folder_checks import GOLDEN, check_folder, published_files
 from medmoe_hf.hub.golden import RELATIVE_TOLERANCE, compare_with_golden, write_golden
 from medmoe_hf.hub.remote import KEPT, MAIN, Change, Remote, readable_size
+from medmoe_hf.model import MedMoEModel
+from medmoe_hf.model.saving_medmoe import write_sentence_transformers_files
 
 # Files that a repository may have before its first model.
 _HARMLESS = (KEPT, "README.md", "LICENSE")
@@ -130,8 +132,9 @@ def publish(
 ) -> PublishReport:
     """Publishes a model folder on the Hub in one commit, after which the repository holds exactly the folder.
 
-    Before anything is sent, the folder is checked (`check_folder`), `golden.safetensors` is written into it
-    (`write_golden`), and a process without this package loads the folder and must compute the same outputs. A push
+    Before anything is sent, the folder is checked (`check_folder`), `golden.safetensors` (`write_golden`) and, for a
+    dual encoder, the files of sentence-transformers that it lacks are written into it, and a process without this
+    package loads the folder and must compute the same outputs. A push
     that is interrupted leaves the repository unchanged or completely updated; pushing again is safe in both cases.
 
     Args:
@@ -177,6 +180,8 @@ def publish(
             raise
         remote, unreachable = None, str(error)
     differences = _check_outputs(folder)
+    if json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") == [MedMoEModel.__name__]:
+        write_sentence_transformers_files(folder)  # a folder that an earlier version saved has none
     files = published_files(folder)
     if remote is None:
         changes = [Change(name, "send", path.stat().st_size) for name, path in files.items()]

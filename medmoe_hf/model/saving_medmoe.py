@@ -1,5 +1,6 @@
-"""What saved and published folders need: an `auto_map` for the processor, and uploads without outdated weights."""
+"""What saved and published folders need: an `auto_map`, what sentence-transformers reads, and no outdated weights."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,49 @@ PROCESSING_AUTO_MAP: dict[str, Any] = {
     "AutoProcessor": "processing_medmoe.MedMoEProcessor",
 }
 """The classes of the processor and its parts, for the `auto_map` of every model's configuration."""
+
+
+SENTENCE_TRANSFORMERS_FILES: dict[str, Any] = {
+    # Names that every release since 5.4 resolves, although the modules have moved since.
+    "modules.json": [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Normalize", "type": "sentence_transformers.models.Normalize"},
+    ],
+    "sentence_bert_config.json": {
+        "transformer_task": "feature-extraction",
+        "modality_config": {
+            "text": {"method": "get_text_features", "method_output_name": "pooler_output"},
+            "image": {"method": "get_image_features", "method_output_name": "pooler_output"},
+        },
+        "module_output_name": "sentence_embedding",
+    },
+    "config_sentence_transformers.json": {
+        "model_type": "SentenceTransformer",
+        "prompts": {"query": "", "document": ""},
+        "default_prompt_name": None,
+        "similarity_fn_name": "cosine",
+    },
+}
+"""What `SentenceTransformer(folder)` reads: both towers, then unit length, compared by the cosine."""
+
+
+def write_sentence_transformers_files(folder: str | Path) -> list[str]:
+    """Writes what sentence-transformers reads into the folder of a dual encoder.
+
+    Files that exist stay as they are: sentence-transformers writes its own, with prompts and modules of the user,
+    before and after it saves the model.
+
+    Args:
+        folder: An existing folder.
+
+    Returns:
+        The names of the files that were missing.
+    """
+    missing = [name for name in SENTENCE_TRANSFORMERS_FILES if not (Path(folder) / name).exists()]
+    for name in missing:
+        text = json.dumps(SENTENCE_TRANSFORMERS_FILES[name], indent=2) + "\n"
+        (Path(folder) / name).write_text(text, encoding="utf-8")
+    return missing
 
 
 def upload_model(

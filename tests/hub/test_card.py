@@ -160,7 +160,7 @@ def test_markdown_renders_with_whole_tables(folder, given, everything):
     for table in tables:
         assert {len(row) for row in table} == {len(table[0])}
         assert all(cell.strip() for row in table for cell in row)
-    assert [info for info, _ in fences] == ["bash", "python", "python", "bibtex"]
+    assert [info for info, _ in fences] == ["bash", "python", "python", "python", "bibtex"]
     assert "{{" not in card.text.replace(fences[-1][1], "")
     assert "{%" not in card.text
 
@@ -299,7 +299,8 @@ def test_snippets_run(folder, tmp_path, repo):
         cwd,
         "assert probabilities.shape == (1, 2) and abs(probabilities.sum().item() - 1) < 1e-5\n"
         "assert routing.modality[0] in ('xray', 'ct', 'mri', 'ultrasound', 'histopathology', 'fundus')\n"
-        "assert {answer['label'] for answer in answers} == {'normal', 'abnormal'}\n",
+        "assert {answer['label'] for answer in answers} == {'normal', 'abnormal'}\n"
+        "assert similarities.shape == (1, 2)\n",
     )
 
 

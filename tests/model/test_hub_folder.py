@@ -21,6 +21,7 @@ from medmoe_hf.model import (
     MedMoEProcessor,
     MedMoETokenizer,
 )
+from medmoe_hf.model.saving_medmoe import SENTENCE_TRANSFORMERS_FILES
 
 FILES = {f"{name}_medmoe.py" for name in ("configuration", "modeling", "losses", "tokenization", "processing")} | {
     "errors_medmoe.py",
@@ -245,6 +246,10 @@ def test_what_a_folder_holds(saved, name):
     assert {path for path in held if path.endswith(".py")} == FILES
     assert {"config.json", "model.safetensors"} <= held
     assert not {path for path in held if path.endswith((".bin", ".pt", ".pyc"))}
+    # only a dual encoder has one space for images and texts
+    assert held & SENTENCE_TRANSFORMERS_FILES.keys() == (
+        SENTENCE_TRANSFORMERS_FILES.keys() if name == "dual" else set()
+    )
     assert json.loads((folder / "config.json").read_text())["auto_map"] == AUTO_MAPS[name]
 
 
@@ -319,7 +324,8 @@ def test_datasets_can_tell_processors_apart(first):
 
 @pytest.mark.parametrize("kind", ["images", "texts"])
 def test_sentence_transformers_gives_the_same(first, kind):
-    assert torch.equal(first[f"sentence-transformers {kind}"], first[f"{kind} one by one"])
+    expected = torch.nn.functional.normalize(first[f"{kind} one by one"], dim=-1)
+    assert_same(first[f"sentence-transformers {kind}"], expected)
 
 
 def test_sentence_transformers_compares_images_with_texts(saved, first, inputs):

@@ -38,7 +38,7 @@ from .configuration_medmoe import (
 from .errors_medmoe import ArgumentError
 from .losses_medmoe import cosine_logits, local_logits, local_terms, training_losses, word_attention
 from .modalities_medmoe import UNKNOWN_MODALITY
-from .saving_medmoe import PROCESSING_AUTO_MAP, upload_model
+from .saving_medmoe import PROCESSING_AUTO_MAP, upload_model, write_sentence_transformers_files
 from .tasks_medmoe import (
     TASKS_FILE,
     EncodedTask,
@@ -1647,14 +1647,16 @@ class MedMoEModel(MedMoEPreTrainedModel):
 
         Args:
             save_directory: The folder, created if it does not exist. A `tasks.json` in it is replaced, or removed if
-                the model has no tasks: it would be another model's.
+                the model has no tasks: it would be another model's. The files that sentence-transformers reads are
+                added where they are missing.
             **kwargs: Other arguments of `PreTrainedModel.save_pretrained`.
         """
         # First, because transformers uploads the folder at the end.
         path = Path(save_directory) / TASKS_FILE
         if kwargs.get("is_main_process", True) and not Path(save_directory).is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_sentence_transformers_files(path.parent)
             if self.tasks:
-                path.parent.mkdir(parents=True, exist_ok=True)
                 write_tasks(path, self.tasks)
             else:
                 path.unlink(missing_ok=True)
