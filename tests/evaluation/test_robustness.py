@@ -18,6 +18,7 @@ from medmoe_hf.cli import app
 from medmoe_hf.evaluation.dataset import UNKNOWN_LABEL, EvaluationSet, joined
 from medmoe_hf.evaluation.recipes import RecipeError, load_recipe, open_recipe
 from medmoe_hf.evaluation.robustness import CORRUPTIONS, compare, corrupt, robustness
+from medmoe_hf.evaluation.robustness.comparison import drawn_rows
 from medmoe_hf.evaluation.robustness.corruptions import CorruptedImages
 from medmoe_hf.evaluation.robustness.subgroups import banded
 from medmoe_hf.inference.batching import read_picture
@@ -243,6 +244,21 @@ def test_some_images_are_drawn_for_corruption(data):
     assert {key.split("/")[0] for key in none.metrics} == {"clean"}
     with pytest.raises(ValueError, match="At least one image"):
         robustness(PixelEncoder(), data, corrupted_images=0)
+
+
+def test_draws_keep_the_shares_of_classes():
+    labels = np.random.default_rng(0).permutation([0] * 100 + [1] * 50 + [2] * 10 + [3] * 2)
+    rows = drawn_rows(labels, 54, seed=1)
+    assert rows.tolist() == sorted(set(rows.tolist()))
+    found = np.bincount(labels[rows], minlength=4)
+    assert np.abs(found - np.array([100, 50, 10, 2]) * 54 / 162).max() <= 1
+    assert (found > 0).all()
+    assert sorted(labels[drawn_rows(labels, 4, seed=1)]) == [0, 1, 2, 3]
+    assert drawn_rows(labels, 54, seed=1).tolist() == rows.tolist() != drawn_rows(labels, 54, seed=2).tolist()
+    for most in (None, 162, 200):
+        assert drawn_rows(labels, most, seed=1).tolist() == list(range(162))
+    several = np.stack([labels == 1, labels == 2], axis=1).astype(np.int64)
+    assert len(set(drawn_rows(several, 20, seed=0).tolist())) == 20
 
 
 @pytest.mark.parametrize("given", [False, True])

@@ -174,8 +174,8 @@ def sections(results: Sequence[Result]) -> str:
         f"{facts['seed']}, {facts['resamples']} resamples. In brackets: 95 % bootstrap intervals by subject."
     )
     dropped = (
-        "Drop of balanced accuracy on the same images, which were drawn by the seed; mean over the severities "
-        f"{drawn} of 5. Negative: better with the corruption."
+        "Drop of balanced accuracy on the same images, drawn by the seed with the shares of classes. Severities are "
+        f"{drawn} of 5; drops are means over them. Negative: better with the corruption."
     )
     tables = (
         ("Corrupted images", dropped, drop_table(results)),

@@ -48,7 +48,7 @@ def compare(first: Sequence[Result], other: Sequence[Result], data: EvaluationSe
         result.facts.pop(name, None)
     result.facts["baseline"] = base.model
     for variant, scores in own.probabilities.items():
-        rows = drawn_rows(len(data), len(scores), own.facts["seed"])
+        rows = drawn_rows(data.labels, len(scores), own.facts["seed"])
         result.add(
             f"{variant} - {base.model}",
             bootstrap(
@@ -69,17 +69,25 @@ def _difference(first: np.ndarray, other: np.ndarray, labels: np.ndarray) -> dic
     return {name: value - base[name] for name, value in measure(other, labels).items()}
 
 
-def drawn_rows(count: int, most: int | None, seed: int) -> np.ndarray:
+def drawn_rows(labels: np.ndarray, most: int | None, seed: int) -> np.ndarray:
     """Draws rows, the same for the same arguments.
 
     Args:
-        count: Number of rows to draw from.
-        most: Number of rows to draw; None, or `count` or more, for all.
+        labels: (N,) classes, whose shares are kept, with at least one row of each as far as `most` allows; or (N, C)
+            of a multi-label set.
+        most: Number of rows to draw; None, or N or more, for all.
         seed: Seed of the draw.
 
     Returns:
-        (min(count, most),) row indices, sorted.
+        (min(N, most),) row indices, sorted.
     """
-    if most is None or most >= count:
-        return np.arange(count)
-    return np.sort(np.random.default_rng(seed).permutation(count)[:most])
+    if most is None or most >= len(labels):
+        return np.arange(len(labels))
+    order = np.random.default_rng(seed).permutation(len(labels))
+    strata = np.zeros(len(labels), dtype=np.int64) if labels.ndim == 2 else labels[order]
+    # Where a row stands within its class: those that stand first are taken, of all classes alike.
+    place = np.zeros(len(labels))
+    for label in np.unique(strata):
+        own = np.flatnonzero(strata == label)
+        place[own[1:]] = (np.arange(1, len(own)) + 0.5) / len(own)
+    return np.sort(order[np.argsort(place, kind="stable")[:most]])

@@ -47,7 +47,8 @@ def robustness(
         score: `global`, `local` or `mean`; None for the model's own similarity.
         corruptions: Keys of `CORRUPTIONS`; none leaves them out.
         severities: Any of 1 to 5. Each corruption at each severity costs one pass over the images.
-        corrupted_images: Number of images that are corrupted, drawn by `seed`; None for all.
+        corrupted_images: Number of images that are corrupted, drawn by `seed` with the shares of classes; None for
+            all.
         smallest_group: Groups of fewer subjects are left out.
         resamples: Number of bootstrap resamples; subjects are resampled where they are known.
         seed: Seed of the bootstrap, the corruptions and the draw.
@@ -131,7 +132,7 @@ def _add_corruptions(
     versions = [(name, severity) for name in names for severity in severities]
     if not versions:
         return
-    rows = drawn_rows(len(data), most, seed)
+    rows = drawn_rows(labels, most, seed)
     images = CorruptedImages([data.images[row] for row in rows], versions, seed)
     logits = score_sets(encoder, images, task_prompts(data), result.facts["score"])
     table = task_scores(logits, data).reshape(len(rows), len(versions), -1)
