@@ -22,7 +22,7 @@ class Example:
 
     Args:
         name: On its button.
-        told: What it is, in a sentence.
+        told: What it is, in a few words.
         write: Function that writes its files into an empty folder.
     """
 
@@ -37,17 +37,15 @@ def example_studies() -> list[Example]:
     dicom = importlib.util.find_spec("pydicom") is not None
     volume = _shipped("nibabel/tests/data/example4d.nii.gz")
     if volume is not None:
-        found.append(Example("MRI of a head", "A real NIfTI volume, shipped by nibabel.", _copying(volume)))
+        found.append(Example("MRI of a head", "Real NIfTI file of nibabel", _copying(volume)))
     if dicom:
-        found.append(Example("CT of a body", "A drawing, as a DICOM series.", write_ct_series))
-    found.append(Example("Six pictures", "Drawings of six modalities, one study each.", write_pictures))
+        found.append(Example("CT of a body", "Drawn DICOM series", write_ct_series))
+    found.append(Example("Six pictures", "Drawn, one of each modality", write_pictures))
     if dicom:
-        found.append(Example("Ultrasound loop", "A drawing, as a multi-frame DICOM file.", write_loop))
+        found.append(Example("Ultrasound loop", "Drawn multi-frame file", write_loop))
     section = _shipped("skimage/data/ihc.png")
     if section is not None:
-        found.append(
-            Example("Stained section", "A real section of the colon, shipped by scikit-image.", _copying(section))
-        )
+        found.append(Example("Stained section", "Real picture of scikit-image", _copying(section)))
     return found
 
 

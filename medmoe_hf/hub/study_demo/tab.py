@@ -73,6 +73,7 @@ table.medmoe-bars { border: 0 !important; border-collapse: collapse; margin: 0 0
 /* Gradio draws borders around all cells. */
 table.medmoe-bars :is(th, td) { border-color: var(--border-color-primary) !important; border-style: solid !important;
   border-width: 0 0 1px !important; }
+table.medmoe-bars :is(tbody, tr) { border: 0 !important; }
 .medmoe-bars th { font-weight: 400; overflow-wrap: break-word; padding: 4px 10px 4px 0 !important; text-align: left; }
 .medmoe-bars td { padding: 4px 0 !important; }
 .medmoe-bars td:last-child { font-variant-numeric: tabular-nums; padding-left: 10px !important;
