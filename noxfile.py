@@ -73,28 +73,28 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """The default suite: the README's test command."""
     prepare(session, "all,dev")
-    session.run("pytest", "-q", *session.posargs)
+    session.run("pytest", "-q", "-n", "2", *session.posargs)
 
 
 @nox.session
 def coverage(session: nox.Session) -> None:
     """The default suite with a report of the lines that it runs."""
     prepare(session, "all,dev")
-    session.run("pytest", "-q", "--cov=medmoe_hf", "--cov-report=term:skip-covered", *session.posargs)
+    session.run("pytest", "-q", "-n", "2", "--cov=medmoe_hf", "--cov-report=term:skip-covered", *session.posargs)
 
 
 @nox.session
 def slow(session: nox.Session) -> None:
     """Tests that launch processes, compile or train for longer."""
     prepare(session, "all,dev")
-    session.run("pytest", "-q", "-m", "slow", "--ignore=tests/browser", *session.posargs)
+    session.run("pytest", "-q", "-n", "2", "-m", "slow", "--ignore=tests/browser", *session.posargs)
 
 
 @nox.session(python=["3.10", "3.13"])
 def pythons(session: nox.Session) -> None:
     """The default suite under the oldest and the newest Python that are promised."""
     prepare(session, "all,dev")
-    session.run("pytest", "-q", *session.posargs)
+    session.run("pytest", "-q", "-n", "2", *session.posargs)
 
 
 @nox.session

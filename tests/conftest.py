@@ -58,6 +58,14 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return base | changes | {key: merged(base[key], changes[key]) for key in nested}
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `-n 2`, a file's tests run in one process: what its fixtures make is made once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log)
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from clean_process import run_clean
 from huggingface_hub import ModelCard, metadata_load
 from markdown_it import MarkdownIt
 from PIL import Image
@@ -283,9 +284,8 @@ def test_what_nobody_gave_is_not_stated(folder):
 
 
 def run_snippets(card, cwd, after):
-    code = "import sys\nsys.modules['medmoe_hf'] = None\n"
-    code += "".join(content for info, content in rendered(card)[2] if info == "python")
-    subprocess.run([sys.executable, "-c", code + after], cwd=cwd, check=True, capture_output=True, text=True)
+    code = "".join(content for info, content in rendered(card)[2] if info == "python")
+    run_clean(code + after, folder=cwd)
 
 
 @pytest.mark.parametrize("repo", ["you/medmoe", pytest.param(None, marks=pytest.mark.slow)])

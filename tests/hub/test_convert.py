@@ -5,8 +5,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +13,7 @@ from xml.etree import ElementTree
 import pytest
 import timm
 import torch
+from clean_process import run_clean
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cosine_similarity, cross_entropy, interpolate
 from transformers import (
@@ -50,7 +49,6 @@ def converted(tmp_path_factory):
 
 CLEAN = """
 import json, sys
-sys.modules["medmoe_hf"] = None
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor
@@ -94,13 +92,7 @@ json.dump(words, open(f"{out}/words.json", "w"))
 @pytest.fixture(scope="module")
 def clean(converted, tmp_path_factory):
     out = tmp_path_factory.mktemp("clean")
-    environment = os.environ | {"HF_HOME": str(out / "hf")}
-    subprocess.run(
-        [sys.executable, "-c", CLEAN, str(converted.folder), str(GOLDEN), str(out)],
-        check=True,
-        env=environment,
-        cwd=out,
-    )
+    run_clean(CLEAN, converted.folder, GOLDEN, out, folder=out, HF_HOME=out / "hf")
     return SimpleNamespace(
         found=load_file(out / "found.safetensors"), words=json.loads((out / "words.json").read_text())
     )

@@ -6,12 +6,11 @@ pipelines, fine-tunes, and saves again; a second one loads what the first has sa
 
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from clean_process import run_clean
 from PIL import Image
 
 from medmoe_hf.model import (
@@ -75,8 +74,6 @@ TEXTS = ["a chest x-ray of pneumonia", "an axial ct of the head", "fundus"]
 LABELS = ["pneumonia", "no finding", "haemorrhage"]
 
 PREAMBLE = """
-import sys
-sys.modules["medmoe_hf"] = None
 from pathlib import Path
 import torch
 from PIL import Image
@@ -179,12 +176,8 @@ torch.save(found, "second.pt")
 
 def clean_process(script, folder, name):
     """Runs a script in `folder` where this package does not exist, and gives what it has saved as `name`."""
-    environment = os.environ | {"HF_HOME": str(folder / f"home of {name}"), "OMP_NUM_THREADS": "1"}
     code = PREAMBLE.format(texts=TEXTS, labels=LABELS) + script
-    run = subprocess.run(
-        [sys.executable, "-I", "-c", code], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr[-5000:]
+    run_clean(code, folder=folder, HF_HOME=folder / f"home of {name}")
     return torch.load(folder / f"{name}.pt")
 
 

@@ -21,8 +21,9 @@ TELLING_VISION = (
 IMAGES = 12
 
 
-@pytest.fixture(params=["paper", "plus", "official"])
+@pytest.fixture(scope="module", params=["paper", "plus", "official"])
 def model(request, small_config):
+    torch.manual_seed(0)
     preset = PRESETS[request.param]
     vision = preset.get("vision_config", {})
     config = small_config(
@@ -41,7 +42,7 @@ def model(request, small_config):
     return model
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def pixel_values(model):
     """Images whose routing differs, and is no matter of rounding."""
     candidates = 2 * torch.randn(40 * IMAGES, 3, 64, 64) + torch.randn(40 * IMAGES, 3, 1, 1)

@@ -2,14 +2,13 @@
 
 import json
 import math
-import subprocess
-import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from clean_process import run_clean
 from PIL import Image
 from transformers import BertTokenizer
 from transformers.utils import ModelOutput
@@ -150,7 +149,6 @@ def test_round_trip(images, tmp_path):
 
 CLEAN_PROCESS = """
 import sys
-sys.modules["medmoe_hf"] = None
 import numpy as np
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 pictures, texts = list(np.load("pictures.npz").values()), sys.argv[1:]
@@ -184,7 +182,7 @@ np.savez("found.npz", **found)
 """
 
 
-def test_clean_process(images, tmp_path, monkeypatch):
+def test_clean_process(images, tmp_path):
     """Everything loads from the saved folders alone, with the same numbers, and can be saved again from there."""
     processor = build(max_length=9)
     processor.save_pretrained(tmp_path / "processor")
@@ -192,11 +190,7 @@ def test_clean_process(images, tmp_path, monkeypatch):
     processor.tokenizer.save_pretrained(tmp_path / "tokenizer")
     pictures = [np.asarray(image) for image in images]
     np.savez(tmp_path / "pictures.npz", *pictures)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    command = [sys.executable, "-c", CLEAN_PROCESS, *TEXTS]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
-    assert done.returncode == 0, done.stderr
+    run_clean(CLEAN_PROCESS, *TEXTS, folder=tmp_path, HF_HOME=tmp_path / "hf")
     found = dict(np.load(tmp_path / "found.npz"))
 
     whole = processor(images=pictures, text=TEXTS, return_tensors="np")

@@ -1,13 +1,12 @@
 """Tasks: scores, probabilities and decisions against plain formulations, and their file."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from clean_process import run_clean
 
 from medmoe_hf.evaluation.zero_shot import class_logits, multilabel_logits
 from medmoe_hf.inference.encoders import MedMoEEncoder
@@ -190,8 +189,6 @@ def test_a_clean_process_gives_the_same_answers(make, processor, tmp_path):
     expected = model.classify(pixels, "lungs", prevalence={"normal": 0.2, "effusion": 0.2, "edema": 0.6})
     torch.save(pixels, tmp_path / "pixels.pt")
     code = """
-import sys
-sys.modules["medmoe_hf"] = None
 import json, torch
 from transformers import AutoModel
 model = AutoModel.from_pretrained("model", trust_remote_code=True).eval()
@@ -201,8 +198,8 @@ answer = model.classify(
 model.save_pretrained("again")
 print(json.dumps([answer.probabilities.tolist(), answer.labels, answer.sets]))
 """
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    probabilities, labels, sets = json.loads(run.stdout.splitlines()[-1])
+    printed = run_clean(code, folder=tmp_path)
+    probabilities, labels, sets = json.loads(printed.splitlines()[-1])
     torch.testing.assert_close(torch.tensor(probabilities), expected.probabilities)
     assert (labels, sets) == (expected.labels, expected.sets)
     assert (tmp_path / "again/tasks.json").read_text() == (tmp_path / "model/tasks.json").read_text()

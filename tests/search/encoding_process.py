@@ -1,8 +1,7 @@
-"""Code that test_encode.py shares with the processes it spawns."""
+"""Code that test_encode.py shares with the processes it starts."""
 
 import io
 import os
-import sys
 import tarfile
 from pathlib import Path
 
@@ -85,6 +84,6 @@ def launched(rank, world, port, data, out, model):
     encode_all(data, out, model)
 
 
-if __name__ == "__main__":
+def alone(rank, data, out, model):
     torch.set_num_threads(1)
-    encode_all(*sys.argv[1:4])
+    encode_all(data, out, model)

@@ -6,9 +6,6 @@ import os
 import random
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -17,6 +14,7 @@ import pytest
 import torch
 from encoding_process import (
     PLACE,
+    alone,
     encode_all,
     launched,
     model_folder,
@@ -25,7 +23,7 @@ from encoding_process import (
     write_sources,
 )
 from PIL import Image
-from torch import multiprocessing
+from processes import context, free_port, launch
 
 from medmoe_hf import MedMoEModel, MedMoEProcessor
 from medmoe_hf.data import phantom_sample, write_webdataset
@@ -147,25 +145,23 @@ def test_a_run_may_end_at_the_end_of_a_shard(data, model, tmp_path, samples):
 @pytest.mark.slow
 def test_two_kills_do_not_change_the_shards(data, model, whole, tmp_path):
     rng, out = random.Random(int.from_bytes(os.urandom(4), "big")), tmp_path / "out"
-    command = [sys.executable, str(encode_all.__code__.co_filename), str(data), str(out), str(model)]
     for _ in range(2):
         before = len(list(out.glob("embeds-*")))
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        while len(list(out.glob("embeds-*"))) == before and process.poll() is None:
+        process = context.Process(target=alone, args=(0, data, out, model))
+        process.start()
+        while len(list(out.glob("embeds-*"))) == before and process.is_alive():
             time.sleep(0.001)
         time.sleep(0.05 * rng.random())
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    launch(alone, data, out, model, count=1)
     assert table_of(out).equals(table_of(whole))
 
 
 @pytest.mark.slow
 def test_two_processes_write_what_one_does(data, model, whole, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(launched, args=(2, port, data, tmp_path / "out", model), nprocs=2)
+    launch(launched, 2, free_port(), data, tmp_path / "out", model, count=2)
     one, two = table_of(whole), table_of(tmp_path / "out")
     assert len(list((tmp_path / "out").glob("embeds-00001-of-00002-*"))) > 3
     assert two.select(PLACE).equals(one.select(PLACE))

@@ -2,15 +2,15 @@
 
 import json
 import os
-import socket
 
 import pytest
 import torch
+from processes import free_port
+from processes import launch as launch_processes
 from safetensors.torch import load_file
 from small_models import EXACT
 from test_loop import config
 from test_stopping import labelled
-from torch import multiprocessing
 
 pytestmark = pytest.mark.slow
 
@@ -77,10 +77,7 @@ def launched(rank, world, port, folder, kind, preset, changes, stop):
 
 
 def launch(folder, kind, preset, world, stop=False, **changes):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(launched, args=(world, port, folder, kind, preset, changes, stop), nprocs=world)
+    launch_processes(launched, world, free_port(), folder, kind, preset, changes, stop, count=world)
 
 
 def assert_near(folder, first, second, bound):

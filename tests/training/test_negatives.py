@@ -1,14 +1,13 @@
 """Full-batch negatives: two processes, and micro-batches, against one process with the whole batch."""
 
 import json
-import socket
 from itertools import pairwise
 
 import pytest
 import torch
 import two_ranks
+from processes import free_port, launch
 from safetensors.torch import load_file
-from torch import multiprocessing
 from two_ranks import CASES, TYPES, batch_of, computing_in, model_of, outcome
 
 from medmoe_hf.training.cached import cached_step
@@ -24,10 +23,8 @@ TIMES = 16
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        (folder / "port").write_text(str(free.getsockname()[1]))
-    multiprocessing.spawn(two_ranks.run, args=(2, str(folder)), nprocs=2)
+    (folder / "port").write_text(str(free_port()))
+    launch(two_ranks.run, 2, str(folder), count=2)
     return folder
 
 

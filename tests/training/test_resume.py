@@ -2,19 +2,18 @@
 
 import errno
 import json
-import multiprocessing
 import os
 import random
 import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
 import yaml
+from processes import command, context
 from safetensors.torch import load_file
 from small_models import SMALL
 from test_loop import config
@@ -367,8 +366,7 @@ def killed_while_writing(run):
 def test_killed_while_a_checkpoint_is_written_the_one_before_is_whole(tmp_path):
     run = stopped_run(tmp_path)
     run = run.model_copy(update={"checkpoints": run.checkpoints.model_copy(update={"every_steps": 2})})
-    # spawned: a fork of a process that has computed in parallel may hang
-    child = multiprocessing.get_context("spawn").Process(target=killed_while_writing, args=(run,))
+    child = context.Process(target=killed_while_writing, args=(run,))
     child.start()
     child.join(120)
     assert child.exitcode == -signal.SIGKILL
@@ -430,20 +428,28 @@ def test_the_command_survives_sigterm_at_random_moments(tmp_path):
         run = run.model_copy(update={"data": run.data.model_copy(update={"num_workers": 1})})
         files[name] = tmp_path / f"{name}.yaml"
         files[name].write_text(yaml.safe_dump(run.model_dump(mode="json")))
-    command = [sys.executable, "-m", "medmoe_hf.cli", "train", "--resume", "auto"]
-    subprocess.run([*command, str(files["straight"])], check=True, capture_output=True)
-    chance, stops = random.Random(3), 0
-    while stops < 5:
-        process = subprocess.Popen([*command, str(files["stopped"])], stderr=subprocess.PIPE, text=True)
-        seen = ""
-        while "step/s" not in seen:  # it is in the loop
-            seen += process.stderr.read(1)
+    chance, said = random.Random(3), tmp_path / "stderr"
+
+    def started(name):
+        process = context.Process(target=command, args=(said, "train", "--resume", "auto", str(files[name])))
+        process.start()
+        return process
+
+    def ended(process):
+        process.join(120)
+        return process.exitcode
+
+    assert ended(started("straight")) == 0, said.read_text()
+    for _ in range(5):
+        said.write_text("")
+        process = started("stopped")
+        while "step/s" not in said.read_text():  # it is in the loop
+            assert process.is_alive(), said.read_text()
+            time.sleep(0.01)
         time.sleep(chance.uniform(0.05, 0.3))
-        process.send_signal(chance.choice([signal.SIGTERM, signal.SIGINT]))
-        said = process.communicate(timeout=120)[1]
-        assert process.returncode in (130, 143), said
-        assert "--resume auto" in said
-        stops += 1
-    subprocess.run([*command, str(files["stopped"])], check=True, capture_output=True)
+        os.kill(process.pid, chance.choice([signal.SIGTERM, signal.SIGINT]))
+        assert ended(process) in (130, 143), said.read_text()
+        assert "--resume auto" in said.read_text()
+    assert ended(started("stopped")) == 0, said.read_text()
     assert len(json.loads((tmp_path / "stopped" / "training.json").read_text())["resumed"]) == 5
     assert_same(weights(tmp_path / "straight"), weights(tmp_path / "stopped"))

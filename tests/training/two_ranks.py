@@ -1,4 +1,4 @@
-"""What a process of two does in test_negatives.py; a module of its own, since spawned processes import it."""
+"""What a process of two does in test_negatives.py; a module of its own, since these processes import it."""
 
 import os
 from collections.abc import Iterator
