@@ -105,15 +105,22 @@ for auto in classes:
 """
 
 
-@pytest.mark.parametrize("order", ["package first", "transformers first"])
-def test_auto_classes_load_a_folder_without_trusting_its_code(order):
+@pytest.mark.parametrize(
+    ("order", "modules"),
+    [
+        ("transformers first", {"AutoModel": "modeling_medmoe", "AutoTokenizer": "tokenization_medmoe"}),
+        (
+            "package first",
+            {
+                "AutoModel": "modeling_medmoe",
+                "AutoProcessor": "processing_medmoe",
+                "AutoImageProcessor": "image_processing_medmoe",
+            },
+        ),
+    ],
+)
+def test_auto_classes_load_a_folder_without_trusting_its_code(order, modules):
     folder = Path(__file__).parent / "fixtures" / "saved_by_0_1"
-    modules = {
-        "AutoModel": "modeling_medmoe",
-        "AutoTokenizer": "tokenization_medmoe",
-        "AutoProcessor": "processing_medmoe",
-        "AutoImageProcessor": "image_processing_medmoe",
-    }
     printed = in_new_process(AUTO, order, str(folder), *modules).split()
     assert printed == [f"medmoe_hf.model.{module}" for module in modules.values()]
 

@@ -424,7 +424,7 @@ def test_the_command_survives_sigterm_at_random_moments(tmp_path):
     source = table(tmp_path / "data")
     files = {}
     for name in ("straight", "stopped"):
-        run = run_of(tmp_path / name, source, max_steps=150, checkpoints={"every_steps": 50})
+        run = run_of(tmp_path / name, source, max_steps=100, evaluate_every=10, checkpoints={"every_steps": 50})
         run = run.model_copy(update={"data": run.data.model_copy(update={"num_workers": 1})})
         files[name] = tmp_path / f"{name}.yaml"
         files[name].write_text(yaml.safe_dump(run.model_dump(mode="json")))
@@ -436,7 +436,9 @@ def test_the_command_survives_sigterm_at_random_moments(tmp_path):
         return process
 
     def ended(process):
-        process.join(120)
+        process.join(600)
+        if process.is_alive():
+            process.kill()
         return process.exitcode
 
     assert ended(started("straight")) == 0, said.read_text()
