@@ -21,7 +21,7 @@ while line := sys.stdin.readline():
     if pid := os.fork():
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
         continue
-    signal.alarm(900)
+    signal.alarm(1800)
     os.chdir(job["folder"])
     os.environ.clear()
     os.environ.update(job["environment"])
