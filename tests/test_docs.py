@@ -360,6 +360,7 @@ ELSEWHERE = {
     ("convert", "medclip"): ("tests/hub/test_convert.py", '"convert", "medclip"'),
     ("init",): ("tests/test_cli.py", '"init"'),
     ("predict",): ("tests/inference/test_study_predictor.py", '["predict", '),
+    ("fit-rejector",): ("tests/evaluation/test_rejector.py", '"fit-rejector"'),
     ("calibrate",): ("tests/evaluation/test_calibrate.py", '"calibrate"'),
     ("evaluate", "robustness"): ("tests/evaluation/test_robustness.py", '"evaluate robustness one'),
     ("shrink",): ("tests/hub/test_half_precision.py", '"shrink"'),

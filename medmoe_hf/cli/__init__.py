@@ -239,6 +239,57 @@ def calibrate(
     typer.echo(str(report))
 
 
+@app.command("fit-rejector")
+def fit_rejector(
+    model: Annotated[str, typer.Argument(help="Folder of a model and its processor; or a Hub id, with --out.")],
+    data: Annotated[Path, typer.Option("--data", help="YAML file with a list of sources that should be accepted.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to create; by default MODEL is written anew.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Fit on the rows with this value of the field `split`, such as train.")
+    ] = None,
+    held_out: Annotated[
+        str | None,
+        typer.Option(
+            help="Set the limits by the rows with this value of the field `split`, which the model was not trained "
+            "on, such as val; by default by a fifth of the subjects of the others."
+        ),
+    ] = None,
+    accept: Annotated[float, typer.Option(help="Share of new images like these that is accepted.")] = 0.95,
+    allow_test: Annotated[
+        bool, typer.Option("--allow-test", help="Accept a split or file that is called test or external.")
+    ] = False,
+    max_images: Annotated[int, typer.Option(min=1, help="Images of each of the two parts that are read.")] = 5000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of images and subjects.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 32,
+    num_workers: Annotated[int, typer.Option(min=0, help="Number of processes that read.")] = 0,
+    max_bad_fraction: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of samples that may be unusable.")
+    ] = 0.05,
+    force: Force = False,
+) -> None:
+    """Fit what makes a model refuse images that are unlike those it knows, and store it in the model."""
+    from medmoe_hf.data.sources import load_sources
+    from medmoe_hf.evaluation.rejector import add_rejector
+
+    with errors_of("fit-rejector"):
+        report = add_rejector(
+            model,
+            load_sources(data),
+            out,
+            split=split,
+            held_out=held_out,
+            accept=accept,
+            allow_test=allow_test,
+            max_images=max_images,
+            seed=seed,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            max_bad_fraction=max_bad_fraction,
+            force=force,
+        )
+    typer.echo(str(report))
+
+
 @app.command()
 def shrink(
     folder: Annotated[Path, typer.Argument(help="Folder of a model and its processor.")],

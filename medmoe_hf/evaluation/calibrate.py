@@ -7,10 +7,11 @@ import logging
 import re
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -253,12 +254,7 @@ def calibrate(
         print(report)
         ```
     """
-    folder = find_checkpoint(model)
-    target = Path(folder if out is None else out)
-    if out is None and (not Path(folder).is_dir() or folder != str(model)):
-        raise ArgumentError(f"{model} is no folder of yours: name a new one for the calibrated copy by --out.")
-    if out is not None and target.exists() and not force:
-        raise PathExistsError(f"{target} exists already; choose another folder, or replace it with --force.")
+    folder, target = places(model, out, force)
     for what, named in (("sensitivity", sensitivity), ("prevalence", prevalence)):
         unknown = [name for name in named or {} if not any(name in task.prompts for task in tasks)]
         if unknown:
@@ -266,8 +262,11 @@ def calibrate(
     chosen = [_selected(sources, task.where, split) for task in tasks]
     streams = {}
     for task, own in zip(tasks, chosen, strict=True):
-        streams[task.name] = _open(own, task.name, num_workers, max_bad_fraction)
-    splits = {name: _split_of(stream, allow_test) for name, stream in streams.items()}
+        try:
+            streams[task.name] = open_stream(own, f"images of {task.name}", num_workers, max_bad_fraction)
+        except SourceError as error:
+            raise SourceError(f'Task "{task.name}": {error}') from error
+    splits = {name: split_of(stream, allow_test) for name, stream in streams.items()}
     with explain_loading(model):
         loaded: Any = MedMoEModel.from_pretrained(folder, dtype=torch.float32).eval().to(default_device(None))
         processor: Any = MedMoEProcessor.from_pretrained(folder)
@@ -286,7 +285,7 @@ def calibrate(
                 sensitivity={name: value for name, value in (sensitivity or {}).items() if name in task.prompts},
                 prevalence=_of_task(task, prevalence or {}),
                 fitted_on={
-                    "data": ", ".join(_data_name(name) for name in stream.names),
+                    "data": data_names(stream),
                     "split": splits[wanted.name],
                     # Whole dates look like those of patients, which are not published.
                     "date": datetime.now(timezone.utc).strftime("%Y-%m"),
@@ -295,12 +294,35 @@ def calibrate(
                 seed=seed,
             )
         )
-    if not Path(folder).is_dir():
-        from huggingface_hub import snapshot_download
-
-        folder = snapshot_download(folder)
-    _write(Path(folder), target, {**loaded.tasks, **{task.name: task for task in fitted}})
+    tasks_of_model = {**loaded.tasks, **{task.name: task for task in fitted}}
+    write_anew(
+        folder,
+        target,
+        model_tasks,
+        lambda made: model_tasks.write_tasks(made / model_tasks.TASKS_FILE, tasks_of_model),
+    )
     return CalibrationReport(fitted, str(target), left_out)
+
+
+def places(model: str | Path, out: str | Path | None, force: bool) -> tuple[str, Path]:
+    """Finds the folder or Hub id of a model, and the folder that its copy with something fitted will have.
+
+    Args:
+        model: Folder, Hub id, or `small`, the checkpoint of the package.
+        out: Folder to create; None for the model's own.
+        force: Whether an existing `out` is replaced.
+
+    Raises:
+        ArgumentError: If the model is no folder of the user's, and `out` is None.
+        FileExistsError: If `out` exists and `force` is False.
+    """
+    folder = find_checkpoint(model)
+    target = Path(folder if out is None else out)
+    if out is None and (not Path(folder).is_dir() or folder != str(model)):
+        raise ArgumentError(f"{model} is no folder of yours: name a new one for the fitted copy by --out.")
+    if out is not None and target.exists() and not force:
+        raise PathExistsError(f"{target} exists already; choose another folder, or replace it with --force.")
+    return folder, target
 
 
 def _selected(sources: Sequence[Any], where: Mapping[str, list[str]], split: str | None) -> list[Any]:
@@ -318,25 +340,48 @@ def _selected(sources: Sequence[Any], where: Mapping[str, list[str]], split: str
     return found
 
 
-def _open(sources: Sequence[Any], task: str, num_workers: int, max_bad_fraction: float) -> SampleStream:
+def open_stream(
+    sources: Sequence[Any],
+    part: str,
+    num_workers: int,
+    max_bad_fraction: float,
+    shuffle: bool = False,
+    seed: int = 0,
+) -> SampleStream:
+    """Opens labelled images that something is fitted on.
+
+    Args:
+        sources: Models of `medmoe_hf.data.sources`.
+        part: What the images are called in messages.
+        num_workers: Processes that read and decode.
+        max_bad_fraction: Share of faulty samples, of 0..1, above which reading ends.
+        shuffle: Whether they are in a random order.
+        seed: Seed of this order.
+
+    Raises:
+        SourceError: For endless sources, and those without rows.
+    """
     for source in sources:
         if source.kind == "phantom" and source.length is None:
-            raise SourceError("An endless phantom source cannot be calibrated on; set its `length`.")
-    try:
-        return SampleStream(
-            sources,
-            shuffle=False,
-            fixed_captions=True,
-            num_workers=num_workers,
-            max_bad_fraction=max_bad_fraction,
-            part=f"images of {task}",
-        )
-    except SourceError as error:
-        raise SourceError(f'Task "{task}": {error}') from error
+            raise SourceError("Nothing can be fitted on an endless phantom source; set its `length`.")
+    return SampleStream(
+        sources,
+        seed=seed,
+        shuffle=shuffle,
+        fixed_captions=True,
+        num_workers=num_workers,
+        max_bad_fraction=max_bad_fraction,
+        part=part,
+    )
 
 
-def _split_of(stream: SampleStream, allow_test: bool) -> str:
+def split_of(stream: SampleStream, allow_test: bool, warn: bool = True) -> str:
     """Names the split of a stream's rows.
+
+    Args:
+        stream: The rows.
+        allow_test: Whether a split or file called test or external may be used.
+        warn: Whether to warn of images that the model was trained on.
 
     Raises:
         ArgumentError: If its name says that it is for measuring.
@@ -360,8 +405,8 @@ def _split_of(stream: SampleStream, allow_test: bool) -> str:
                 f'The {what} is called "{measured[0]}": what is fitted on test data cannot be measured on it. Choose '
                 "another with --split; --allow-test if it is not what its name says."
             )
-    if any(set(re.split(r"[\W\d_]+", name.lower())) & {"train", "training"} for name in names):
-        logger.warning("The model is too sure of images that it was trained on: calibrate on others than `train`.")
+    if warn and any(set(re.split(r"[\W\d_]+", name.lower())) & {"train", "training"} for name in names):
+        logger.warning("The model is too sure of images that it was trained on: fit on others than `train`.")
     return ", ".join(sorted(names)) or "not stated"
 
 
@@ -423,14 +468,28 @@ def _of_task(task: Task, prevalence: Mapping[str, float]) -> dict[str, float]:
     return own
 
 
-def _data_name(name: str) -> str:
-    return str(redact_paths(Path(name).name if "/" in name and "*" not in name else name))
+def data_names(stream: SampleStream) -> str:
+    """Names the sources of a stream, without folders."""
+    short = [Path(name).name if "/" in name and "*" not in name else name for name in stream.names]
+    return ", ".join(str(redact_paths(name)) for name in short)
 
 
-def _write(folder: Path, target: Path, tasks: Mapping[str, Task]) -> None:
+def write_anew(folder: str, target: Path, code: ModuleType, write: Callable[[Path], None]) -> None:
+    """Writes a copy of a model's folder with something added, which is complete or absent at any time.
+
+    Args:
+        folder: The model's folder, or its id on the Hub.
+        target: The copy, which may be the folder itself.
+        code: The module of `medmoe_hf.model` that reads what is added.
+        write: Called with the copy, to add it.
+    """
+    if not Path(folder).is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = snapshot_download(folder)
     with atomic_dir(target, force=True) as partial:
-        shutil.copytree(folder, partial, dirs_exist_ok=True, symlinks=folder == target)
-        if not (partial / Path(model_tasks.__file__).name).is_file():
-            # Saved by a version whose models had no tasks: its code cannot read them.
+        shutil.copytree(folder, partial, dirs_exist_ok=True, symlinks=Path(folder) == target)
+        if not (partial / Path(str(code.__file__)).name).is_file():
+            # Saved by an older version, whose code cannot read it.
             copy_model_code(partial)
-        model_tasks.write_tasks(partial / model_tasks.TASKS_FILE, tasks)
+        write(partial)

@@ -18,7 +18,7 @@ from torch import nn
 
 from medmoe_hf.common.files import atomic_write
 from medmoe_hf.errors import CardError
-from medmoe_hf.hub.card_tasks import TASK_HEADER, task_rows
+from medmoe_hf.hub.card_tasks import TASK_HEADER, rejector_rows, task_rows
 from medmoe_hf.model import MedMoEConfig, MedMoEForImageClassification, MedMoEModel
 from medmoe_hf.model.modalities_medmoe import MODALITY_ALIASES
 from medmoe_hf.model.presets_medmoe import PRESETS
@@ -131,6 +131,7 @@ def build_card(
         preset=preset,
         differences_table=markdown_table(("key", preset, "this model"), differences),
         tasks_table=markdown_table(TASK_HEADER, task_rows(folder)),
+        rejector_table=markdown_table(("what", "value"), rejector_rows(folder)),
         routing_table=markdown_table(_MEASURED, _measured(found, routing=True)),
         training_table=_training_table(config_of_run, record) if config_of_run else "",
         sources_table=_sources_table(sources),

@@ -45,14 +45,19 @@ def golden_tensors(model: Any, processor: Any, images: Tensor, texts: Sequence[s
         texts: N texts.
 
     Returns:
-        `input.<name>`, the processor's outputs, and `output.<name>`, those of `OUTPUTS` that the model has.
+        `input.<name>`, the processor's outputs, and `output.<name>`, those of `OUTPUTS` that the model has, and
+        `output.ood_score` of a model with a rejector.
     """
     inputs = dict(processor(images=[image.numpy() for image in images], text=list(texts), return_tensors="pt"))
     takes = {name: ("image" if name == "pixel_values" else "text") in model.input_modalities for name in inputs}
     with torch.inference_mode():
         outputs = model(**{name: value for name, value in inputs.items() if takes[name]})
+        rejects = getattr(model, "rejector", None) is not None
+        scores = model.route(inputs["pixel_values"]).ood_score if rejects else None
     found = {f"input.{name}": value for name, value in inputs.items()}
     found |= {f"output.{name}": outputs[name] for name in OUTPUTS if outputs.get(name) is not None}
+    if scores is not None:
+        found["output.ood_score"] = scores
     return {name: value.detach().clone().contiguous() for name, value in found.items()}
 
 

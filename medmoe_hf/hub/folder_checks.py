@@ -32,6 +32,7 @@ from medmoe_hf.hub.identifiers import (
     personal_column,
     unescaped,
 )
+from medmoe_hf.model.rejection_medmoe import REJECTOR_FILE
 
 GOLDEN = "golden.safetensors"
 """File with a known input and the model's outputs for it (`medmoe_hf.hub.golden`)."""
@@ -199,7 +200,8 @@ def _incomplete(files: dict[str, Path]) -> Iterator[str]:
             yield "config.json: no JSON object"
     if "processor_config.json" not in files:
         yield "processor_config.json: missing; save the processor with `processor.save_pretrained`"
-    weights = {name for name in files if name.endswith(".safetensors") and "/" not in name and name != GOLDEN}
+    others = (GOLDEN, REJECTOR_FILE)
+    weights = {name for name in files if name.endswith(".safetensors") and "/" not in name and name not in others}
     expected = {_WEIGHTS}
     if _INDEX in files:
         try:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .modeling_medmoe import MedMoEVisionModel as MedMoEVisionModel
     from .modeling_medmoe import register_expert as register_expert
     from .processing_medmoe import MedMoEProcessor as MedMoEProcessor
+    from .rejection_medmoe import Rejector as Rejector
     from .studies_medmoe import Series as Series
     from .studies_medmoe import Study as Study
     from .studies_medmoe import read_studies as read_studies
@@ -53,6 +54,7 @@ _HOMES = {
     "MedMoEVisionConfig": "configuration",
     "MedMoEVisionModel": "modeling",
     "MedicalImage": "medical_pixels",
+    "Rejector": "rejection",
     "Series": "studies",
     "Study": "studies",
     "Task": "tasks",

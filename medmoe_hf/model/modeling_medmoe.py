@@ -24,7 +24,7 @@ from torch import Tensor, distributed, nn
 from transformers import AutoModel, PreTrainedModel, SwinModel
 from transformers import initialization as init
 from transformers.modeling_outputs import ImageClassifierOutput
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
@@ -38,6 +38,7 @@ from .configuration_medmoe import (
 from .errors_medmoe import ArgumentError
 from .losses_medmoe import cosine_logits, local_logits, local_terms, training_losses, word_attention
 from .modalities_medmoe import UNKNOWN_MODALITY
+from .rejection_medmoe import REJECTOR_FILE, Rejector, load_rejector, rejection_features
 from .saving_medmoe import PROCESSING_AUTO_MAP, upload_model, write_sentence_transformers_files
 from .tasks_medmoe import (
     TASKS_FILE,
@@ -60,6 +61,8 @@ try:
     import timm
 except ImportError:  # only backbones named "timm/..." need it
     timm = None
+
+logger = logging.get_logger(__name__)
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 
@@ -204,11 +207,16 @@ class MedMoERoutingOutput(ModelOutput):
         probabilities: `(B, K)`, rows that sum to 1; column k belongs to `config.modalities[k]`.
         expert_ids: `(B,)`, the most probable expert.
         modality: Its name, B strings.
+        ood_score: `(B,)` float32, how far each image is from those that the model knows, relative to the limit (see
+            `Rejector`); None for reports, and for a model without a rejector.
+        accepted: `(B,)` bool, `ood_score <= 1`: whether each image is like those that the model knows; None likewise.
     """
 
     probabilities: Tensor | None = None
     expert_ids: Tensor | None = None
     modality: list[str] | None = None
+    ood_score: Tensor | None = None
+    accepted: Tensor | None = None
 
 
 @dataclass
@@ -1572,6 +1580,8 @@ class MedMoEModel(MedMoEPreTrainedModel):
 
     Attributes:
         tasks: Name -> `Task`, what `classify` can be asked; saved as `tasks.json` and loaded with the model.
+        rejector: The `Rejector` by which `route` recognises images that are unlike those the model knows, saved as
+            `rejector.safetensors` and loaded with the model; None if none was fitted.
 
     Example:
         >>> import torch
@@ -1619,12 +1629,13 @@ class MedMoEModel(MedMoEPreTrainedModel):
         # One-dimensional, because FSDP does not shard scalars.
         self.logit_scale = nn.Parameter(torch.tensor([INITIAL_LOGIT_SCALE])) if config.learned_scale else None
         self.tasks: dict[str, Task] = {}
+        self.rejector: Rejector | None = None
         self._encoded_task: tuple[Any, EncodedTask] | None = None
         self.post_init()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Loads a model as transformers does, with the tasks of its `tasks.json`.
+        """Loads a model as transformers does, with its tasks and its rejector.
 
         Args:
             pretrained_model_name_or_path: Folder or Hub id.
@@ -1640,27 +1651,45 @@ class MedMoEModel(MedMoEPreTrainedModel):
             # The commit that the weights are from, if it is known: a branch may move meanwhile.
             revision = getattr(model.config, "_commit_hash", None) or kwargs.get("revision")
             model.tasks = load_tasks(pretrained_model_name_or_path, revision, kwargs)
+            model.rejector = load_rejector(pretrained_model_name_or_path, revision, kwargs)
+            model.drop_stale_rejector()
         return loaded
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:
-        """Saves the model as transformers does, with its Python files, an `auto_map` and its tasks.
+        """Saves the model as transformers does, with its Python files, an `auto_map`, its tasks and its rejector.
+
+        A rejector that was fitted to other weights than the model has now is dropped with a warning.
 
         Args:
-            save_directory: The folder, created if it does not exist. A `tasks.json` in it is replaced, or removed if
-                the model has no tasks: it would be another model's. The files that sentence-transformers reads are
-                added where they are missing.
+            save_directory: The folder, created if it does not exist. A `tasks.json` and a `rejector.safetensors` in
+                it are replaced, or removed if the model has none: they would be another model's. The
+                files that sentence-transformers reads are added where they are missing.
             **kwargs: Other arguments of `PreTrainedModel.save_pretrained`.
         """
         # First, because transformers uploads the folder at the end.
-        path = Path(save_directory) / TASKS_FILE
-        if kwargs.get("is_main_process", True) and not Path(save_directory).is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_sentence_transformers_files(path.parent)
+        folder = Path(save_directory)
+        if kwargs.get("is_main_process", True) and not folder.is_file():
+            self.drop_stale_rejector()
+            folder.mkdir(parents=True, exist_ok=True)
+            write_sentence_transformers_files(folder)
             if self.tasks:
-                write_tasks(path, self.tasks)
+                write_tasks(folder / TASKS_FILE, self.tasks)
             else:
-                path.unlink(missing_ok=True)
+                (folder / TASKS_FILE).unlink(missing_ok=True)
+            if self.rejector is not None:
+                self.rejector.save(folder / REJECTOR_FILE)
+            else:
+                (folder / REJECTOR_FILE).unlink(missing_ok=True)
         return super().save_pretrained(save_directory, **kwargs)
+
+    def drop_stale_rejector(self) -> None:
+        """Drops the rejector, with a warning, if the image tower no longer has the weights that it was fitted to."""
+        if self.rejector is not None and not self.rejector.fits(self.vision_model):
+            self.rejector = None
+            logger.warning(
+                "The rejector was fitted to other weights of the image tower, and is dropped: the model accepts all "
+                "images until `medmoe fit-rejector` fits a new one."
+            )
 
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.get_input_embeddings()
@@ -1853,6 +1882,9 @@ class MedMoEModel(MedMoEPreTrainedModel):
     ) -> MedMoERoutingOutput:
         """Asks the image router (`pixel_values`) or the report router (`input_ids`), one of the two.
 
+        The router sends every image to an expert; with a rejector, `accepted` says whether it is like the images that
+        the model knows.
+
         Args:
             pixel_values: `(B, 3, H, W)`.
             input_ids: Tokens `(B, L)`.
@@ -1861,7 +1893,8 @@ class MedMoEModel(MedMoEPreTrainedModel):
             word_ids: `(B, L)`, the word of each token, -1 for none.
 
         Returns:
-            Probabilities `(B, K)`, expert ids `(B,)` and names of modalities.
+            Probabilities `(B, K)`, expert ids `(B,)` and names of modalities; and for images, if the model has a
+            rejector, `ood_score` and `accepted`, `(B,)`.
 
         Raises:
             ValueError: Both or none are passed, or reports where `config.router` is `"image"`.
@@ -1875,8 +1908,11 @@ class MedMoEModel(MedMoEPreTrainedModel):
         """
         if (pixel_values is None) == (input_ids is None):
             raise ValueError("`route` takes either `pixel_values` or `input_ids`, to ask one of the two routers.")
+        ood_score = None
         if pixel_values is not None:
-            logits = self.vision_model.router(self.vision_model.encode(pixel_values).pooler_output)
+            encoded = self.vision_model.encode(pixel_values)
+            logits = self.vision_model.router(encoded.pooler_output)
+            ood_score = self.ood_scores(encoded, logits)
         elif self.report_router is not None:
             text = self._encode_text(input_ids, attention_mask, token_type_ids, word_ids)
             logits = self.report_router(text.pooler_output)
@@ -1887,7 +1923,23 @@ class MedMoEModel(MedMoEPreTrainedModel):
             probabilities=logits.float().softmax(dim=-1),
             expert_ids=expert_ids,
             modality=[self.config.modalities[index] for index in expert_ids.tolist()],
+            ood_score=ood_score,
+            accepted=None if ood_score is None else ood_score <= 1,
         )
+
+    def ood_scores(self, encoded: MedMoEBackboneOutput, router_logits: Tensor) -> Tensor | None:
+        """Scores how far images are from those that the model knows, for callers that have run the backbone.
+
+        Args:
+            encoded: Of `vision_model.encode`.
+            router_logits: `(B, K)` of the image router.
+
+        Returns:
+            `(B,)` float32, see `MedMoERoutingOutput`; None without a rejector.
+        """
+        if self.rejector is None:
+            return None
+        return self.rejector.scores(rejection_features(encoded.feature_maps), router_logits.argmax(dim=-1))
 
     @torch.no_grad()
     def ground(

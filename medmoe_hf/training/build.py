@@ -1,5 +1,7 @@
 """The model and processor that a training configuration names."""
 
+import logging
+
 from transformers import AutoTokenizer
 
 from medmoe_hf.common.loading import explain_loading
@@ -14,6 +16,8 @@ from medmoe_hf.model import (
 )
 from medmoe_hf.model.presets_medmoe import PRESET_MAX_LENGTH
 from medmoe_hf.training.config import ModelSection
+
+logger = logging.getLogger(__name__)
 
 
 def build_model(section: ModelSection) -> tuple[MedMoEModel, MedMoEProcessor]:
@@ -45,6 +49,13 @@ def build_model(section: ModelSection) -> tuple[MedMoEModel, MedMoEProcessor]:
             model = MedMoEModel.from_pretrained(folder, **section.overrides)
             # The sentences stay true, but what was fitted to the old weights does not.
             model.tasks = {name: task.uncalibrated() for name, task in model.tasks.items()}
+            if model.rejector is not None:
+                model.rejector = None
+                logger.warning(
+                    "The rejector of %s is dropped, since it fits its weights only: run `medmoe fit-rejector` on the "
+                    "trained model.",
+                    section.from_pretrained,
+                )
             return model, MedMoEProcessor.from_pretrained(folder)
     assert section.preset is not None  # checked by ModelSection
     max_length = PRESET_MAX_LENGTH.get(section.preset, 25)

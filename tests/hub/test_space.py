@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -227,9 +228,19 @@ def test_who_chose_is_said(checkpoint, picture):
     chosen = checkpoint.expert(picture, app.AUTOMATIC)
     other = next(modality for modality in MODALITIES if modality != chosen)
     share = f"{max(picture.probabilities.values()):.0%}"
-    assert app.routed(checkpoint, picture, app.AUTOMATIC) == f"The router chose the {chosen} expert ({share})."
-    assert app.routed(checkpoint, picture, chosen).endswith("You chose the same.")
-    assert app.routed(checkpoint, picture, other).endswith(f"You overruled it: the {other} expert was asked.")
+    unknown = "Whether the model knows pictures of this kind was not checked: it has no rejector."
+    first = f"The router chose the {chosen} expert ({share})."
+    assert app.routed(checkpoint, picture, app.AUTOMATIC) == f"{first} {unknown}"
+    assert f"{first} You chose the same. {unknown}" == app.routed(checkpoint, picture, chosen)
+    assert f"You overruled it: the {other} expert was asked." in app.routed(checkpoint, picture, other)
+
+
+def test_what_is_refused_is_said(checkpoint, file, picture, monkeypatch):
+    score = checkpoint.model.route(picture.pixel_values)
+    for value, words in ((0.7, "is like those that the model knows"), (1.3, "Do not rely on what is said about it")):
+        answer = replace(score, ood_score=torch.tensor([value]), accepted=torch.tensor([value <= 1]))
+        monkeypatch.setattr(checkpoint.model, "route", lambda pixel_values, answer=answer: answer)
+        assert words in app.routed(checkpoint, checkpoint.read(str(file)), app.AUTOMATIC)
 
 
 def test_without_a_picture_every_button_says_so(checkpoint):

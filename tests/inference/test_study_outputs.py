@@ -258,11 +258,47 @@ def test_files_are_named_by_numbers_and_existing_folders_stay(written, tmp_path)
     assert not (out / "old").exists()
 
 
+def test_what_is_refused_is_said_everywhere(tmp_path):
+    studies = synthetic_studies()
+    for one in (series for study in studies for series in study.series):
+        one.ood_scores = np.full(one.count, 0.5)
+    studies[0].series[0].ood_scores = np.array([2.0] * 24 + [0.4] * 15 + [np.nan])
+    write_predictions(studies, tmp_path / "out")
+    content = json.loads((tmp_path / "out/prediction.json").read_text())
+    assert list(problems(content, SCHEMA)) == []
+    first, second = content["studies"][0]["series"]
+    assert (first["ood_score"], first["accepted"]) == (2.0, False)
+    assert [first["slice_ood_scores"][index] for index in (0, 24, 39)] == [2.0, 0.4, None]
+    assert (second["ood_score"], second["accepted"]) == (0.5, True)
+    with (tmp_path / "out/prediction.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    shown = {(row["key_series"], row["ood_score"], row["accepted"]) for row in rows if row["study"] == "1"}
+    assert shown <= {("1", "2.0", "False"), ("2", "0.5", "True")}
+    assert ("2", "0.5", "True") in shown
+    page = (tmp_path / "out/report.html").read_text()
+    assert page.count("<strong>Refused.</strong>") == 1
+    told = "24 of 39 refused; score 2.00, accepted up to 1"
+    assert told in page
+    lines = summary(studies).splitlines()
+    assert re.search(r"ct +NO +pneumonia", lines[1])
+    assert any(line.startswith("REFUSED: study 1, series 1.") and told in line for line in lines)
+    assert "no rejector" not in page + "".join(lines)
+
+
+def test_an_image_that_was_not_checked_is_no_accepted_one(written):
+    out = written()
+    series = json.loads((out / "prediction.json").read_text())["studies"][0]["series"][0]
+    assert (series["ood_score"], series["accepted"], series["slice_ood_scores"]) == (None, None, None)
+    assert "it has no rejector" in (out / "report.html").read_text()
+    assert "it has no rejector" in summary(synthetic_studies())
+
+
 def test_the_table_shows_series_labels_and_what_was_left_out():
     text = summary(synthetic_studies())
     lines = text.splitlines()
-    assert lines[0].split() == ["study", "series", "content", "expert", "label", "probability", "key", "slice"]
-    assert re.match(r"1 +1 +40 slices +ct +pneumonia +\d\d\.\d % +20 of 40$", lines[1])
+    columns = ["study", "series", "content", "expert", "accepted", "label", "probability", "key", "slice"]
+    assert lines[0].split() == columns
+    assert re.match(r"1 +1 +40 slices +ct +not checked +pneumonia +\d\d\.\d % +20 of 40$", lines[1])
     assert "“ground glass”" in text
     assert "Left out: 2 x it is a dose report" in text
     assert "not a medical device" in lines[-1]

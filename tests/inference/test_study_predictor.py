@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,10 +17,12 @@ import medmoe_hf
 from medmoe_hf.cli import app
 from medmoe_hf.data import phantom_sample
 from medmoe_hf.errors import ArgumentError, EncoderError
+from medmoe_hf.evaluation.rejector import fit_rejector, known_images
 from medmoe_hf.inference.studies import Question, StudyPredictor, predict, write_predictions
 from medmoe_hf.inference.studies.pooling import pool_slices, route_series, softmax
 from medmoe_hf.inference.studies.predictor import plain_reason
 from medmoe_hf.inference.studies.tasks import normal_sentences, task_of_labels
+from medmoe_hf.model.rejection_medmoe import sample_weights
 from medmoe_hf.model.studies_medmoe import read_studies
 
 pydicom = pytest.importorskip("pydicom")
@@ -87,6 +90,27 @@ def slice_by_slice(predictor, path, expert, **kwargs):
 def class_embeds(predictor, prompts):
     found = [predictor.encoder.encode_texts(list(sentences)).mean(dim=0) for sentences in prompts.values()]
     return torch.stack([normalize(embed, dim=0) for embed in found], dim=1)
+
+
+def test_slices_are_refused_as_route_refuses_them(predictor, tmp_path, monkeypatch):
+    ct_series(tmp_path)
+    model, processor = predictor.encoder.model, predictor.encoder.processor
+    (study,) = predictor(read_studies([tmp_path]), Question(labels=LABELS), show_progress=False)
+    assert (study.series[0].ood_scores, study.series[0].accepted) == (None, None)
+    (found,) = read_studies([tmp_path])
+    pixels = processor(images=[found.series[0].slice(index) for index in range(COUNT)], return_tensors="pt")
+    many = np.repeat(known_images(model, pixels["pixel_values"])[0], 6, axis=0)
+    ids, weights = np.zeros(len(many), dtype=int), sample_weights(model.vision_model)
+    rejector = fit_rejector(many, ids, many, ids, experts=1, weights=weights, directions=2)
+    # The same for all experts: without training, rounding decides which of them reads a slice.
+    count = len(predictor.encoder.modalities)
+    alike = {"means": rejector.means.expand(count, -1), "limits": 0.9 * rejector.limits.expand(count)}
+    monkeypatch.setattr(model, "rejector", replace(rejector, **alike))
+    (study,) = predictor(read_studies([tmp_path]), Question(labels=LABELS), show_progress=False)
+    expected = model.route(pixels["pixel_values"]).ood_score.numpy()
+    np.testing.assert_allclose(study.series[0].ood_scores, expected, rtol=1e-2)
+    assert study.series[0].ood_score == pytest.approx(np.median(expected), rel=1e-2)
+    assert study.series[0].accepted == (np.median(expected) <= 1)
 
 
 @pytest.mark.parametrize("trust_header", [False, True])

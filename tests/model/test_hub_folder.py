@@ -41,6 +41,7 @@ FILES = {f"{name}_medmoe.py" for name in ("configuration", "modeling", "losses",
     "local_loss_triton_medmoe.py",
     "saving_medmoe.py",
     "tasks_medmoe.py",
+    "rejection_medmoe.py",
 }
 PROCESSING = {
     "AutoImageProcessor": {

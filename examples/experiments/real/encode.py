@@ -59,7 +59,7 @@ def folder_hash(folder: str | Path) -> str:
         path
         for path in Path(folder).iterdir()
         if path.suffix in (".safetensors", ".json", ".py", ".txt")
-        and path.name not in ("training.json", "golden.safetensors")
+        and path.name not in ("training.json", "golden.safetensors", "rejector.safetensors")
     )
     if not names:
         raise EncoderError(f"{folder} holds no checkpoint.")

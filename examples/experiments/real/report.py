@@ -26,7 +26,7 @@ from medmoe_hf.hub.card import markdown_table
 
 BEGIN = "<!-- real scans: written by examples/experiments/real/report.py -->"
 END = "<!-- real scans: end -->"
-FILES = ("val", "test", "external", "crossings", "twins", "check")
+FILES = ("val", "test", "external", "crossings", "twins", "check", "rejection")
 
 Run = Mapping[str, Any]
 
@@ -198,6 +198,24 @@ def _mean_and_range(values: Sequence[float]) -> str:
     return f"{statistics.fmean(known):.3f} ({min(known):.3f} to {max(known):.3f})"
 
 
+def rejection_table(run: Run) -> str:
+    """Returns how well foreign pictures are told from scans, and how many of both are refused."""
+    found = run.get("rejection")
+    if not found:
+        return ""
+    rows = []
+    for part, named in (("foreign", "{}"), ("splits", "scans, `{}`"), ("sources", "`external`, source {}")):
+        for name, entry in found[part].items():
+            refused, auroc = (_of_list(entry.get(key)) for key in ("refused", "auroc"))
+            rows.append([named.format(name), f"{entry['images']} ({entry['subjects']})", refused, auroc])
+    return markdown_table(("pictures", "N (subjects)", "share refused", "AUROC against `test`"), rows)
+
+
+def _of_list(numbers: Sequence[float | None] | None) -> str:
+    value, low, high = (float("nan") if one is None else one for one in numbers or (None, None, None))
+    return shown(Interval(value, low, high, n=1))
+
+
 def notes(run: Run) -> str:
     """Returns what limits the tasks that were measured, as a list."""
     names = [result.dataset for split in ("test", "external") for result in measured(run, split, "zero-shot")]
@@ -245,6 +263,10 @@ _SECTIONS: tuple[tuple[str, str, Callable[[Run], str]], ...] = (
     ("Routed experts, a shared one, or none",
      "Mean over seeds, in brackets the range. Same data, order and number of steps. `tasks`: mean balanced accuracy "
      "of zero-shot classification.", twins_table),
+    ("Refused pictures",
+     "The rejector was fitted on `train`, and its limits accept 95 % of `val`. Foreign pictures are of `foreign.py`, "
+     "of the half that nothing was chosen on; parts of one photograph count as one subject. For scans, being refused "
+     "is the error.", rejection_table),
     ("What limits these tasks", "", notes),
     ("Setup", "", setup_table),
 )  # fmt: skip

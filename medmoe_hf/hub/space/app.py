@@ -118,12 +118,14 @@ class Picture:
         pixel_values: (1, 3, h, w), input of the model.
         told: The modality in a DICOM header; `None` if there is none.
         probabilities: Modality -> probability, of the image router.
+        accepted: Whether the picture is like those that the model knows; None for a model that cannot tell.
     """
 
     shown: np.ndarray
     pixel_values: torch.Tensor
     told: str | None
     probabilities: dict[str, float]
+    accepted: bool | None = None
 
 
 class Checkpoint:
@@ -194,12 +196,15 @@ class Checkpoint:
         shown = Image.fromarray((plain["pixel_values"][0].movedim(0, -1) * 255).round().to(torch.uint8).numpy())
         shown.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
         pixel_values = self.processor(images=path, return_tensors="pt")["pixel_values"]
-        probabilities = self.model.route(pixel_values=pixel_values).probabilities[0].tolist()
+        routing = self.model.route(pixel_values=pixel_values)
+        # A checkpoint brings its own code, which may be older than rejectors.
+        accepted = getattr(routing, "accepted", None)
         return Picture(
             shown=np.asarray(shown),
             pixel_values=pixel_values,
             told=plain.get("modality", [None])[0],
-            probabilities=dict(zip(self.modalities, probabilities, strict=True)),
+            probabilities=dict(zip(self.modalities, routing.probabilities[0].tolist(), strict=True)),
+            accepted=None if accepted is None else bool(accepted[0]),
         )
 
     def expert(self, picture: Picture, wish: str) -> str:
@@ -375,7 +380,14 @@ def routed(checkpoint: Checkpoint, picture: Picture, wish: str) -> str:
         text += f" You overruled it: the {wish} expert was asked."
     if picture.told is not None:
         text += f" The file's header says {picture.told}."
-    return text
+    return f"{text} {_ACCEPTED[picture.accepted]}"
+
+
+_ACCEPTED = {
+    True: "The picture is like those that the model knows.",
+    False: "Careful: the picture is unlike those that the model knows. Do not rely on what is said about it.",
+    None: "Whether the model knows pictures of this kind was not checked: it has no rejector.",
+}
 
 
 def default_labels(modality: str) -> str:

@@ -160,19 +160,25 @@ def summary(studies: Sequence[StudyPrediction], labels: int = 5) -> str:
         studies: What `predict` returned.
         labels: Number of labels per series.
     """
-    rows = [["study", "series", "content", "expert", "label", "probability", "key slice"]]
+    rows = [["study", "series", "content", "expert", "accepted", "label", "probability", "key slice"]]
     for study in studies:
         for series in study.series:
-            first = [str(study.number), str(series.number), series_title(series), series.expert]
+            first = [str(study.number), str(series.number), series_title(series), series.expert, _accepted(series)]
             shown = [
                 [label.label, percent(label.probability), _place(series, label.key_slices)]
                 for label in series.labels[:labels]
             ] + [[f"“{text.text}”", f"({text.score:+.3f})", _place(series, text.key_slices)] for text in series.texts]
             for number, cells in enumerate(shown or [["-", "-", "-"]]):
-                rows.append([*(first if number == 0 else [""] * 4), *cells])
+                rows.append([*(first if number == 0 else [""] * len(first)), *cells])
     lines = [text_table(rows), ""]
     if any(series.texts for study in studies for series in study.series):
         lines.append("In parentheses: similarity of a text, -1 to 1.")
+    every = [(study, series) for study in studies for series in study.series]
+    for study, series in every:
+        if series.accepted is False:
+            lines.append(f"REFUSED: study {study.number}, series {series.number}. {series.acceptance}")
+    if any(series.accepted is None for _, series in every):
+        lines.append("Not checked whether the images are of a kind that the model knows: it has no rejector.")
     reasons = Counter(
         one.reason for one in [*(one for study in studies for one in study.skipped), *skipped_of(studies)]
     )
@@ -181,6 +187,10 @@ def summary(studies: Sequence[StudyPrediction], labels: int = 5) -> str:
         lines.append(f"Left out for {len(reasons) - _REASONS_SHOWN} other reasons, which prediction.json lists.")
     lines.append("Probabilities compare the labels with each other. Research software, not a medical device.")
     return "\n".join(lines)
+
+
+def _accepted(series: SeriesPrediction) -> str:
+    return {None: "not checked", True: "yes", False: "NO"}[series.accepted]
 
 
 def _place(series: SeriesPrediction, keys: Sequence[int]) -> str:

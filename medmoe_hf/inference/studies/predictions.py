@@ -26,7 +26,8 @@ LIMITS = (
     "asked for cannot be the answer.",
     "A heat-map shows which places speak for a label. There is always a warmest place, also where there is nothing to "
     "find.",
-    "Every image is sent to one of the experts, also images of a modality that none of them knows.",
+    "Every image is sent to one of the experts, also images of a modality that none of them knows. A model with a "
+    "rejector refuses those that are unlike what it knows; it misses some, and refuses some that it could read.",
     "Slices are read one by one; what is only visible across slices is not seen.",
     "Pictures may show names that are burned into their pixels, and faces: look before you share them.",
 )
@@ -44,6 +45,8 @@ CSV_COLUMNS = (
     "series",
     "slices",
     "model",
+    "ood_score",
+    "accepted",
 )
 """Columns of prediction.csv, which has a row per study and label."""
 
@@ -128,6 +131,8 @@ class SeriesPrediction:
         expert: Modality of the expert that read the series.
         expert_reason: Why it was this one, as a sentence.
         routing: Modality -> probability, from the votes of all slices and the header.
+        ood_scores: (N,), how far each slice is from the images that the model knows, relative to the limit: above 1 it
+            is refused. NaN where a slice could not be read; None for a model without a rejector.
         pooling: How the scores of slices were pooled.
         labels: The labels, the most probable first.
         texts: The phrases.
@@ -165,6 +170,30 @@ class SeriesPrediction:
     picture: Callable[[int], np.ndarray] | None = field(default=None, repr=False)
     heatmaps: Callable[..., Iterator[tuple[int, np.ndarray]]] | None = field(default=None, repr=False)
     ask: "Callable[[Any], SeriesPrediction] | None" = field(default=None, repr=False)
+    ood_scores: np.ndarray | None = None
+
+    @property
+    def ood_score(self) -> float | None:
+        """The median of the slices' scores; None without a rejector."""
+        return None if self.ood_scores is None else float(np.nanmedian(self.ood_scores))
+
+    @property
+    def accepted(self) -> bool | None:
+        """Whether at least half of the slices are like the images that the model knows; None without a rejector."""
+        return None if self.ood_score is None else self.ood_score <= 1
+
+    @property
+    def acceptance(self) -> str:
+        """What `accepted` means for a reader, as a sentence."""
+        if self.ood_scores is None:
+            return "It was not checked whether these images are of a kind that the model knows: it has no rejector."
+        refused, count = int((self.ood_scores > 1).sum()), int((~np.isnan(self.ood_scores)).sum())
+        if self.accepted:
+            return f"Like the images that the model knows ({count - refused} of {count} accepted)."
+        return (
+            f"Unlike the images that the model knows ({refused} of {count} refused; score {self.ood_score:.2f}, "
+            "accepted up to 1): what is said about them cannot be relied on."
+        )
 
     def to_dict(self, keep_identifiers: bool = False) -> dict[str, Any]:
         """Returns the entry of prediction.json.
@@ -182,6 +211,9 @@ class SeriesPrediction:
             "expert": self.expert,
             "expert_reason": self.expert_reason,
             "routing": {name: _number(value) for name, value in self.routing.items()},
+            "ood_score": None if self.ood_score is None else _number(self.ood_score),
+            "accepted": self.accepted,
+            "slice_ood_scores": None if self.ood_scores is None else _numbers(self.ood_scores),
             "pooling": self.pooling,
             "independent": self.task is not None and self.task.independent,
             "notes": list(self.notes),
@@ -327,8 +359,9 @@ def csv_rows(studies: Sequence[StudyPrediction]) -> list[dict[str, Any]]:
     """Returns the rows of prediction.csv: one per study and label, in the order of the study's labels."""
     rows = []
     for study in studies:
-        experts = {series.number: series.expert for series in study.series}
+        by_number = {series.number: series for series in study.series}
         for label in study.labels:
+            key = by_number[label.series]
             values = (
                 study.number,
                 label.label,
@@ -336,10 +369,12 @@ def csv_rows(studies: Sequence[StudyPrediction]) -> list[dict[str, Any]]:
                 _number(label.score),
                 label.series,
                 label.key_slice,
-                experts[label.series],
+                key.expert,
                 len(label.asked),
                 label.slices,
                 study.model,
+                None if key.ood_score is None else _number(key.ood_score),
+                key.accepted,
             )
             rows.append(dict(zip(CSV_COLUMNS, values, strict=True)))
     return rows

@@ -84,12 +84,16 @@ class Question:
 
 @dataclass
 class _Votes:
-    """The router's log-probabilities of a series, slice by slice, and the expert that they select so far."""
+    """The router's log-probabilities of a series, slice by slice, and the expert that they select so far.
+
+    `ood_scores` (N,) are those of a model with a rejector, NaN where not read yet.
+    """
 
     log_probabilities: np.ndarray  # (N, K), NaN where not read yet
     header: int | None
     trusted: bool
     read_by: np.ndarray = field(init=False)  # (N,) expert that a slice was read with
+    ood_scores: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         self.read_by = np.full(len(self.log_probabilities), -1)
@@ -272,6 +276,7 @@ class StudyPredictor:
             picture=shown.picture,
             heatmaps=shown.heatmaps,
             ask=lambda other: self._answer(number, series, self._known_task(other), votes, expert, embeds),
+            ood_scores=votes.ood_scores,
         )
 
     def _labels(self, task: LabelTask, embeds: Tensor, pooling: Pooling) -> list[LabelPrediction]:
@@ -343,6 +348,13 @@ class StudyPredictor:
         backbone = self._vision.encode(pixels.to(self.encoder.device))
         logits = self._vision.router(backbone.pooler_output)
         votes.log_probabilities[indices] = logits.float().log_softmax(dim=-1).cpu().numpy()
+        # A checkpoint brings its own code, which may be older than rejectors.
+        rejects = getattr(self.encoder.model, "ood_scores", None)
+        scores = None if rejects is None else rejects(backbone, logits)
+        if scores is not None:
+            if votes.ood_scores is None:
+                votes.ood_scores = np.full(len(votes.log_probabilities), np.nan)
+            votes.ood_scores[indices] = scores.float().cpu().numpy()
         expert = votes.expert() if expert is None else expert
         votes.read_by[indices] = expert
         mixes = self._vision.config.mixture == "soft" and not (votes.trusted and votes.header is not None)

@@ -166,6 +166,8 @@ def _series(series: SeriesPrediction) -> dict[str, Any]:
         "explained": explained(series),
         "routing": sorted(series.routing.items(), key=lambda entry: -entry[1]),
         "expert": series.expert,
+        "accepted": series.accepted,
+        "acceptance": series.acceptance,
         "reason": series.expert_reason,
         "place": place,
         "places": places,
