@@ -283,7 +283,7 @@ def build_tab(
     view = gr.State(None, time_to_live=seconds_kept, delete_callback=lambda one: one.close() if one else None)
     files = uploads_only(
         gr.File(
-            label="A study: a zip file, or all files of a series (DICOM, NIfTI or pictures)",
+            label="Study: zip, DICOM, NIfTI, pictures",
             file_count="multiple",
             height=140,
             elem_id="study-files",
