@@ -144,3 +144,4 @@ def list_recipes() -> None:
     for name in recipe_names():
         entry = load_recipe(name)
         typer.echo(f"{name:<18}{entry.title}: {', '.join(entry.tasks)}")
+    typer.echo("medmnist:FLAG[_SIZE], medmnist-c:FLAG: the 2D sets of MedMNIST+ and MedMNIST-C (extra medmnist)")

@@ -95,7 +95,7 @@ class Result:
         calibrations: Variant -> result of `metrics.calibration`.
         examples: Heat-maps for a figure; not part of the JSON.
         probabilities: Variant -> (N, R, C) probabilities of the test images in R runs (zero-shot has one), for paired
-            comparisons; not part of the JSON.
+            comparisons; not part of the JSON. Zero-shot findings have them with negative prompts only.
 
     Example:
         >>> result = Result("zero-shot", "you/medmoe", "toy", 4, {"global/accuracy": Interval(0.75, 0.5, 1.0, 4)}, {})

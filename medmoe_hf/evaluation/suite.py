@@ -9,7 +9,8 @@ from medmoe_hf.errors import ArgumentError, PathExistsError
 from medmoe_hf.evaluation.dataset import EvaluationSet, joined
 from medmoe_hf.evaluation.grounding import grounding
 from medmoe_hf.evaluation.linear_probe import linear_probe
-from medmoe_hf.evaluation.recipes import Recipe, TableLayout, load_recipe, open_recipe
+from medmoe_hf.evaluation.medmnist_results import standard_results
+from medmoe_hf.evaluation.recipes import MedMNISTLayout, Recipe, TableLayout, load_recipe, open_recipe
 from medmoe_hf.evaluation.report import write
 from medmoe_hf.evaluation.results import Result
 from medmoe_hf.evaluation.retrieval import retrieval
@@ -53,7 +54,8 @@ def evaluate(
         data_dir: Folder of the data.
         protocols: Names from `PROTOCOLS`; None runs the recipe's tasks as far as the copy allows (a probe needs
             training images).
-        output: Folder to create for `results.json`, `results.md` and the figures; None writes nothing.
+        output: Folder to create for `results.json`, `results.md` and the figures; for sets of MedMNIST also for the
+            files of its own evaluator, in `medmnist`. None writes nothing.
         resamples: Number of bootstrap resamples.
         seed: Seed of the bootstrap.
         batch_size: Images per batch.
@@ -112,6 +114,9 @@ def evaluate(
                 report(f"{protocol} of {encoder.name} on {data.name}: N = {parts[0].count}")
     if output is not None:
         write(results, output, force)
+        if isinstance(read.layout, MedMNISTLayout) and not read.layout.corrupted:
+            scored = [result for result in results if result.protocol in ("zero-shot", "linear-probe")]
+            standard_results(scored, read.layout, data_dir, Path(output) / "medmnist")
     return results
 
 

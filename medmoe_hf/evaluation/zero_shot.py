@@ -124,6 +124,8 @@ def zero_shot(
     if data.multi_label:
         found = multilabel_logits(encoder, data.images, data.prompts, data.negative_prompts, scores)
         for kind, logits in found.items():
+            if data.negative_prompts:
+                result.probabilities[kind] = logits.double().sigmoid().numpy()[:, None]
             result.add_multilabel(kind, logits.double().numpy(), data.labels, data.classes, data.subjects)
     else:
         for kind, logits in class_logits(encoder, data.images, data.prompts, scores).items():

@@ -19,6 +19,7 @@ class Row:
     Attributes:
         findings: Labels of a multi-label set, one per class: 1, 0 or `UNKNOWN_LABEL`.
         groups: Column -> value, for the columns whose groups are compared; "" where it is empty.
+        part: Part of the copy that is a set of its own; None if the copy is one set.
     """
 
     image: Any
@@ -31,6 +32,7 @@ class Row:
     phrase: str | None = None
     boxes: list[Box] | None = None
     groups: dict[str, str] = field(default_factory=dict)
+    part: str | None = None
 
 
 @dataclass

@@ -11,9 +11,11 @@ from medmoe_hf.evaluation.dataset import EvaluationSet, Split
 from medmoe_hf.evaluation.recipes.boxes import read_boxes
 from medmoe_hf.evaluation.recipes.copies import LocalCopy, Row
 from medmoe_hf.evaluation.recipes.folders import read_folders, read_phantoms
+from medmoe_hf.evaluation.recipes.medmnist import read_medmnist
 from medmoe_hf.evaluation.recipes.schema import (
     BoxesLayout,
     FolderLayout,
+    MedMNISTLayout,
     PhantomLayout,
     Recipe,
     TableLayout,
@@ -62,7 +64,8 @@ def open_recipe(recipe: Recipe, data_dir: str | Path) -> list[EvaluationSet]:
         data_dir: Folder that the recipe's paths are relative to.
 
     Returns:
-        One set; for phantoms one per modality, since each modality has its own classes (`joined` concatenates them).
+        One set; for phantoms one per modality, since each modality has its own classes (`joined` concatenates them),
+        and for MedMNIST-C one per corruption.
 
     Raises:
         RecipeError: With everything that `check_recipe` reports, if any of it is more than a warning.
@@ -80,7 +83,13 @@ def open_recipe(recipe: Recipe, data_dir: str | Path) -> list[EvaluationSet]:
     if isinstance(recipe.layout, PhantomLayout):
         modalities = sorted({row.modality for row in copy.rows})
         return [_phantom_set(recipe, copy, modality) for modality in modalities]
-    return [_set_of(recipe, recipe.name, copy.rows, recipe.classes, recipe.prompts)]
+    parts: dict[str | None, list[Row]] = {}
+    for row in copy.rows:
+        parts.setdefault(row.part, []).append(row)
+    return [
+        _set_of(recipe, recipe.name if part is None else f"{recipe.name}/{part}", rows, recipe.classes, recipe.prompts)
+        for part, rows in parts.items()
+    ]
 
 
 def _read(recipe: Recipe, folder: Path) -> LocalCopy:
@@ -94,6 +103,8 @@ def _read(recipe: Recipe, folder: Path) -> LocalCopy:
         read_folders(recipe, recipe.layout, folder, copy)
     elif isinstance(recipe.layout, BoxesLayout):
         read_boxes(recipe, recipe.layout, folder, copy)
+    elif isinstance(recipe.layout, MedMNISTLayout):
+        read_medmnist(recipe, recipe.layout, folder, copy)
     else:
         read_phantoms(recipe.layout, folder, copy)
     if copy.problems:

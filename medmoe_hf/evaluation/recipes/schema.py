@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from medmoe_hf.common.yaml_files import explain, read_yaml
 from medmoe_hf.errors import RecipeError
 from medmoe_hf.evaluation.dataset import Split
+from medmoe_hf.evaluation.recipes.medmnist_sets import is_medmnist, medmnist_content
 from medmoe_hf.model.modalities_medmoe import MODALITIES, modality_id
 
 Task = Literal["zero-shot", "linear-probe", "retrieval", "grounding", "routing", "robustness"]
@@ -158,8 +159,30 @@ class PhantomLayout(_Layout):
     prompts: str = "prompts.json"
 
 
-LAYOUTS = (TableLayout, FolderLayout, BoxesLayout, PhantomLayout)
-Layout = Annotated[TableLayout | FolderLayout | BoxesLayout | PhantomLayout, Field(discriminator="kind")]
+class MedMNISTLayout(_Layout):
+    """The npz files of MedMNIST+, or those of MedMNIST-C.
+
+    Attributes:
+        flag: Name of the set, such as `pathmnist`.
+        size: Side of the images in pixels: 28, 64, 128 or 224.
+        corrupted: Whether the files are those of MedMNIST-C, `FLAG/CORRUPTION.npz` with test images only; each
+            corruption is a set of its own, with the five severities of each image.
+
+    Example:
+        >>> MedMNISTLayout(kind="medmnist", flag="pathmnist").size
+        28
+    """
+
+    kind: Literal["medmnist"]
+    flag: str
+    size: Literal[28, 64, 128, 224] = 28
+    corrupted: bool = False
+
+
+LAYOUTS = (TableLayout, FolderLayout, BoxesLayout, PhantomLayout, MedMNISTLayout)
+Layout = Annotated[
+    TableLayout | FolderLayout | BoxesLayout | PhantomLayout | MedMNISTLayout, Field(discriminator="kind")
+]
 
 
 class Recipe(BaseModel):
@@ -254,7 +277,8 @@ class Recipe(BaseModel):
 
     def _consistent_labels(self) -> None:
         multi = self.labels == "multi"
-        if multi and not (isinstance(self.layout, TableLayout) and self.layout.one_hot):
+        one_hot = isinstance(self.layout, TableLayout) and self.layout.one_hot
+        if multi and not one_hot and not isinstance(self.layout, MedMNISTLayout):
             raise ValueError("`labels: multi` needs `layout` of kind table with `one_hot: true`")
         by_prompts = {"zero-shot", "robustness"} & set(self.tasks)
         for key in ("paraphrases", "negation"):
@@ -330,19 +354,23 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     """Loads a recipe of the package by its name, or your own by the path of its YAML file.
 
     Args:
-        name_or_path: A name of `recipe_names()`, or a path that ends with `.yaml` or `.yml`.
+        name_or_path: A name of `recipe_names()`; `medmnist:FLAG[_SIZE]` or `medmnist-c:FLAG` for a 2D set of MedMNIST;
+            or a path that ends with `.yaml` or `.yml`.
 
     Returns:
         The recipe.
 
     Raises:
         RecipeError: For an unknown name, a missing file, broken YAML, unknown keys or wrong values.
+        MissingPackageError: For a set of MedMNIST without its package.
 
     Example:
         >>> load_recipe("rsna_pneumonia").tasks
         ['zero-shot', 'linear-probe']
     """
     name = str(name_or_path)
+    if is_medmnist(name):
+        return Recipe(**medmnist_content(name))
     if not name.endswith((".yaml", ".yml")):
         if name not in recipe_names():
             near = get_close_matches(name, recipe_names(), n=1)
