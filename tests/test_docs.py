@@ -27,10 +27,10 @@ from medmoe_hf.common import packaged
 from medmoe_hf.data import phantom_sample, write_webdataset, zero_shot_prompts
 from medmoe_hf.data.phantom import FINDINGS
 from medmoe_hf.data.sources import load_sources
-from medmoe_hf.evaluation.calibrate import read_task_file
 from medmoe_hf.evaluation.calibration import fit_calibration
 from medmoe_hf.evaluation.recipes import load_recipe
 from medmoe_hf.inference.studies.tasks import read_task
+from medmoe_hf.inference.task_files import read_task_file
 from medmoe_hf.model import MedMoEModel, MedMoEProcessor, Task
 from medmoe_hf.training import TrainConfig
 

@@ -216,7 +216,7 @@ def calibrate(
     """Fit probabilities, thresholds and prediction sets of tasks on labelled images, and store them in the model."""
     from medmoe_hf.data.sources import load_sources
     from medmoe_hf.evaluation.calibrate import calibrate as run
-    from medmoe_hf.evaluation.calibrate import read_task_file
+    from medmoe_hf.inference.task_files import read_task_file
 
     with errors_of("calibrate"):
         report = run(

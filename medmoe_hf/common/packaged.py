@@ -1,7 +1,10 @@
 """The checkpoints that the package contains."""
 
+import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from medmoe_hf.errors import ArgumentError, PathNotFoundError
 
@@ -69,7 +72,9 @@ def packaged_folder(name: str | Path) -> str:
 
 
 def copy_model_code(folder: Path) -> int:
-    """Replaces the code in the folder of a checkpoint by the current code, and adds what sentence-transformers reads.
+    """Replaces the code in the folder of a checkpoint by the current code, and adds what other libraries read.
+
+    These are the files of sentence-transformers, and the pipeline in `config.json`.
 
     Args:
         folder: Folder of a dual encoder. Other Python files, such as those of an expert of one's own, stay.
@@ -78,7 +83,7 @@ def copy_model_code(folder: Path) -> int:
         The number of files of code.
     """
     # Not at the top: it loads torch, and a folder's name is needed without it.
-    from medmoe_hf.model.saving_medmoe import write_sentence_transformers_files
+    from medmoe_hf.model.saving_medmoe import CUSTOM_PIPELINES, write_sentence_transformers_files
 
     code = [*sorted(_MODEL_CODE.glob("*_medmoe.py")), _MODEL_CODE / "handler.py"]
     for copy in folder.glob("*_medmoe.py"):
@@ -86,4 +91,12 @@ def copy_model_code(folder: Path) -> int:
     for path in code:
         shutil.copyfile(path, folder / path.name)
     write_sentence_transformers_files(folder)
+    _name_pipelines(folder / "config.json", CUSTOM_PIPELINES)
     return len(code)
+
+
+def _name_pipelines(path: Path, pipelines: Mapping[str, Any]) -> None:
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if config.get("architectures") == ["MedMoEModel"] and config.get("custom_pipelines") != pipelines:
+        config = dict(sorted({**config, "custom_pipelines": pipelines}.items()))
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -12,18 +12,16 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 import medmoe_hf.model.tasks_medmoe as model_tasks
 from medmoe_hf.common.console import progress
 from medmoe_hf.common.files import atomic_dir, redact_paths
 from medmoe_hf.common.loading import explain_loading
 from medmoe_hf.common.packaged import copy_model_code
-from medmoe_hf.common.yaml_files import explain, read_yaml
 from medmoe_hf.data.cells import cell_text, matches
 from medmoe_hf.data.checkpoint_names import find_checkpoint
 from medmoe_hf.data.collate import ContrastiveCollator
@@ -31,127 +29,13 @@ from medmoe_hf.data.stream import SampleStream
 from medmoe_hf.errors import ArgumentError, PathExistsError, SourceError
 from medmoe_hf.evaluation.calibration import fit_calibration
 from medmoe_hf.inference.batching import BATCH_SIZE, default_device
+from medmoe_hf.inference.task_files import TaskFile
 from medmoe_hf.model import MedMoEModel, MedMoEProcessor, Task
 
 logger = logging.getLogger(__name__)
 
 _NEVER_FITTED = frozenset({"test", "testing", "external"})
 """Words in the name of a split, or of a file, whose images are for measuring only."""
-
-
-def _listed(value: Any) -> Any:
-    return value if isinstance(value, list) else [value]
-
-
-def _as_cells(value: Any) -> list[str]:
-    return [cell_text(one) for one in _listed(value)]
-
-
-_Texts = Annotated[list[str], BeforeValidator(_listed), Field(min_length=1)]
-_Values = Annotated[list[str], BeforeValidator(_as_cells), Field(min_length=1)]
-
-
-class TaskFile(BaseModel):
-    """A task as a user writes it: a YAML or JSON file, or an entry of a list of them.
-
-    Attributes:
-        name: Name by which the task is chosen.
-        prompts: Class -> one or more sentences that describe it.
-        negative_prompts: Class -> sentences that describe its absence (multi-label only).
-        kind: `multi-class` (each image has one class) or `multi-label` (any number of them).
-        score: The similarity: `global`, `local` or `mean`.
-        modality: Name of the modality of the images.
-        title: What the task is, in words.
-        labels: Class -> the values of the data's `label` that mean it; by default the class's name. In a multi-label
-            task, several labels of an image are separated by `|`, `;` or `,`; an image with none of them has no class.
-        where: Field -> values: only rows with one of these values in each of the fields belong to the task.
-
-    Example:
-        >>> from medmoe_hf.evaluation.calibrate import TaskFile
-        >>> prompts = {"normal": "Clear lungs.", "effusion": ["A pleural effusion.", "Fluid in the chest."]}
-        >>> TaskFile(name="chest", prompts=prompts).task().classes
-        ['normal', 'effusion']
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    name: str = Field(min_length=1)
-    prompts: dict[str, _Texts]
-    negative_prompts: dict[str, _Texts] = {}
-    kind: Literal["multi-class", "multi-label"] = "multi-class"
-    score: Literal["global", "local", "mean"] = "global"
-    modality: str | None = None
-    title: str = ""
-    labels: dict[str, _Values] = {}
-    where: dict[str, _Values] = {}
-
-    def task(self) -> Task:
-        """Returns the task without what concerns the data.
-
-        Raises:
-            ValueError: If its parts do not fit together.
-        """
-        unknown = [name for name in self.labels if name not in self.prompts]
-        if unknown:
-            raise ArgumentError(f'Task "{self.name}": `labels` has "{unknown[0]}", which is no class of `prompts`.')
-        kept = self.model_dump(exclude={"labels", "where"})
-        return Task(**kept)
-
-    def classes_of(self, label: Any) -> list[int] | None:
-        """Finds the classes of a label of the data.
-
-        Args:
-            label: The label, as a stream returns it.
-
-        Returns:
-            Indices of classes; None for an empty label, and in a multi-class task for one of no class.
-        """
-        text = _folded(label)
-        if not text:
-            return None
-        known = {
-            _folded(value): index for index, name in enumerate(self.prompts) for value in self.labels.get(name, [name])
-        }
-        if self.kind == "multi-class":
-            return [known[text]] if text in known else None
-        parts = [text] if text in known else [part.strip() for part in re.split(r"[|;,]", text)]
-        return sorted({known[part] for part in parts if part in known})
-
-
-def _folded(value: Any) -> str:
-    return " ".join(cell_text(value).split()).casefold()
-
-
-def read_task_file(path: str | Path) -> list[TaskFile]:
-    """Reads tasks that a user has written.
-
-    Args:
-        path: A YAML or JSON file with the keys of `TaskFile`, or a list of such entries.
-
-    Returns:
-        The tasks.
-
-    Raises:
-        ArgumentError: For a missing file, an unknown key, a repeated name, or a task that cannot be used.
-    """
-    content = read_yaml(path, ArgumentError)
-    entries = content if isinstance(content, list) else [content]
-    found = []
-    for entry in entries:
-        if not isinstance(entry, dict):
-            raise ArgumentError(f"{path} must hold a task, `name: ...` and `prompts: ...`, or a list of tasks.")
-        try:
-            found.append(TaskFile.model_validate(entry))
-            found[-1].task()
-        except ValidationError as error:
-            sections = {"": list(TaskFile.model_fields)}
-            raise ArgumentError(f"{path} cannot be used:\n{explain(error, sections)}") from error
-        except ArgumentError as error:
-            raise ArgumentError(f"{path}: {error}") from error
-    repeated = [name for name, count in Counter(one.name for one in found).items() if count > 1]
-    if repeated or not found:
-        raise ArgumentError(f"{path} has {'the task ' + repeated[0] + ' twice' if repeated else 'no task'}.")
-    return found
 
 
 @dataclass
@@ -248,7 +132,8 @@ def calibrate(
     Example:
         ```python
         from medmoe_hf.data.sources import load_sources
-        from medmoe_hf.evaluation.calibrate import calibrate, read_task_file
+        from medmoe_hf.evaluation.calibrate import calibrate
+        from medmoe_hf.inference.task_files import read_task_file
 
         report = calibrate("scratch/model", load_sources("sources.yaml"), read_task_file("chest.yaml"), split="val")
         print(report)

@@ -14,21 +14,9 @@ from medmoe_hf.data.captions import is_empty
 from medmoe_hf.errors import ArgumentError
 from medmoe_hf.evaluation.metrics import classification_metrics
 from medmoe_hf.inference.texts import class_embeddings, flatten_prompts
+from medmoe_hf.model import Task
 
 NO_TASK = -1
-
-
-@dataclass(frozen=True)
-class LabelTask:
-    """A classification task.
-
-    Attributes:
-        name: The modality, or `modality/source`.
-        prompts: Class -> sentences, in the order of classes.
-    """
-
-    name: str
-    prompts: dict[str, list[str]]
 
 
 @dataclass(frozen=True)
@@ -41,7 +29,7 @@ class HeldOutTasks:
         texts: Tokenized batches of `task_sentences`.
     """
 
-    tasks: list[LabelTask]
+    tasks: list[Task]
     classes: list[Tensor]
     texts: list[dict[str, Any]]
 
@@ -53,7 +41,7 @@ def label_tasks(
     templates: Sequence[str] = ("{label}",),
     prompts: Mapping[str, Sequence[str]] | None = None,
     smallest_class: int = 1,
-) -> tuple[list[LabelTask], Tensor]:
+) -> tuple[list[Task], Tensor]:
     """Finds the tasks that the labels of samples make up: those of one modality, or of one source and modality.
 
     Args:
@@ -93,7 +81,7 @@ def label_tasks(
         of_modality[name] = modality
         found.setdefault(name, {}).setdefault(_folded(label), []).append(row)
         spelled.setdefault(_folded(label), Counter())[" ".join(str(label).split())] += 1
-    tasks: list[LabelTask] = []
+    tasks: list[Task] = []
     classes = torch.full((len(samples), 2), NO_TASK)
     used: set[str] = set()
     for name in sorted(found):
@@ -108,7 +96,7 @@ def label_tasks(
             used |= set() if key is None else {key}
             written = [template.format(label=shown, modality=modality) for template in templates]
             sentences[shown] = written if key is None else own[key]
-        tasks.append(LabelTask(name, sentences))
+        tasks.append(Task(name, sentences, modality=of_modality[name]))
     unused = [key for key in prompts or {} if _folded(key) not in used]
     if unused and tasks:
         labels_found = sorted({label for task in tasks for label in task.prompts})
@@ -119,9 +107,7 @@ def label_tasks(
     return tasks, classes
 
 
-def score_tasks(
-    tasks: Sequence[LabelTask], image_embeds: Tensor, classes: Tensor, text_embeds: Tensor
-) -> dict[str, float]:
+def score_tasks(tasks: Sequence[Task], image_embeds: Tensor, classes: Tensor, text_embeds: Tensor) -> dict[str, float]:
     """Balanced accuracy of each task, and their mean.
 
     Args:
@@ -150,7 +136,7 @@ def score_tasks(
     return result
 
 
-def task_sentences(tasks: Sequence[LabelTask]) -> list[str]:
+def task_sentences(tasks: Sequence[Task]) -> list[str]:
     """The sentences of all tasks, one task after the other."""
     return [sentence for task in tasks for sentence in flatten_prompts(task.prompts)[0]]
 

@@ -40,7 +40,16 @@ _MODELS: dict[str, tuple[Any, str, str]] = {
 }
 _MEASURED = ("protocol", "dataset", "N", "variant", "metric", "value", "95 % interval")
 # Fields of a configuration that are not compared between models.
-_NO_DIFFERENCE = {"architectures", "auto_map", "dtype", "id2label", "label2id", "model_type", "transformers_version"}
+_NO_DIFFERENCE = {
+    "architectures",
+    "auto_map",
+    "custom_pipelines",
+    "dtype",
+    "id2label",
+    "label2id",
+    "model_type",
+    "transformers_version",
+}
 _ABSOLUTE = re.compile(r"(?<![\w.:/\\])(?:~|[A-Za-z]:)?[/\\](?=[^\s/\\])(?:[^\s/\\]+[/\\])*")
 
 _GLOBAL_FEATURES = {

@@ -13,6 +13,7 @@ import os
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import pairwise
@@ -39,7 +40,12 @@ from .errors_medmoe import ArgumentError
 from .losses_medmoe import cosine_logits, local_logits, local_terms, training_losses, word_attention
 from .modalities_medmoe import UNKNOWN_MODALITY
 from .rejection_medmoe import REJECTOR_FILE, Rejector, load_rejector, rejection_features
-from .saving_medmoe import PROCESSING_AUTO_MAP, upload_model, write_sentence_transformers_files
+from .saving_medmoe import (
+    CUSTOM_PIPELINES,
+    PROCESSING_AUTO_MAP,
+    upload_model,
+    write_sentence_transformers_files,
+)
 from .tasks_medmoe import (
     TASKS_FILE,
     EncodedTask,
@@ -55,6 +61,7 @@ from .word_regions_medmoe import of_any_size, word_contributions, word_log_odds
 if TYPE_CHECKING:
     # transformers reads these lines: it keeps the files beside this one, and saves them with every model.
     from .handler import EndpointHandler as EndpointHandler
+    from .pipeline_medmoe import MedMoEZeroShotPipeline as MedMoEZeroShotPipeline
     from .processing_medmoe import MedMoEProcessor as MedMoEProcessor
 
 try:
@@ -419,6 +426,7 @@ class MedMoEPreTrainedModel(PreTrainedModel):
     # The losses are means over a batch, so `Trainer` has to divide by its accumulation steps.
     accepts_loss_kwargs = False
     _auto_map: dict[str, Any] = {}
+    _custom_pipelines: dict[str, Any] | None = None
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -435,6 +443,10 @@ class MedMoEPreTrainedModel(PreTrainedModel):
             **kwargs: Other arguments of `PreTrainedModel.save_pretrained`.
         """
         self.config.auto_map = dict(self._auto_map)
+        if self._custom_pipelines is not None:
+            self.config.custom_pipelines = deepcopy(self._custom_pipelines)
+        elif hasattr(self.config, "custom_pipelines"):
+            del self.config.custom_pipelines  # another model's, of the same configuration
         return super().save_pretrained(save_directory, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
@@ -1605,6 +1617,7 @@ class MedMoEModel(MedMoEPreTrainedModel):
         "AutoModelForImageClassification": "modeling_medmoe.MedMoEForImageClassification",
         **PROCESSING_AUTO_MAP,
     }
+    _custom_pipelines = CUSTOM_PIPELINES
 
     def __init__(self, config: MedMoEConfig) -> None:
         super().__init__(config)

@@ -1,4 +1,4 @@
-"""What saved and published folders need: an `auto_map`, what sentence-transformers reads, and no outdated weights."""
+"""What saved and published folders need: entries of the configuration, what other libraries read, and uploads."""
 
 import json
 import re
@@ -19,6 +19,12 @@ PROCESSING_AUTO_MAP: dict[str, Any] = {
     "AutoProcessor": "processing_medmoe.MedMoEProcessor",
 }
 """The classes of the processor and its parts, for the `auto_map` of every model's configuration."""
+
+CUSTOM_PIPELINES: dict[str, Any] = {
+    "zero-shot-image-classification": {"impl": "pipeline_medmoe.MedMoEZeroShotPipeline", "pt": ["AutoModel"]}
+}
+"""The pipeline that knows a checkpoint's tasks, by the name of the stock one; for the configuration of models with
+tasks."""
 
 
 SENTENCE_TRANSFORMERS_FILES: dict[str, Any] = {

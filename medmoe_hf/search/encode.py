@@ -45,7 +45,15 @@ from medmoe_hf.search.shards import FORMAT, MANIFEST, ShardWriter, read_manifest
 
 _MAY_DIFFER = ("model",)
 # Entries of configurations that do not change an embedding.
-_VOLATILE = ("transformers_version", "architectures", "auto_map", "_name_or_path", "dtype", "processor_class")
+_VOLATILE = (
+    "transformers_version",
+    "architectures",
+    "auto_map",
+    "custom_pipelines",
+    "_name_or_path",
+    "dtype",
+    "processor_class",
+)
 
 _MOST_CHANGES = 5  # lines of a message per source
 

@@ -16,8 +16,9 @@ from medmoe_hf.data.collate import ContrastiveCollator
 from medmoe_hf.data.reading import Sample
 from medmoe_hf.data.stream import SampleStream
 from medmoe_hf.errors import StreamError, TrainingError
-from medmoe_hf.evaluation.label_tasks import NO_TASK, HeldOutTasks, LabelTask, label_tasks, task_sentences
+from medmoe_hf.evaluation.label_tasks import NO_TASK, HeldOutTasks, label_tasks, task_sentences
 from medmoe_hf.evaluation.validation import RECALLS, validate
+from medmoe_hf.model import Task
 from medmoe_hf.model.modalities_medmoe import UNKNOWN_MODALITY
 from medmoe_hf.training.config import ZeroShotSection
 from medmoe_hf.training.negatives import gather_rows, max_over_processes
@@ -118,9 +119,9 @@ class HeldOutData:
             for line in _limits(len(samples), size):
                 logger.warning(line)
 
-    def _find_tasks(self, samples: list[Sample]) -> tuple[list[LabelTask], Tensor]:
+    def _find_tasks(self, samples: list[Sample]) -> tuple[list[Task], Tensor]:
         """The zero-shot tasks of all pairs, and the task and class of each pair."""
-        tasks: list[LabelTask] = []
+        tasks: list[Task] = []
         classes = torch.full((len(samples), 2), NO_TASK)
         section = self._zero_shot
         if section is not None:

@@ -11,10 +11,11 @@ from typer.testing import CliRunner
 
 from medmoe_hf.cli import app
 from medmoe_hf.data.sources import load_sources
-from medmoe_hf.evaluation.calibrate import TaskFile, calibrate, read_task_file
+from medmoe_hf.evaluation.calibrate import calibrate
 from medmoe_hf.evaluation.calibration import fit_calibration
 from medmoe_hf.hub.card import build_card
 from medmoe_hf.hub.folder_checks import check_folder
+from medmoe_hf.inference.task_files import TaskFile, read_task_file
 from medmoe_hf.model import MedMoEModel, MedMoEProcessor
 from medmoe_hf.training.build import build_model
 from medmoe_hf.training.config import ModelSection

@@ -12,8 +12,11 @@ from sklearn.metrics import roc_curve
 from medmoe_hf.evaluation.calibration import (
     _folds,
     conformal_quantile,
+    fit_best_score,
     fit_calibration,
     fit_scale,
+    held_out_loss,
+    measure_calibrated,
     sensitivity_threshold,
     youden_threshold,
 )
@@ -230,3 +233,59 @@ def test_what_cannot_be_fitted_is_refused():
     absent[:, 1] = 1
     with pytest.raises(ValueError, match='the absence of "effusion" has 0 cases, 10 more'):
         fit_calibration(FINDINGS, scores, absent)
+
+
+def test_the_score_with_the_likeliest_answers_is_kept():
+    scores, labels, subjects = draw(240, subjects=80)
+    noise = np.random.default_rng(1).normal(scale=8, size=scores.shape)
+    task = fit_best_score(
+        TASK, {"global": scores + noise, "local": -scores, "mean": scores}, labels, subjects, resamples=5
+    )
+    assert task.score == "mean"
+    alone = fit_calibration(TASK, scores, labels, subjects, resamples=5).calibration
+    assert task.calibration.temperature == alone.temperature
+    assert task.calibration.measured == alone.measured
+    losses = task.calibration.fitted_on["held_out_loss"]
+    assert losses["mean"] < losses["global"] < math.log(3) * 1.05
+
+    # By hand: a calibration without a fold's subjects, and the mean over classes of -log(p).
+    folds = _folds(labels, np.array(subjects), 0)
+    chances = np.zeros_like(scores)
+    for fold in range(5):
+        rows = folds == fold
+        scale, bias = fit_scale(scores[~rows], labels[~rows])
+        table = scale * scores[rows] + bias
+        chances[rows] = np.exp(table) / np.exp(table).sum(axis=1, keepdims=True)
+    own = -np.log(chances[np.arange(240), labels])
+    expected = np.mean([own[labels == index].mean() for index in range(3)])
+    assert held_out_loss(TASK, scores, labels, subjects) == pytest.approx(expected)
+    # Of equals the task's own score stays; where nothing can be fitted, the reason is that of the best one.
+    assert fit_best_score(TASK, {"mean": scores, "global": scores}, labels, resamples=5).score == "global"
+    with pytest.raises(ValueError, match="higher scores do not mean"):
+        fit_best_score(TASK, {"global": -scores}, labels, resamples=5)
+    with pytest.raises(ValueError, match="too little to calibrate on"):
+        fit_best_score(TASK, {"global": scores[:20]}, labels[:20], resamples=5)
+
+
+def test_new_images_are_measured_by_what_the_task_answers():
+    scores, labels, _ = draw(400)
+    task = fit_calibration(TASK, scores, labels, resamples=5, sensitivity={"edema": 0.95})
+    new, truth, subjects = draw(300, seed=7, subjects=100)
+    found = measure_calibrated(task, new, truth, subjects, plain=new / 2, resamples=20)
+    chosen, sets = task.decide(torch.from_numpy(new))
+    names = [CLASSES[label] for label in truth]
+    right = np.array([[name] == own for name, own in zip(names, chosen, strict=True)])
+    assert found["accuracy"].value == right.mean()
+    assert found["balanced_accuracy"].value == pytest.approx(np.mean([right[truth == one].mean() for one in range(3)]))
+    held = np.array([name in own for name, own in zip(names, sets, strict=True)])
+    assert (found["coverage"].value, found["coverage"].n) == (held.mean(), 100)
+    assert found["coverage: edema"].value == pytest.approx(held[truth == 2].mean())
+    assert found["set_size"].value == pytest.approx(np.mean([len(own) for own in sets]))
+    assert found["ece"].value == pytest.approx(
+        measure(task.probabilities(torch.from_numpy(new)).numpy(), truth)["ece"]
+    )
+    plain = torch.from_numpy(new / 2).softmax(dim=1).numpy()
+    assert found["ece_before"].value == pytest.approx(measure(plain, truth)["ece"])
+    assert found["coverage"].low < found["coverage"].value < found["coverage"].high
+    with pytest.raises(ValueError, match="must be multi-class and calibrated"):
+        measure_calibrated(TASK, new, truth)

@@ -22,14 +22,16 @@ from medmoe_hf.data.stream import SampleStream
 from medmoe_hf.errors import CardError, SourceError
 from medmoe_hf.evaluation.dataset import EvaluationSet
 from medmoe_hf.evaluation.intervals import Interval
+from medmoe_hf.evaluation.metrics import calibration as measure_calibration
 from medmoe_hf.evaluation.results import Result
 from medmoe_hf.inference.encoders import MedMoEEncoder
+from medmoe_hf.model.tasks_medmoe import read_tasks
 from medmoe_hf.training import TrainConfig
 
 FOLDER = Path(__file__).parents[2] / "examples" / "experiments" / "real"
 NAMES = (
     "manifest", "tasks", "clean_encode", "encode", "evaluate", "check", "report", "card", "trainings", "leave_one_out",
-    "twins", "figures", "pooling", "organs", "robustness",
+    "twins", "figures", "pooling", "organs", "calibrate", "robustness",
 )  # fmt: skip
 
 # The scripts import each other by name; other modules of these names must not be hidden from other tests.
@@ -290,6 +292,111 @@ def test_what_was_encoded_is_not_encoded_again(data, model, tmp_path, in_process
     (changed / "README.md").write_text("A card.")
     stored(changed, None, tmp_path).run(data, rows, ["Glaucoma."])
     assert len(in_process) == 3
+
+
+# Tasks that travel
+
+
+def test_tasks_are_calibrated_on_val_and_measured_on_test(data, model, tmp_path, in_process, monkeypatch, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    # Eight images of four subjects are too few for all but a softer minimum.
+    for name, least in (("MINIMUM", 4), ("FOLDS", 2)):
+        monkeypatch.setattr(f"medmoe_hf.evaluation.calibration.{name}", least)
+    arguments = ["--data", str(data), "--run", str(tmp_path / "run"), "--resamples", "5"]
+    scripts["calibrate"].main([str(folder), *arguments])
+    shown = capsys.readouterr().out
+    tasks = read_tasks(folder / "tasks.json")
+    assert list(tasks)[:2] == ["pneumonia-children", "pneumonia-adults"]
+    # Other sources are answered by the task of the first ones.
+    assert "fundus-external" in tasks
+    assert "glaucoma-external" not in tasks
+    fitted = [name for name, task in tasks.items() if task.calibration is not None]
+    assert fitted
+    assert tasks["fundus-external"].calibration is None
+    assert "fundus-external          not calibrated: val has no image of it." in shown
+    assert tasks["glaucoma"].modality == "fundus"
+    facts = tasks[fitted[0]].calibration.fitted_on
+    assert (facts["split"], facts["cases"], facts["subjects"]) == ("val", 8, 4)
+    assert set(facts["held_out_loss"]) == {"global", "local", "mean"}
+
+    # Nothing but `val` was read, and what it is measured on is what the model answers.
+    assert len(in_process) == 1
+    assert {row["split"] for row in rows_of(data) if str(data / row["file"]) in in_process[0]["images"]} == {"val"}
+    run = scripts["evaluate"].evaluate
+    found = {
+        (split, result.dataset): result
+        for split in ("test", "external")
+        for result in run(folder, data, split, cache=tmp_path / "run" / "cache", probes=False, resamples=5)
+        if result.protocol == "zero-shot"
+    }
+    encoder = MedMoEEncoder(folder)
+    for split, key, name in (("test", fitted[0], fitted[0]), ("external", "modality-external", "modality")):
+        if tasks[name].calibration is None:
+            continue
+        one = scripts["tasks"].evaluation_set(key, rows_of(data), data, split)
+        pixels = encoder.processor(images=one.images, return_tensors="pt")["pixel_values"]
+        answer = encoder.model.classify(pixels, name)
+        truth = [one.classes[label] for label in one.labels]
+        measured = found[split, key].by_variant()["shipped task"]
+        assert measured["coverage"].value == pytest.approx(
+            np.mean([own in names for own, names in zip(truth, answer.sets, strict=True)])
+        )
+        assert measured["accuracy"].value == np.mean([[own] == c for own, c in zip(truth, answer.labels, strict=True)])
+        if split == "test":
+            right = balanced_accuracy_score(truth, [label for (label,) in answer.labels])
+            assert measured["balanced_accuracy"].value == pytest.approx(right)
+            probabilities = answer.probabilities.double().numpy()
+            expected = measure_calibration(probabilities / probabilities.sum(axis=1, keepdims=True), one.labels)
+            assert measured["ece"].value == pytest.approx(expected["ece"], abs=1e-5)
+            plain = found[split, key].by_variant()["global"]["ece"].value
+            assert measured["ece_before"].value == pytest.approx(plain, abs=1e-6)
+    assert found["external", "glaucoma-external"].facts["shipped"]["task"] == "glaucoma"
+    assert found["external", "fundus-external"].facts["shipped"]["calibrated"] is False
+
+    report = scripts["report"]
+    results = {"test": [one for (split, _), one in found.items() if split == "test"]}
+    line = next(line for line in report.shipped_table(results, "test").splitlines() if f"`{fitted[0]}`" in line)
+    assert report.shown(found["test", fitted[0]].by_variant()["shipped task"]["coverage"]) in line
+    # Tasks are no part of what features depend on: those of `val` are read again.
+    scripts["calibrate"].main([str(folder), *arguments])
+    assert len(in_process) == 3
+
+
+def test_answered_tasks_have_as_many_classes():
+    tasks = scripts["tasks"].TASKS
+    answered = {name: task.answered_by for name, task in tasks.items() if task.answered_by}
+    assert {"glaucoma-external", "modality-external", "region-ct-external"} <= set(answered)
+    for name, other in answered.items():
+        assert tasks[name].external
+        assert not tasks[other].external
+        assert len(tasks[name].classes) == len(tasks[other].classes)
+        # The same classes in the same order, or the absence of a finding by two names.
+        assert list(tasks[name].classes)[1:] == list(tasks[other].classes)[1:]
+
+
+def test_tasks_are_measured_together():
+    draw = np.random.default_rng(0)
+    parts = []
+    for count, classes in ((30, 2), (20, 3)):
+        labels = draw.integers(0, classes, count)
+        tables = draw.dirichlet(np.ones(classes), (2, count))
+        subjects = np.array([f"{classes}-{row // 2}" for row in range(count)])
+        covered, size = draw.random(count) < 0.9, draw.integers(0, classes + 1, count)
+        part = {"before": tables[0], "after": tables[1], "labels": labels}
+        parts.append({**part, "covered": covered, "size": size, "subjects": subjects})
+    result = scripts["evaluate"].together(parts, "mine/small", resamples=20, seed=0)
+    found = result.by_variant()["shipped task"]
+    assert (result.count, found["ece"].n) == (50, 25)
+    assert found["coverage"].value == (parts[0]["covered"].sum() + parts[1]["covered"].sum()) / 50
+    for name, key in (("ece_before", "before"), ("ece", "after")):
+        confidence = np.concatenate([part[key].max(axis=1) for part in parts])
+        right = np.concatenate([part[key].argmax(axis=1) == part["labels"] for part in parts])
+        bins = np.ceil(confidence * 15)
+        expected = sum(abs((confidence - right)[bins == one].sum()) for one in np.unique(bins)) / 50
+        assert found[name].value == pytest.approx(expected)
+    table = scripts["report"].shipped_table({"test": [result]}, "test")
+    assert f"| 2 tasks | 50 (25) | – | – | {scripts['report'].shown(found['ece_before'])} |" in table
 
 
 # Statistics

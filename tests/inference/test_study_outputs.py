@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -122,7 +123,7 @@ def test_labels_of_a_study_are_compared_within_the_series_that_were_asked_the_sa
     for label in series[1].labels:
         label.label = f"other {label.label}"
     prompts = dict(zip(map("other {}".format, LABELS), series[0].task.prompts.values(), strict=True))
-    series[1].task = type(series[1].task)(prompts)
+    series[1].task = replace(series[1].task, prompts=prompts)
     labels = study_labels(series)
     assert [label.asked for label in labels] == [[1]] * 3 + [[2]] * 3
     assert sum(label.probability for label in labels[:3]) == pytest.approx(1)

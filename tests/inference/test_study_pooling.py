@@ -2,21 +2,27 @@
 
 import json
 import math
-from types import SimpleNamespace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
+import medmoe_hf
 from medmoe_hf.errors import ArgumentError
 from medmoe_hf.inference.studies.pooling import key_slices, pool_slices, route_series
 from medmoe_hf.inference.studies.tasks import (
-    LabelTask,
     as_task,
     default_task,
     normal_sentences,
+    probabilities,
     read_task,
+    reference,
     task_of_labels,
 )
+from medmoe_hf.inference.task_files import read_task_file
+from medmoe_hf.model import Calibration, Task
+from medmoe_hf.model.tasks_medmoe import write_tasks
 
 SCORES = np.random.default_rng(0).normal(scale=3, size=(23, 4))
 
@@ -95,7 +101,7 @@ def test_labels_become_sentences_that_name_the_technique():
         "No finding.",
     )
     assert task.prompts["There is a pleural effusion."] == ("There is a pleural effusion.",)
-    assert task.reference("no finding") == ("There is a pleural effusion.",)
+    assert reference(task, "no finding") == ("There is a pleural effusion.",)
 
 
 @pytest.mark.parametrize(
@@ -115,12 +121,12 @@ def test_labels_that_cannot_be_compared(labels, message):
 
 def test_a_task_file_holds_labels_or_prompts_as_a_recipe_does(tmp_path):
     (tmp_path / "plain.yaml").write_text("a: [One., Two.]\nb: Three.\n")
-    assert read_task(tmp_path / "plain.yaml") == LabelTask({"a": ("One.", "Two."), "b": ("Three.",)})
+    assert read_task(tmp_path / "plain.yaml") == Task("plain", {"a": ["One.", "Two."], "b": ["Three."]})
     recipe = {"name": "x", "classes": ["a"], "prompts": {"a": ["Yes."]}, "negative_prompts": {"a": ["No."]}}
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     task = read_task(tmp_path / "recipe.json")
-    assert task.independent
-    assert task.reference("a") == ("No.",)
+    assert task.kind == "multi-label"
+    assert reference(task, "a") == ("No.",)
     assert as_task(str(tmp_path / "recipe.json")) == task
     assert as_task("a task of the model") == "a task of the model"
 
@@ -128,10 +134,11 @@ def test_a_task_file_holds_labels_or_prompts_as_a_recipe_does(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("- a\n", "must hold labels with their sentences"),
-        ("a: [1, 2]\nb: [x]\n", 'task.yaml: the label "a" needs a list of sentences'),
-        ("a: []\nb: [x]\n", 'task.yaml: The label "a" needs at least one sentence'),
-        ("prompts: {a: [x]}\nnegative_prompts: {b: [y]}\n", "must have the labels of `prompts`"),
+        ("- a\n", "or classes with their sentences"),
+        ("a: [1, 2]\nb: [x]\n", r"prompts\.a"),
+        ("a: []\nb: [x]\n", r"prompts\.a"),
+        ("prompts: {a: [x]}\nnegative_prompts: {b: [y]}\n", "with the classes of `prompts` in order"),
+        ("- {name: a, prompts: {a: x, b: y}}\n- {name: c, prompts: {a: x, b: y}}\n", "holds the tasks a, c"),
         ("a: [x\n", "task.yaml is no valid YAML"),
     ],
 )
@@ -145,29 +152,28 @@ def test_task_files_that_cannot_be_used(tmp_path, content, message):
 
 def test_probabilities_are_a_softmax_or_independent_sigmoids():
     scores = np.array([[1.0, 3.0], [800.0, -800.0]])
-    compared = LabelTask({"a": ("x",), "b": ("y",)}).probabilities(scores)
+    compared = probabilities(Task("t", {"a": ("x",), "b": ("y",)}), scores)
     assert compared[0, 1] == pytest.approx(math.exp(3) / (math.exp(1) + math.exp(3)))
     assert compared[1].tolist() == [1.0, 0.0]
-    independent = LabelTask({"a": ("x",), "b": ("y",)}, {"a": ("no x",), "b": ("no y",)}).probabilities(scores)
+    independent = probabilities(
+        Task("t", {"a": ("x",), "b": ("y",)}, {"a": ("no x",), "b": ("no y",)}, "multi-label"), scores
+    )
     assert independent[0].tolist() == pytest.approx([1 / (1 + math.exp(-1)), 1 / (1 + math.exp(-3))])
     assert independent[1].tolist() == [1.0, 0.0]
 
 
-def test_a_task_of_a_model_keeps_its_calibration_of_global_scores_only():
-    torch = pytest.importorskip("torch")
-    own = SimpleNamespace(
-        prompts={"a": ["x"], "b": ["y"]},
-        negative_prompts={},
-        kind="multi-class",
-        score="global",
-        calibration=object(),
-        probabilities=lambda scores: torch.softmax(scores / 10, dim=1),
-    )
-    scores = np.array([[1.0, 3.0]])
-    ratio = math.exp(0.2)
-    assert as_task(own).probabilities(scores)[0, 1] == pytest.approx(ratio / (1 + ratio))
-    own.score = "local"
-    assert as_task(own).probabilities(scores)[0, 1] == pytest.approx(math.exp(2) / (1 + math.exp(2)))
+def test_a_file_of_a_checkpoint_or_of_a_recipe_is_read_by_the_same_reader(tmp_path):
+    half = {"a": 0.5, "b": 0.5}
+    fitted = Calibration(2.0, {"a": 0.0, "b": 0.0}, half, half, 0.9, "marginal", half)
+    own = Task("chest", {"a": ["x"], "b": ["y"]}, score="mean", modality="xray", calibration=fitted)
+    write_tasks(tmp_path / "tasks.json", {"chest": own})
+    # A calibration fits the weights of its checkpoint only.
+    assert read_task(tmp_path / "tasks.json") == own.uncalibrated()
+    recipe = next(Path(medmoe_hf.__file__).parent.glob("evaluation/recipe_files/chexpert_5x200.yaml"))
+    (entry,) = read_task_file(recipe)
+    assert (entry.name, entry.modality, entry.title) == ("chexpert_5x200", "xray", "CheXpert 5x200")
+    content = yaml.safe_load(recipe.read_text())
+    assert {name: list(own) for name, own in entry.task().prompts.items()} == content["prompts"]
 
 
 def test_default_labels_exist_for_every_modality():

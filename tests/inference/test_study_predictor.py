@@ -22,6 +22,7 @@ from medmoe_hf.inference.studies import Question, StudyPredictor, predict, write
 from medmoe_hf.inference.studies.pooling import pool_slices, route_series, softmax
 from medmoe_hf.inference.studies.predictor import plain_reason
 from medmoe_hf.inference.studies.tasks import normal_sentences, task_of_labels
+from medmoe_hf.model import Calibration, Task
 from medmoe_hf.model.rejection_medmoe import sample_weights
 from medmoe_hf.model.studies_medmoe import read_studies
 
@@ -275,6 +276,39 @@ def test_a_task_may_come_with_the_model(predictor, tmp_path, monkeypatch):
     assert {label.label for label in study.labels} == set(LABELS)
     with pytest.raises(ArgumentError, match='no file "abdomen", and the model has no task of this name: it has chest'):
         predict(tmp_path, model=predictor, task="abdomen", progress=False)
+
+
+@pytest.mark.parametrize("score", ["local", "mean"])
+def test_a_task_is_answered_by_its_score_and_its_calibration(predictor, tmp_path, monkeypatch, score):
+    """Scores of slices are those of `classify`, one by one."""
+    ct_series(tmp_path)
+    encoder = predictor.encoder
+    prompts = {"effusion": ["Large pleural effusion.", "Fluid."], "clear": ["Clear lungs."]}
+    half = dict.fromkeys(prompts, 0.5)
+    fitted = Calibration(3.0, {"effusion": 0.4, "clear": -0.4}, half, half, 0.9, "marginal", half)
+    own = Task("chest", prompts, score=score, calibration=fitted)
+    told = Task("told", prompts, {name: [f"No {name}."] for name in prompts}, "multi-label", score)
+    own, told = encoder.processor.tokenize_task(own), encoder.processor.tokenize_task(told)
+    monkeypatch.setattr(encoder.model, "tasks", {"chest": own}, raising=False)
+    # In batches of two, some slices are first read by another expert.
+    predictor = StudyPredictor(encoder, batch_size=2)
+    for task, asked in ((own, "chest"), (told, replace(told, tokens={}))):
+        question = Question(task=asked, pooling="mean")
+        (study,) = predictor(read_studies([tmp_path]), question, show_progress=False)
+        (series,) = study.series
+        (decoded,) = read_studies([tmp_path])[0].series
+        pixels = [
+            encoder.processor(images=decoded.slice(i), return_tensors="pt")["pixel_values"] for i in range(COUNT)
+        ]
+        answers = [encoder.model.classify(one, task, modality=series.expert) for one in pixels]
+        scores = torch.cat([answer.scores for answer in answers]).double()
+        by_label = {label.label: label for label in series.labels}
+        expected = task.probabilities(scores.mean(dim=0, keepdim=True))[0]
+        for column, name in enumerate(prompts):
+            np.testing.assert_allclose(by_label[name].slice_scores, scores[:, column].numpy(), atol=1e-3)
+            slices = torch.cat([answer.probabilities for answer in answers])[:, column]
+            np.testing.assert_allclose(by_label[name].slice_probabilities, slices.numpy(), atol=1e-3)
+            assert by_label[name].probability == pytest.approx(float(expected[column]), abs=1e-3)
 
 
 def test_models_without_experts_are_refused(tmp_path):

@@ -42,6 +42,7 @@ FILES = {f"{name}_medmoe.py" for name in ("configuration", "modeling", "losses",
     "saving_medmoe.py",
     "tasks_medmoe.py",
     "rejection_medmoe.py",
+    "pipeline_medmoe.py",
 }
 PROCESSING = {
     "AutoImageProcessor": {

@@ -54,12 +54,12 @@ def cached(cache: Path, name: str, depends_on: Any, compute: Callable[[], Mappin
 
 
 def folder_hash(folder: str | Path) -> str:
-    """Hashes what a checkpoint's outputs depend on: weights, configuration, tokenizer and code."""
+    """Hashes what a checkpoint's outputs depend on: weights, configuration, tokenizer and code; not its tasks."""
     names = sorted(
         path
         for path in Path(folder).iterdir()
         if path.suffix in (".safetensors", ".json", ".py", ".txt")
-        and path.name not in ("training.json", "golden.safetensors", "rejector.safetensors")
+        and path.name not in ("training.json", "golden.safetensors", "tasks.json", "rejector.safetensors")
     )
     if not names:
         raise EncoderError(f"{folder} holds no checkpoint.")

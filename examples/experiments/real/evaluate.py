@@ -7,7 +7,9 @@ The checkpoint runs in a process without this package, through `AutoModel` and i
 `val`; `test` and `external` are measured once.
 
 * Routing: the image router alone, on all images and by source.
-* Zero-shot: the tasks of `tasks.py`, by the global similarity, the local one, and their mean.
+* Zero-shot: the tasks of `tasks.py`, by the global similarity, the local one, and their mean; on `test` and `external`
+  also by the tasks that the checkpoint brings along (`tasks.json`, see `calibrate.py`): the labels, probabilities and
+  90 % sets that `model.classify` returns, as the variant `shipped task`.
 * Linear probe: 1 %, 10 % and 100 % of the train rows that are not share-alike, on v_g (the image embedding before its
   projection) and on the embedding in the shared space, beside the pooled features of the bare ImageNet backbone at
   224x224 pixels and 16x16 gray pixels. C is chosen on `val`; to measure on `val`, on a fifth of the train subjects.
@@ -22,24 +24,29 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from encode import StoredEncoder, imagenet_features, pixel_features
 from manifest import Row, for_training, is_share_alike, read_manifest, sha256
+from report import SHIPPED, TOGETHER
 from tasks import TASKS, evaluation_set, tasks_of
 
 from medmoe_hf.common.files import atomic_write
 from medmoe_hf.data import MODALITIES
+from medmoe_hf.evaluation.calibration import measure_calibrated
 from medmoe_hf.evaluation.dataset import EvaluationSet, joined
 from medmoe_hf.evaluation.intervals import bootstrap
 from medmoe_hf.evaluation.linear_probe import FRACTIONS, linear_probe, mean_of_runs
+from medmoe_hf.evaluation.metrics import calibration
 from medmoe_hf.evaluation.results import Result
 from medmoe_hf.evaluation.retrieval import retrieval
 from medmoe_hf.evaluation.routing import routing
-from medmoe_hf.evaluation.zero_shot import zero_shot
+from medmoe_hf.evaluation.zero_shot import class_logits, zero_shot
+from medmoe_hf.model import Task
+from medmoe_hf.model.tasks_medmoe import TASKS_FILE, read_tasks
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 FEATURES = ("v_g", "embedding")
@@ -85,6 +92,127 @@ def text_sets(rows: Sequence[Row], folder: Path, split: str) -> list[EvaluationS
             captions = [spoken(row["text"]) for row in members]
             sets.append(replace(image_set(name, members, folder), captions=captions, facts={"split": split}))
     return sets
+
+
+def encode_split(
+    encoder: StoredEncoder,
+    rows: Sequence[Row],
+    folder: Path,
+    split: str,
+    sets: Mapping[str, EvaluationSet],
+    shipped: Mapping[str, Task] | None = None,
+) -> list[EvaluationSet]:
+    """Encodes what the protocols need of a split: its images, the prompts of tasks, and the sources' texts.
+
+    Args:
+        encoder: The model.
+        rows: The manifest.
+        folder: Folder of the manifest.
+        split: Name of the split.
+        sets: Key of `TASKS` -> its images and prompts.
+        shipped: Key of `TASKS` -> task of the checkpoint that answers it.
+
+    Returns:
+        Those of `text_sets`.
+    """
+    texts = text_sets(rows, folder, split)
+    groups = []
+    for key, one in sets.items():
+        sentences = [sentence for own in one.prompts.values() for sentence in own]
+        sentences += shipped[key].sentences if shipped and key in shipped else []
+        groups.append({"images": one.images, "texts": list(dict.fromkeys(sentences))})
+    groups += [{"images": one.images, "texts": one.captions or []} for one in texts]
+    measured = _of_split(rows, split)
+    encoder.run(folder, measured, [text for group in groups for text in group["texts"]], groups)
+    return texts
+
+
+def shipped_of(model: str | Path, keys: Sequence[str]) -> dict[str, Task]:
+    """Finds the tasks in the folder of a model that answer tasks of `TASKS`: key -> task; empty without any."""
+    path = Path(model) / TASKS_FILE
+    own = read_tasks(path) if path.is_file() else {}
+    found = {key: own.get(TASKS[key].answered_by or key) for key in keys}
+    return {key: task for key, task in found.items() if task is not None}
+
+
+def add_shipped(
+    result: Result, encoder: StoredEncoder, key: str, data: EvaluationSet, task: Task, resamples: int, seed: int
+) -> dict[str, np.ndarray] | None:
+    """Adds what the task of a checkpoint gives for the same images, beside plain zero-shot classification.
+
+    Args:
+        result: That of plain zero-shot classification.
+        encoder: The model.
+        key: Key of `TASKS`.
+        data: Its images.
+        task: The task of the checkpoint, with as many classes as that of `TASKS`.
+        resamples: Number of bootstrap resamples.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        For `together`: columns of N rows, such as `before` and `after` (N, C); None if the task is not calibrated.
+    """
+    result.facts["shipped"] = {"task": task.name, "score": task.score, "calibrated": task.calibration is not None}
+    if task.calibration is None:
+        return None
+    assert data.labels is not None
+    places = [list(TASKS[key].classes).index(name) for name in data.classes]
+    labels = np.array(places, dtype=np.int64)[data.labels]
+    logits = class_logits(encoder, data.images, task.prompts, list(dict.fromkeys((task.score, encoder.similarity))))
+    scores, plain = logits[task.score].double(), logits[encoder.similarity].double()
+    found = measure_calibrated(
+        task, scores.numpy(), labels, data.subjects, plain=plain.numpy(), resamples=resamples, seed=seed
+    )
+    result.add(SHIPPED, {name: interval for name, interval in found.items() if not np.isnan(interval.value)})
+    fitted = task.calibration.fitted_on
+    result.facts["shipped"] |= {"cases": fitted.get("cases"), "subjects": fitted.get("subjects")}
+    result.facts["shipped"]["conformal"] = task.calibration.conformal
+    _, sets = task.decide(scores)
+    assert sets is not None
+    return {
+        "before": plain.softmax(dim=1).numpy(),
+        "after": task.probabilities(scores, task.calibration.prior).numpy(),
+        "labels": labels,
+        "covered": np.array([task.classes[label] in own for label, own in zip(labels, sets, strict=True)]),
+        "size": np.array([len(own) for own in sets]),
+        "subjects": np.array(data.subjects),
+    }
+
+
+def together(parts: Sequence[Mapping[str, np.ndarray]], model: str, resamples: int, seed: int) -> Result:
+    """Measures the calibration of several tasks on all their images together.
+
+    One task has too few images for a calibration error below 0.05 to be seen: in bins of few images the error of a
+    perfect calibration is above that.
+
+    Args:
+        parts: What `add_shipped` returns for each task.
+        model: Name of the model.
+        resamples: Number of bootstrap resamples.
+        seed: Seed of the bootstrap.
+    """
+    width = max(part["after"].shape[1] for part in parts)
+
+    def stacked(name: str) -> np.ndarray:
+        # Classes that a task does not have get the probability 0.
+        return np.concatenate([np.pad(part[name], ((0, 0), (0, width - part[name].shape[1]))) for part in parts])
+
+    def metric(*drawn: np.ndarray) -> dict[str, float]:
+        before, after, labels, covered, size = drawn
+        return {
+            "ece_before": calibration(before, labels)["ece"],
+            "ece": calibration(after, labels)["ece"],
+            "coverage": float(covered.mean()),
+            "set_size": float(size.mean()),
+        }
+
+    rest = [np.concatenate([part[name] for part in parts]) for name in ("labels", "covered", "size")]
+    columns = [stacked("before"), stacked("after"), *rest]
+    groups = np.concatenate([part["subjects"] for part in parts])
+    facts = {"title": "All calibrated findings together", "tasks": len(parts), "resamples": resamples, "seed": seed}
+    result = Result(TOGETHER, model, "findings", len(groups), {}, facts)
+    result.add(SHIPPED, bootstrap(metric, *columns, groups=groups, resamples=resamples, seed=seed))
+    return result
 
 
 def route(encoder: StoredEncoder, rows: Sequence[Row], folder: Path, resamples: int, seed: int) -> list[Result]:
@@ -253,15 +381,21 @@ def evaluate(
         raise SystemExit(f"No row of the manifest is in the split {split}.")
     tasks = {key: task for key, task in tasks_of(rows, split).items() if only is None or key in only}
     sets = {key: evaluation_set(key, rows, folder, split) for key in tasks}
-    texts = text_sets(rows, folder, split)
-    prompts = {key: [sentence for own in one.prompts.values() for sentence in own] for key, one in sets.items()}
-    groups = [{"images": one.images, "texts": prompts[key]} for key, one in sets.items()]
-    groups += [{"images": one.images, "texts": one.captions or []} for one in texts]
     encoder = StoredEncoder(model, name, Path(cache))
-    encoder.run(folder, measured, [text for group in groups for text in group["texts"]], groups)
+    # On `val`, which they were fitted on, tasks have their own cross-validated measures.
+    shipped = {} if split == "val" else shipped_of(model, list(tasks))
+    texts = encode_split(encoder, rows, folder, split, sets, shipped)
 
     results = route(encoder, measured, folder, resamples, seed)
-    results += [zero_shot(encoder, one, resamples=resamples, seed=seed) for one in sets.values()]
+    parts: list[dict[str, np.ndarray]] = []
+    for key, one in sets.items():
+        results.append(zero_shot(encoder, one, resamples=resamples, seed=seed))
+        part = add_shipped(results[-1], encoder, key, one, shipped[key], resamples, seed) if key in shipped else None
+        # Modalities and regions are nearly always right, which would hide the rest.
+        if part is not None and not key.startswith(("modality", "region")):
+            parts.append(part)
+    if parts:
+        results.append(together(parts, encoder.name, resamples, seed))
     probed = [key for key, task in tasks.items() if task.probe and probes]
     if probed:
         # Each split on its own, so that the cache of one evaluation serves the others.
@@ -284,7 +418,9 @@ def evaluate(
         if len(found) > 1:
             results.append(mean_over_tasks(found, resamples, seed))
     results += [retrieval(encoder, one, resamples=resamples, seed=seed) for one in texts]
+    tasks_file = Path(model) / TASKS_FILE
     origin = {
+        **({"tasks_hash": sha256(tasks_file)} if tasks_file.is_file() else {}),
         "similarity": encoder.similarity,
         "weights_hash": sha256(Path(model) / "model.safetensors"),
         "model_hash": encoder.hash,

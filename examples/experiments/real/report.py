@@ -26,6 +26,10 @@ from medmoe_hf.hub.card import markdown_table
 
 BEGIN = "<!-- real scans: written by examples/experiments/real/report.py -->"
 END = "<!-- real scans: end -->"
+SHIPPED = "shipped task"
+"""Name of the variant in results of zero-shot classification, as `evaluate.py` writes it."""
+TOGETHER = "shipped-tasks"
+"""Protocol of the result over all of them."""
 FILES = ("val", "test", "external", "crossings", "twins", "check", "rejection")
 
 Run = Mapping[str, Any]
@@ -103,6 +107,54 @@ def zero_shot_table(run: Run, split: str) -> str:
         rows.append([title, counted(result), f"{1 / classes:.2f}", what + shown(balanced), shown(auroc), *baselines])
     header = ("task", "N (subjects)", "chance", "balanced accuracy", "AUROC", "probe, ImageNet", "probe, 16x16 pixels")
     return markdown_table(header, rows)
+
+
+def shipped_table(run: Run, split: str) -> str:
+    """Returns what the checkpoint's own tasks give, beside plain zero-shot classification of the same images."""
+    rows = []
+    for result in measured(run, split, "zero-shot"):
+        own = result.by_variant().get(SHIPPED)
+        if own is None:
+            continue
+        facts = result.facts["shipped"]
+        plain = result.by_variant()[result.facts.get("similarity", "global")]
+        name = "balanced_accuracy" if "balanced_accuracy" in own else "accuracy"
+        what = "" if name == "balanced_accuracy" else "accuracy "
+        rows.append(
+            [
+                result.facts.get("title", result.dataset),
+                f"`{facts['task']}`, {facts['score']}",
+                counted(result),
+                what + shown(plain[name]),
+                what + shown(own[name]),
+                shown(own["ece_before"]),
+                shown(own["ece"]),
+                shown(own["coverage"]),
+                shown(own["set_size"]),
+            ]
+        )
+    for result in measured(run, split, TOGETHER):
+        own = result.by_variant()[SHIPPED]
+        shares = [shown(own[name]) for name in ("ece_before", "ece", "coverage", "set_size")]
+        rows.append([result.facts["title"], f"{result.facts['tasks']} tasks", counted(result), "–", "–", *shares])
+    if not rows:
+        return ""
+    header = (
+        "images", "task, score", "N (subjects)", "balanced accuracy, plain", "with the task",
+        "calibration error, plain", "with the task", "coverage of 90 % sets", "classes in a set",
+    )  # fmt: skip
+    return markdown_table(header, rows)
+
+
+def uncalibrated(run: Run) -> str:
+    """Returns the tasks of the checkpoint that are not calibrated, as a sentence."""
+    names = dict.fromkeys(
+        f"`{result.facts['shipped']['task']}`"
+        for split in ("test", "external")
+        for result in measured(run, split, "zero-shot")
+        if "shipped" in result.facts and not result.facts["shipped"]["calibrated"]
+    )
+    return f"Too few images in `val`, so that prompts only are shipped: {', '.join(names)}." if names else ""
 
 
 def probe_table(run: Run, split: str) -> str:
@@ -229,8 +281,10 @@ def setup_table(run: Run) -> str:
     if not results:
         return ""
     facts = results[0].facts
+    tasks = [["tasks (SHA-256)", facts["tasks_hash"]]] if "tasks_hash" in facts else []
     rows = [
         ["weights (SHA-256)", facts["weights_hash"]],
+        *tasks,
         ["weights, configuration, tokenizer and code (SHA-256)", facts["model_hash"]],
         ["manifest of the images (SHA-256)", facts["manifest_hash"]],
         ["similarity of zero-shot and retrieval", facts.get("similarity", "global")],
@@ -250,6 +304,15 @@ _SECTIONS: tuple[tuple[str, str, Callable[[Run], str]], ...] = (
      lambda run: zero_shot_table(run, "test")),
     ("Zero-shot, `external`", "Where a class has no image, the table has the accuracy.",
      lambda run: zero_shot_table(run, "external")),
+    ("Tasks of the checkpoint, `test`",
+     "What `model.classify` answers: score, temperature, biases, thresholds and sets were fitted on `val`. The "
+     "calibration error is the expected one, of 15 bins; plain is a softmax of the model's own similarity.",
+     lambda run: shipped_table(run, "test")),
+    ("Tasks of the checkpoint, `external`",
+     "Calibrated on other sources, so that neither the calibration nor the coverage is guaranteed. Where a class has "
+     "no image, the table has the accuracy.",
+     lambda run: shipped_table(run, "external")),
+    ("Tasks of the checkpoint that are not calibrated", "", uncalibrated),
     ("Across sources",
      "Trained without the measured source; the probe is trained on the same source as the model was.", crossing_table),
     ("Linear probes, `test`, mean over tasks",

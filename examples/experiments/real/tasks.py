@@ -68,6 +68,8 @@ class Task:
         external: Whether the images are in the split `external`; otherwise in `val` and `test`.
         probe: Whether linear probes are trained; not where the answer is nearly always right, or without train rows.
         note: What limits the conclusions.
+        answered_by: Task that a checkpoint brings along for these images too; its classes correspond to these, in
+            order. Empty if it brings this one.
     """
 
     title: str
@@ -77,6 +79,7 @@ class Task:
     external: bool = False
     probe: bool = False
     note: str = ""
+    answered_by: str = ""
 
     def prompts(self) -> dict[str, list[str]]:
         """Returns the sentences of each class, without repetitions."""
@@ -203,6 +206,7 @@ def _region_tasks() -> dict[str, Task]:
             templates,
             external=True,
             note=f"{_REGION_NOTE} Classes without images are offered as wrong answers.",
+            answered_by="" if modality in _OTHER_REGIONS else f"region-{modality}",
         )
     return found
 
@@ -404,6 +408,7 @@ TASKS: dict[str, Task] = {
         },
         _RETINA,
         external=True,
+        answered_by="glaucoma",
     ),
     "retinopathy-external": Task(
         "Diabetic retinopathy, another camera",
@@ -424,6 +429,7 @@ TASKS: dict[str, Task] = {
         {name: Choice(_MODALITY_WORDS[name], {"modality": (name,)}) for name in MODALITIES},
         ("{}",),
         external=True,
+        answered_by="modality",
     ),
     **_region_tasks(),
 }

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from medmoe_hf.inference.studies.predictor import Question as Question
     from medmoe_hf.inference.studies.predictor import StudyPredictor as StudyPredictor
     from medmoe_hf.inference.studies.predictor import predict as predict
-    from medmoe_hf.inference.studies.tasks import LabelTask as LabelTask
 
 __getattr__, __all__ = lazy_attributes(
     __name__,
@@ -37,6 +36,5 @@ __getattr__, __all__ = lazy_attributes(
         ],
         "medmoe_hf.inference.studies.pooling": ["POOLINGS", "pool_slices"],
         "medmoe_hf.inference.studies.predictor": ["Question", "StudyPredictor", "predict"],
-        "medmoe_hf.inference.studies.tasks": ["LabelTask"],
     },
 )

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from medmoe_hf.inference.studies.predictions import SeriesPrediction, StudyLabel
+from medmoe_hf.inference.studies.tasks import probabilities
 
 
 def study_labels(series: Sequence[SeriesPrediction]) -> list[StudyLabel]:
@@ -31,9 +32,9 @@ def study_labels(series: Sequence[SeriesPrediction]) -> list[StudyLabel]:
         assert task is not None
         names = tuple(task.prompts)
         means = np.array([np.mean([own[name].score for own in by_name]) for name in names])
-        probabilities = task.probabilities(means[None])[0]
+        chances = probabilities(task, means[None])[0]
         group = []
-        for name, mean, probability in zip(names, means.tolist(), probabilities.tolist(), strict=True):
+        for name, mean, probability in zip(names, means.tolist(), chances.tolist(), strict=True):
             best = max(range(len(members)), key=lambda index: by_name[index][name].score)
             group.append(
                 StudyLabel(

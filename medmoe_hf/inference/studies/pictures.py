@@ -9,7 +9,8 @@ import torch
 
 from medmoe_hf.errors import MedMoEError, MissingPackageError
 from medmoe_hf.inference.encoders import MedMoEEncoder
-from medmoe_hf.inference.studies.tasks import LabelTask, normal_sentences
+from medmoe_hf.inference.studies.tasks import normal_sentences, reference
+from medmoe_hf.model import Task
 from medmoe_hf.model.image_processing_medmoe import to_rgb
 from medmoe_hf.model.studies_medmoe import Series
 
@@ -40,7 +41,7 @@ class SeriesPictures:
     encoder: MedMoEEncoder
     series: Series
     expert: str
-    task: LabelTask | None
+    task: Task | None
     batch_size: int
 
     def picture(self, index: int) -> np.ndarray:
@@ -65,11 +66,11 @@ class SeriesPictures:
             Indices of the slices that can be read, and (H, W) float32.
         """
         if self.task is not None and phrase in self.task.prompts:
-            text, reference = self.task.prompts[phrase][0], self.task.reference(phrase)
+            text, compared = self.task.prompts[phrase][0], reference(self.task, phrase)
         else:
-            text, reference = phrase, normal_sentences(self.expert)
+            text, compared = phrase, normal_sentences(self.expert)
         words = self._tokens([text])
-        against = self._tokens(reference) if reference else None
+        against = self._tokens(compared) if compared else None
         for start in range(0, len(indices), self.batch_size):
             known, pixels, sizes = [], [], []
             for index, decoded in self.series.slices(indices[start : start + self.batch_size]):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from medmoe_hf import __version__
-from medmoe_hf.inference.studies.tasks import LabelTask
+from medmoe_hf.model import Task
 
 SCHEMA = 1
 """Version of the format of prediction.json. It grows when a key changes its meaning or is removed."""
@@ -166,7 +166,7 @@ class SeriesPrediction:
     notes: list[str] = field(default_factory=list)
     affine: np.ndarray | None = None
     slots: list[int] | None = None
-    task: LabelTask | None = field(default=None, repr=False)
+    task: Task | None = field(default=None, repr=False)
     picture: Callable[[int], np.ndarray] | None = field(default=None, repr=False)
     heatmaps: Callable[..., Iterator[tuple[int, np.ndarray]]] | None = field(default=None, repr=False)
     ask: "Callable[[Any], SeriesPrediction] | None" = field(default=None, repr=False)
@@ -215,7 +215,7 @@ class SeriesPrediction:
             "accepted": self.accepted,
             "slice_ood_scores": None if self.ood_scores is None else _numbers(self.ood_scores),
             "pooling": self.pooling,
-            "independent": self.task is not None and self.task.independent,
+            "independent": self.task is not None and self.task.kind == "multi-label",
             "notes": list(self.notes),
             "labels": [label.to_dict() for label in self.labels],
             "texts": [text.to_dict() for text in self.texts],

@@ -27,11 +27,13 @@ from medmoe_hf.inference.studies.predictions import (
     StudyPredictions,
     TextPrediction,
 )
-from medmoe_hf.inference.studies.tasks import LabelTask, as_task, default_task, task_of_labels
+from medmoe_hf.inference.studies.tasks import as_task, default_task, probabilities, task_of_labels
 from medmoe_hf.inference.texts import class_embeddings, flatten_prompts
+from medmoe_hf.model import Task
 from medmoe_hf.model.modalities_medmoe import UNKNOWN_MODALITY, modality_id
 from medmoe_hf.model.studies_medmoe import Series, Study, read_studies
 from medmoe_hf.model.study_files_medmoe import Skipped
+from medmoe_hf.model.tasks_medmoe import EncodedTask, encode_task
 
 BATCH_SIZE = 16
 
@@ -42,7 +44,7 @@ class Question:
 
     Args:
         labels: Names of labels; None for those of the modality.
-        task: Labels with sentences, or a file of them; instead of `labels`.
+        task: A task, labels with sentences, a file of them, or the name of a task of the model; instead of `labels`.
         text: A phrase, or several, to be located.
         trust_header: Whether the modality in a header selects the expert.
         pooling: How scores of slices are pooled.
@@ -74,10 +76,10 @@ class Question:
         listed = [] if self.text is None else [self.text] if isinstance(self.text, str) else list(self.text)
         return list(dict.fromkeys(listed))
 
-    def task_for(self, modality: str) -> LabelTask | None:
+    def task_for(self, modality: str) -> Task | None:
         """Returns the labels for a series of a modality; None if there are none."""
         if self.task is not None:
-            task: LabelTask = self.task
+            task: Task = self.task
             return task
         return default_task(modality) if self.labels is None else task_of_labels(self.labels, modality)
 
@@ -105,6 +107,14 @@ class _Votes:
         if self.trusted and self.header is not None:
             return self.header
         return int(self.probabilities().argmax())
+
+
+@dataclass
+class _Encoded:
+    """What the slices of a series are scored by; NaN where not read yet."""
+
+    embeds: Tensor  # (N, D)
+    local: Tensor | None  # (N, K) mean similarity of a class's sentences to the regions; None if not asked for
 
 
 class StudyPredictor:
@@ -203,7 +213,7 @@ class StudyPredictor:
             raise ArgumentError(
                 f'There is no file "{question.task}", and the model has no task of this name: {known}.'
             )
-        return replace(question, task=as_task(own[question.task]))
+        return replace(question, task=own[question.task])
 
     def _predict_series(
         self,
@@ -218,19 +228,24 @@ class StudyPredictor:
         votes = _Votes(
             np.full((len(series), len(self.encoder.modalities)), np.nan), header, trusted=question.trust_header
         )
-        embeds = torch.full((len(series), self._width()), torch.nan)
+        encoded = self._encoded(question.task)
+        read_slices = _Encoded(
+            torch.full((len(series), self._width()), torch.nan),
+            None if encoded is None else torch.full((len(series), encoded.members.shape[1]), torch.nan),
+        )
         for indices, pixels in self._batches(series, range(len(series)), skipped, bar, check):
-            embeds[indices] = self._encode(pixels, indices, votes)
+            self._encode(pixels, indices, votes, read_slices, encoded)
         read = ~np.isnan(votes.log_probabilities).any(axis=1)
         if not read.any():
             return None
         expert = votes.expert()
         # Few or none: the expert that leads after the first batch nearly always stays. One that cannot be read again
         # keeps its embedding.
-        again = np.flatnonzero(read & (votes.read_by != expert)).tolist() if self._needs_expert else []
+        needed = self._needs_expert or self._local_needs_expert(encoded)
+        again = np.flatnonzero(read & (votes.read_by != expert)).tolist() if needed else []
         for indices, pixels in self._batches(series, again, skipped, None, check):
-            embeds[indices] = self._encode(pixels, indices, votes, expert)
-        return self._answer(number, series, question, votes, expert, embeds)
+            self._encode(pixels, indices, votes, read_slices, encoded, expert)
+        return self._answer(number, series, question, votes, expert, read_slices)
 
     def _answer(
         self,
@@ -239,11 +254,12 @@ class StudyPredictor:
         question: Question,
         votes: _Votes,
         expert: int,
-        embeds: Tensor,
+        read_slices: _Encoded,
     ) -> SeriesPrediction:
         modality = self.encoder.modalities[expert]
         task = question.task_for(modality)
-        labels = [] if task is None else self._labels(task, embeds, question.pooling)
+        embeds = read_slices.embeds
+        labels = [] if task is None else self._labels(task, read_slices, question.pooling)
         texts = []
         for text in question.texts:
             cosines = (embeds @ self._texts((text,))[0]).numpy().astype(np.float64)
@@ -279,12 +295,16 @@ class StudyPredictor:
             ood_scores=votes.ood_scores,
         )
 
-    def _labels(self, task: LabelTask, embeds: Tensor, pooling: Pooling) -> list[LabelPrediction]:
-        logits = self._logits(task.prompts, embeds)
+    def _labels(self, task: Task, read_slices: _Encoded, pooling: Pooling) -> list[LabelPrediction]:
+        logits = self._logits(task.prompts, read_slices.embeds)
         if task.negative_prompts:
-            logits = logits - self._logits(task.negative_prompts, embeds)
+            logits = logits - self._logits(task.negative_prompts, read_slices.embeds)
+        if read_slices.local is not None:
+            local, count = read_slices.local.numpy().astype(np.float64), len(task.prompts)
+            local = local[:, :count] - local[:, count:] if task.negative_prompts else local
+            logits = local if task.score == "local" else (logits + local) / 2
         pooled = pool_slices(logits, pooling)
-        by_slice, of_series = task.probabilities(logits), task.probabilities(pooled[None])[0]
+        by_slice, of_series = probabilities(task, logits), probabilities(task, pooled[None])[0]
         found = [
             LabelPrediction(
                 label,
@@ -343,10 +363,19 @@ class StudyPredictor:
             yield known, torch.cat(pictures)
 
     @torch.inference_mode()
-    def _encode(self, pixels: Tensor, indices: list[int], votes: _Votes, expert: int | None = None) -> Tensor:
-        """Adds the votes of slices, and returns their embeddings (n, D) by an expert; by default the leading one."""
-        backbone = self._vision.encode(pixels.to(self.encoder.device))
-        logits = self._vision.router(backbone.pooler_output)
+    def _encode(
+        self,
+        pixels: Tensor,
+        indices: list[int],
+        votes: _Votes,
+        read_slices: _Encoded,
+        encoded: EncodedTask | None,
+        expert: int | None = None,
+    ) -> None:
+        """Adds the votes of slices, and their embeddings and scores by an expert; by default the leading one."""
+        vision, model = self._vision, self.encoder.model
+        backbone = vision.encode(pixels.to(self.encoder.device))
+        logits = vision.router(backbone.pooler_output)
         votes.log_probabilities[indices] = logits.float().log_softmax(dim=-1).cpu().numpy()
         # A checkpoint brings its own code, which may be older than rejectors.
         rejects = getattr(self.encoder.model, "ood_scores", None)
@@ -357,10 +386,33 @@ class StudyPredictor:
             votes.ood_scores[indices] = scores.float().cpu().numpy()
         expert = votes.expert() if expert is None else expert
         votes.read_by[indices] = expert
-        mixes = self._vision.config.mixture == "soft" and not (votes.trusted and votes.header is not None)
-        pooled = self._vision.pooled_features(backbone, modality=None if mixes else expert)
-        projection = self.encoder.model.visual_projection
-        return unit_length(pooled if projection is None else projection(pooled)).cpu()
+        mixes = vision.config.mixture == "soft" and not (votes.trusted and votes.header is not None)
+        modality = None if mixes else expert
+        if encoded is None or read_slices.local is None:
+            pooled = vision.pooled_features(backbone, modality=modality)
+        else:
+            mixture = vision.mixture_weights(logits, modality)
+            regions, _ = vision.fuse(backbone.feature_maps, vision.select_experts(logits, modality), mixture)
+            pooled = vision.global_embeds(backbone, regions)
+            if model.local_projection is not None:
+                regions = model.local_projection(regions.movedim(1, -1)).movedim(-1, 1)
+            scores = model.similarity(pooled, regions, encoded.text, "local").float() @ encoded.members
+            read_slices.local[indices] = scores.cpu()
+        projection = model.visual_projection
+        read_slices.embeds[indices] = unit_length(pooled if projection is None else projection(pooled)).cpu()
+
+    def _encoded(self, task: Any) -> EncodedTask | None:
+        """The sentences of a task whose score needs regions; None for the others."""
+        if not isinstance(task, Task) or task.score == "global":
+            return None
+        if any(sentence not in task.tokens for sentence in task.sentences):
+            task = self.encoder.processor.tokenize_task(task)
+        with torch.inference_mode():
+            return encode_task(self.encoder.model, task)
+
+    def _local_needs_expert(self, encoded: EncodedTask | None) -> bool:
+        config = self._vision.config
+        return encoded is not None and config.mixture != "soft" and not config.shared_expert
 
     @property
     def _needs_expert(self) -> bool:
@@ -428,8 +480,9 @@ def predict(
         model: `small`, the checkpoint of the package; the folder or Hub id of a MedMoE, whose code is run; or a loaded
             encoder or `StudyPredictor`.
         labels: Labels to compare, at least two; by default those of the modality, see `default_labels.yaml`.
-        task: A YAML or JSON file, or a dictionary, of labels and their sentences: `{"effusion": ["There is ..."]}`. A
-            file may hold `prompts` and `negative_prompts`, as an evaluation recipe does.
+        task: A YAML or JSON file, or a dictionary, of labels and their sentences: `{"effusion": ["There is ..."]}`; a
+            `Task`; or the name of a task of the model. A file may hold `prompts` and `negative_prompts`, as an
+            evaluation recipe does. Its score and its calibration are used.
         text: A phrase to look for in all slices, or several.
         trust_header: Whether the modality in a header selects the expert, whatever the router votes for.
         pooling: `attention`, `top-k` or `mean`, see `pool_slices`.

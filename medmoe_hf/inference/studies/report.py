@@ -182,7 +182,7 @@ def _series(series: SeriesPrediction) -> dict[str, Any]:
 
 def explained(series: SeriesPrediction) -> str:
     """Says what the probabilities of a series mean."""
-    independent = series.task is not None and series.task.independent
+    independent = series.task is not None and series.task.kind == "multi-label"
     text = (
         "Each label has a probability of its own."
         if independent
