@@ -12,7 +12,7 @@ from medmoe_hf.inference.studies.predictions import (
     StudyPredictions,
     TextPrediction,
 )
-from medmoe_hf.inference.studies.tasks import task_of_labels
+from medmoe_hf.inference.studies.tasks import probabilities, task_of_labels
 
 NAME = "DOE^JANE"
 FOLDER = f"/exports/{NAME}"
@@ -33,8 +33,8 @@ def synthetic_series(number=1, count=40, kind="slices", size=(48, 64), unreadabl
     along = np.linspace(-1, 1, count) if count > 1 else np.zeros(1)
     scores = np.stack([np.zeros(count), 4 * np.exp(-8 * along**2) - 1, np.full(count, -1.5)], axis=1)
     scores[list(unreadable)] = np.nan
-    by_slice, pooled = task.probabilities(scores), pool_slices(scores, "top-k")
-    of_series = task.probabilities(pooled[None])[0]
+    by_slice, pooled = probabilities(task, scores), pool_slices(scores, "top-k")
+    of_series = probabilities(task, pooled[None])[0]
     labels = [
         LabelPrediction(name, of_series[i], pooled[i], key_slices(by_slice[:, i]), scores[:, i], by_slice[:, i])
         for i, name in enumerate(LABELS)

@@ -16,10 +16,10 @@ from medmoe_hf.evaluation.calibration import (
     fit_calibration,
     fit_scale,
     held_out_loss,
-    measure_calibrated,
     sensitivity_threshold,
     youden_threshold,
 )
+from medmoe_hf.evaluation.calibration_measures import measure_calibrated
 from medmoe_hf.evaluation.metrics import calibration as measure
 from medmoe_hf.model import Task
 

@@ -356,7 +356,7 @@ def test_tasks_are_calibrated_on_val_and_measured_on_test(data, model, tmp_path,
 
     report = scripts["report"]
     results = {"test": [one for (split, _), one in found.items() if split == "test"]}
-    line = next(line for line in report.shipped_table(results, "test").splitlines() if f"`{fitted[0]}`" in line)
+    line = next(line for line in report.shipped_table(results, "test").splitlines() if f"| {fitted[0]}, " in line)
     assert report.shown(found["test", fitted[0]].by_variant()["shipped task"]["coverage"]) in line
     # Tasks are no part of what features depend on: those of `val` are read again.
     scripts["calibrate"].main([str(folder), *arguments])

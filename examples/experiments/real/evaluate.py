@@ -36,7 +36,7 @@ from tasks import TASKS, evaluation_set, tasks_of
 
 from medmoe_hf.common.files import atomic_write
 from medmoe_hf.data import MODALITIES
-from medmoe_hf.evaluation.calibration import measure_calibrated
+from medmoe_hf.evaluation.calibration_measures import measure_calibrated
 from medmoe_hf.evaluation.dataset import EvaluationSet, joined
 from medmoe_hf.evaluation.intervals import bootstrap
 from medmoe_hf.evaluation.linear_probe import FRACTIONS, linear_probe, mean_of_runs

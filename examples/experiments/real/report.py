@@ -123,7 +123,7 @@ def shipped_table(run: Run, split: str) -> str:
         rows.append(
             [
                 result.facts.get("title", result.dataset),
-                f"`{facts['task']}`, {facts['score']}",
+                f"{facts['task']}, {facts['score']}",
                 counted(result),
                 what + shown(plain[name]),
                 what + shown(own[name]),
