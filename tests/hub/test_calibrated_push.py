@@ -55,7 +55,9 @@ def made(tmp_path):
         shade = np.clip(draw.normal(60 + 130 * (row % 2), 40, size=(64, 64)), 0, 255)
         Image.fromarray(shade.astype(np.uint8)).save(tmp_path / f"{row}.png")
     prompts = {"dark": ["Normal chest radiograph."], "bright": ["Large pleural effusion.", "Fluid."]}
-    (tmp_path / "task.yaml").write_text(yaml.safe_dump({"name": "shade", "prompts": prompts, "score": "mean"}))
+    (tmp_path / "task.yaml").write_text(
+        yaml.safe_dump({"name": "shade", "prompts": prompts, "score": "mean"}, sort_keys=False)
+    )
     (wanted,) = read_task_file(tmp_path / "task.yaml")
     model, processor = MedMoEModel.from_pretrained(folder).eval(), MedMoEProcessor.from_pretrained(folder)
     pixels = processor(images=[str(tmp_path / f"{row}.png") for row in range(COUNT)], return_tensors="pt")
