@@ -309,6 +309,11 @@ def test_a_task_is_answered_by_its_score_and_its_calibration(predictor, tmp_path
             slices = torch.cat([answer.probabilities for answer in answers])[:, column]
             np.testing.assert_allclose(by_label[name].slice_probabilities, slices.numpy(), atol=1e-3)
             assert by_label[name].probability == pytest.approx(float(expected[column]), abs=1e-3)
+        # Asked afterwards, of a series that was read for other labels.
+        (other,) = predictor(read_studies([tmp_path]), Question(labels=LABELS), show_progress=False)
+        later = {label.label: label.slice_scores for label in other.series[0].ask(question).labels}
+        for name in prompts:
+            np.testing.assert_allclose(later[name], by_label[name].slice_scores, atol=1e-3)
 
 
 def test_models_without_experts_are_refused(tmp_path):

@@ -229,10 +229,7 @@ class StudyPredictor:
             np.full((len(series), len(self.encoder.modalities)), np.nan), header, trusted=question.trust_header
         )
         encoded = self._encoded(question.task)
-        read_slices = _Encoded(
-            torch.full((len(series), self._width()), torch.nan),
-            None if encoded is None else torch.full((len(series), encoded.members.shape[1]), torch.nan),
-        )
+        read_slices = self._unread(series, encoded)
         for indices, pixels in self._batches(series, range(len(series)), skipped, bar, check):
             self._encode(pixels, indices, votes, read_slices, encoded)
         read = ~np.isnan(votes.log_probabilities).any(axis=1)
@@ -291,8 +288,28 @@ class StudyPredictor:
             task=task,
             picture=shown.picture,
             heatmaps=shown.heatmaps,
-            ask=lambda other: self._answer(number, series, self._known_task(other), votes, expert, embeds),
+            ask=lambda other: self._ask(number, series, other, votes, expert, embeds),
             ood_scores=votes.ood_scores,
+        )
+
+    def _ask(
+        self, number: int, series: Series, question: Question, votes: _Votes, expert: int, embeds: Tensor
+    ) -> SeriesPrediction:
+        """Answers another question on slices that were read, and reads them again if it is on their regions."""
+        question = self._known_task(question)
+        encoded = self._encoded(question.task)
+        read_slices = _Encoded(embeds, None)
+        if encoded is not None:
+            read_slices = self._unread(series, encoded)
+            read = np.flatnonzero(~np.isnan(votes.log_probabilities).any(axis=1)).tolist()
+            for indices, pixels in self._batches(series, read, [], None, None):
+                self._encode(pixels, indices, votes, read_slices, encoded, expert)
+        return self._answer(number, series, question, votes, expert, read_slices)
+
+    def _unread(self, series: Series, encoded: EncodedTask | None) -> _Encoded:
+        return _Encoded(
+            torch.full((len(series), self._width()), torch.nan),
+            None if encoded is None else torch.full((len(series), encoded.members.shape[1]), torch.nan),
         )
 
     def _labels(self, task: Task, read_slices: _Encoded, pooling: Pooling) -> list[LabelPrediction]:

@@ -109,6 +109,9 @@ def as_task(task: Any) -> Task | str | None:
         return read_task(task)
     if isinstance(task, str):
         return task
+    if hasattr(task, "to_dict") and hasattr(task, "prompts"):
+        # Of a model that runs the code of its own checkpoint.
+        return Task.from_dict(task.name, task.to_dict())
     raise ArgumentError(f"`task` is a file or a dictionary of labels and sentences, not a {type(task).__name__}.")
 
 
