@@ -145,8 +145,8 @@ class SeriesPrediction:
         picture: Function of a slice's index that returns (H, W, 3) uint8.
         heatmaps: Function of a label or text and of indices that yields the index and the (H, W) float32 heat-map of
             each slice, in the pixels of its picture, or with sides of at most `size` if that is given.
-        ask: Function of another `Question` that returns its answer at once: slices are not encoded again, and the
-            expert stays.
+        ask: Function of another `Question` that returns its answer at once: slices are not encoded again, unless its
+            task scores regions, and the expert stays.
     """
 
     number: int
