@@ -267,6 +267,18 @@ def test_orientations_of_one_series_are_parts_of_it(tmp_path):
     assert len({series.key for series in study.series}) == 2
 
 
+def test_sizes_of_one_series_are_parts_of_it(tmp_path):
+    """As in a scan that was continued with another matrix."""
+    values = hounsfield(5)
+    write([*ct(values)[:2], *ct(values[:, 1:, 2:])[2:]], tmp_path)
+    (study,) = read_studies(tmp_path)
+    assert [(len(series), series.size, series.part) for series in study.series] == [
+        (2, SIZE, 0),
+        (3, (SIZE[0] - 1, SIZE[1] - 2), 1),
+    ]
+    np.testing.assert_allclose(pixels_of(study.series[1]), between(values[2:, 1:, 2:], -160, 240), atol=1e-6)
+
+
 def test_missing_slices_are_noted_and_leave_their_place(tmp_path):
     datasets = ct(hounsfield(9))
     write([dataset for number, dataset in enumerate(datasets) if number not in (3, 6, 7)], tmp_path)

@@ -291,10 +291,7 @@ def _open_nifti(source: Any, name: str, limit: int, verified: bool = True) -> It
         header = kind.header_class(head[: kind.header_class.template_dtype.itemsize], check=False)
         if int(header["intent_code"]) in _CIFTI:
             raise MedicalImageError(f"{name} is a CIFTI file: values on a surface, not an image")
-        shape = [int(size) for size in header.get_data_shape()]
-        if not compressed and max(shape, default=0) > file.seek(0, 2):
-            raise MedicalImageError(f"{name} states more slices than it has bytes: it is damaged or cut off")
-        voxels = math.prod(shape) * header.get_data_dtype().itemsize
+        voxels = math.prod(int(size) for size in header.get_data_shape()) * header.get_data_dtype().itemsize
         if compressed and header.get_data_offset() + voxels > limit:
             raise too_many_bytes(name, limit)
         file.seek(0)
