@@ -694,6 +694,25 @@ def test_tables_come_from_the_results(data, tmp_path):
         report.main([str(tmp_path / "run"), "--page", str(page)])
 
 
+def test_refused_pictures_have_a_table(data, tmp_path):
+    report, card = scripts["report"], scripts["card"]
+    assert report.rejection_table(report.read_run(run_files(tmp_path, scripts["check"].check(data)))) == ""
+    share = {"images": 64, "subjects": 8, "refused": [0.9, 0.8, 1.0]}
+    found = {"foreign": {"photograph": share | {"auroc": [0.99, None, None]}}, "splits": {"external": share}}
+    found |= {"sources": {"hrf (fundus)": share | {"refused": [1.0, None, None]}}, "weights_hash": "456"}
+    (tmp_path / "rejection.json").write_text(json.dumps(found))
+    lines = report.rejection_table(report.read_run(tmp_path)).splitlines()
+    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]] == [
+        ["photograph", "64 (8)", "0.900 (0.800 to 1.000)", "0.990"],
+        ["scans, external", "64 (8)", "0.900 (0.800 to 1.000)", "–"],
+        ["external, hrf (fundus)", "64 (8)", "1.000", "–"],
+    ]
+    (tmp_path / "test.json").unlink()
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(CardError, match=r"rejection\.json has the results of other weights"):
+        card.check_weights(tmp_path, report.read_run(tmp_path))
+
+
 def test_the_results_page_has_the_marks():
     page = (FOLDER.parents[2] / "docs" / "pages" / "results.md").read_text()
     for name in ("report", "robustness"):

@@ -7,8 +7,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from small_encoders import medmoe_folder
 
+from medmoe_hf.hub.golden import compare_with_golden, write_golden
 from medmoe_hf.model import MedMoEModel, Rejector
 from medmoe_hf.model.rejection_medmoe import rejection_features, sample_weights
 
@@ -168,3 +170,21 @@ print(json.dumps([found.ood_score.tolist(), found.accepted.tolist()]))
     assert accepted == expected.accepted.tolist()
     stored = [(tmp_path / name / "rejector.safetensors").read_bytes() for name in ("model", "again")]
     assert stored[0] == stored[1]
+
+
+@pytest.mark.slow
+def test_golden_outputs_hold_the_scores(tmp_path):
+    folder = medmoe_folder(tmp_path / "model")
+    model = MedMoEModel.from_pretrained(folder).eval()
+    write_golden(folder)
+    model.rejector = make(model)
+    model.rejector.save(folder / "rejector.safetensors")
+    # Recorded before, they say nothing of the scores; recorded again, they hold them.
+    assert max(compare_with_golden(folder).values()) <= 1e-4
+    write_golden(folder)
+    stored = load_file(folder / "golden.safetensors")
+    torch.testing.assert_close(stored["output.ood_score"], model.route(stored["input.pixel_values"]).ood_score)
+    differences = compare_with_golden(folder)
+    assert differences["output.ood_score"] <= 1e-4
+    make(model, limit=2).save(folder / "rejector.safetensors")
+    assert compare_with_golden(folder)["output.ood_score"] > 0.1

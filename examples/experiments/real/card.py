@@ -99,16 +99,18 @@ def check_weights(folder: Path, run: Mapping[str, Any]) -> None:
     """Refuses results of other weights.
 
     Raises:
-        CardError: If `test` or `external` were measured with weights that are not those of the folder.
+        CardError: If `test`, `external` or `rejection` were measured with weights that are not those of the folder.
     """
     own = sha256(folder / "model.safetensors")
-    for split in ("test", "external"):
-        for result in run.get(split, ()):
-            if result.facts["weights_hash"] != own:
-                raise CardError(
-                    f"{split}.json has the results of other weights than those of {folder}; measure these weights, or "
-                    "pass the folder that was measured."
-                )
+    measured = {split: {one.facts["weights_hash"] for one in run.get(split, ())} for split in ("test", "external")}
+    if "rejection" in run:
+        measured["rejection"] = {run["rejection"]["weights_hash"]}
+    for name, hashes in measured.items():
+        if hashes - {own}:
+            raise CardError(
+                f"{name}.json has the results of other weights than those of {folder}; measure these weights, or "
+                "pass the folder that was measured."
+            )
 
 
 def earlier_runs(records: Sequence[Path]) -> str:

@@ -256,7 +256,7 @@ def rejection_table(run: Run) -> str:
     if not found:
         return ""
     rows = []
-    for part, named in (("foreign", "{}"), ("splits", "scans, `{}`"), ("sources", "`external`, source {}")):
+    for part, named in (("foreign", "{}"), ("splits", "scans, {}"), ("sources", "external, {}")):
         for name, entry in found[part].items():
             refused, auroc = (_of_list(entry.get(key)) for key in ("refused", "auroc"))
             rows.append([named.format(name), f"{entry['images']} ({entry['subjects']})", refused, auroc])
