@@ -115,7 +115,7 @@ def fit_rejector(
         "rest": np.array(rest),
         "limits": np.ones(experts),
     }
-    tensors = {name: torch.tensor(value).float() for name, value in fitted.items()}
+    tensors: dict[str, Any] = {name: torch.tensor(value).float() for name, value in fitted.items()}
     unlimited = Rejector(**tensors, weights=weights)
     distances = unlimited.distances(torch.from_numpy(held_features).double(), torch.from_numpy(held_ids)).numpy()
     limits = _limits(distances, held_ids, counts, accept)
@@ -131,7 +131,8 @@ def _limits(distances: np.ndarray, ids: np.ndarray, counts: np.ndarray, accept: 
             found[expert] = 1e-6  # nothing is near an expert of which no image is known
         elif len(own) >= LEAST:
             found[expert] = _quantile(own, accept)
-    return np.maximum(found, 1e-6)
+    limits: np.ndarray = np.maximum(found, 1e-6)
+    return limits
 
 
 def _quantile(distances: np.ndarray, accept: float) -> float:

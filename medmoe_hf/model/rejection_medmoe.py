@@ -130,7 +130,8 @@ class Rejector:
         apart = (features - center) / spread - means[expert_ids]
         along = apart @ directions
         outside = (apart.square().sum(dim=1) - along.square().sum(dim=1)).clamp_min(0)
-        return ((along.square() / variances).sum(dim=1) + outside / rest).sqrt()
+        squares: Tensor = (along.square() / variances).sum(dim=1) + outside / rest
+        return squares.sqrt()
 
     def scores(self, features: Tensor, expert_ids: Tensor) -> Tensor:
         """Divides distances by the limits.
