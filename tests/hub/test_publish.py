@@ -33,6 +33,7 @@ from medmoe_hf.model import (
     MedMoEProcessor,
     MedMoETokenizer,
 )
+from medmoe_hf.model.saving_medmoe import SENTENCE_TRANSFORMERS_FILES
 
 # Under its name the package has the function.
 module = importlib.import_module("medmoe_hf.hub.publishing")
@@ -120,6 +121,14 @@ def test_a_new_repo_holds_the_folder(hub, folder, loads):
         name: len(data) for name, data in contents(folder).items()
     }
     assert str(report.commit) in str(report)
+
+
+def test_a_folder_of_an_earlier_version_gets_what_sentence_transformers_reads(hub, folder, loads):
+    for name in SENTENCE_TRANSFORMERS_FILES:
+        (folder / name).unlink()
+    publish(folder, REPO)
+    assert SENTENCE_TRANSFORMERS_FILES.keys() <= held(hub).keys()
+    assert held(hub) == contents(folder)
 
 
 def test_shards_replace_a_single_file_in_one_commit(hub, folder, sharded, loads):
