@@ -53,7 +53,7 @@ All are sentences of medmoe_hf's phantom grammar; a test compares the file with 
 
 DISCLAIMER = (
     "**Research software, not a medical device.** Nothing here may guide a diagnosis or a treatment. A checkpoint "
-    "that was trained on phantoms knows drawings only: what it says about a real image means nothing."
+    "knows images like those it was trained on, which its card names; on others its answers are close to guesses."
 )
 PRIVACY = (
     "Pictures are read and deleted at once; what is shown stays in memory for this page only, for half an hour at "
