@@ -4,6 +4,7 @@
 """
 
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import nox
 ROOT = Path(__file__).parent
 OUTPUT = Path(os.environ.get("MEDMOE_OUTPUT", ROOT / "outputs")).resolve()
 SCRATCH = OUTPUT / "scratch"
+SBOM = OUTPUT / "sbom.json"
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
@@ -183,6 +185,47 @@ def core(session: nox.Session) -> None:
     session.install("torch", "torchvision")
     session.install("-e", ".")
     session.run("python", ".ci/check_core.py")
+
+
+@nox.session
+def sbom(session: nox.Session) -> None:
+    """outputs/sbom.json: the components of an installation with all extras, in the format CycloneDX."""
+    session.run("cyclonedx-py", *("environment", *_installed(session, "cyclonedx-bom")), "--of", "JSON", "-o", SBOM)
+    session.log(f"Wrote {SBOM}")
+
+
+@nox.session
+def audit(session: nox.Session) -> None:
+    """Known faults of these components: a report, which fails neither for what it finds nor without a network."""
+    python = _installed(session, "pip-audit")[0]
+    listed = session.run(python, "-m", "pip", "list", "--format=freeze", silent=True, external=True)
+    pinned = Path(session.create_tmp()) / "pinned.txt"
+    # Versions with a local part, such as 2.8.0+cpu, are unknown to the index.
+    lines = [re.sub(r"\+\S*$", "", line) for line in str(listed).splitlines() if re.match(r"[\w.-]+==", line)]
+    pinned.write_text("\n".join(line for line in lines if not line.startswith("medmoe")) + "\n", encoding="utf-8")
+    report = ("--requirement", str(pinned), "--no-deps", "--disable-pip", "--progress-spinner", "off")
+    # 1: faults were found, or the index cannot be reached; the output says which.
+    session.run("pip-audit", *report, *session.posargs, success_codes=[0, 1])
+
+
+def _installed(session: nox.Session, tool: str) -> list[str]:
+    """Installs a tool into the session's environment, and the package into another, whose parts are the components.
+
+    With `--no-venv`, the tool must be there, and the components are those of the current environment.
+
+    Returns:
+        The Python of the environment whose components are meant.
+    """
+    SBOM.parent.mkdir(parents=True, exist_ok=True)
+    if session.virtualenv.venv_backend == "none":
+        return [sys.executable]
+    session.install(tool)
+    folder = Path(session.create_tmp()).resolve() / "installed"
+    python = folder / "bin" / "python"
+    session.run(sys.executable, "-m", "venv", "--clear", str(folder), external=True)
+    for wanted in (("torch", "torchvision"), (".[all]",)):
+        session.run(str(python), "-m", "pip", "install", "--quiet", *wanted, external=True)
+    return [str(python)]
 
 
 @nox.session

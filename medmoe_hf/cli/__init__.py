@@ -395,7 +395,7 @@ def predict(
     paths: Annotated[
         list[Path], typer.Argument(help="Files and folders: DICOM, NIfTI and pictures; folders with their subfolders.")
     ],
-    model: Annotated[str, typer.Option(help="Folder or Hub id. Its Python files are run.")] = DEFAULT_MODEL,
+    model: Annotated[str, typer.Option(help="Folder or Hub id. Its Python files are not run.")] = DEFAULT_MODEL,
     labels: Annotated[
         str | None,
         typer.Option(help='Labels to compare, separated by commas: "no finding, pneumonia"; by default by modality.'),
@@ -465,7 +465,7 @@ def predict(
 
 @app.command()
 def serve(
-    model: Annotated[str, typer.Option(help="Folder or Hub id. Its Python files are run.")] = DEFAULT_MODEL,
+    model: Annotated[str, typer.Option(help="Folder or Hub id. Its Python files are not run.")] = DEFAULT_MODEL,
     host: Annotated[str, typer.Option(help="Address to listen on. There is no password: mind who reaches it.")] = (
         "127.0.0.1"
     ),
@@ -495,7 +495,7 @@ def demo(
     checkpoint: Annotated[str, typer.Argument(envvar="MEDMOE_MODEL", help="Folder or Hub id.")] = DEFAULT_MODEL,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 7860,
 ) -> None:
-    """Show a checkpoint in the browser. Its Python files are run: use only checkpoints that you trust."""
+    """Show a checkpoint in the browser. Its Python files are not run."""
     logger.info("Loading the libraries ...")
     with errors_of("demo"):
         from medmoe_hf.common.packaged import packaged_folder

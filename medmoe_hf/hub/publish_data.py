@@ -9,7 +9,6 @@ import io
 import re
 import tarfile
 import tempfile
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from medmoe_hf.hub.access import writable
 from medmoe_hf.hub.card import markdown_table, source_name
 from medmoe_hf.hub.identifiers import kinds
 from medmoe_hf.hub.remote import Remote, readable_size
+from medmoe_hf.model.dicom_files_medmoe import no_quotes
 from medmoe_hf.model.medical_images_medmoe import is_medical_image
 from medmoe_hf.model.modalities_medmoe import MODALITIES, UNKNOWN_MODALITY
 
@@ -312,8 +312,7 @@ def _in_header(content: Any) -> list[str]:
         raise MissingPackageError('Reading DICOM headers needs the package pydicom: pip install "medmoe_hf[dicom]"')
     source = io.BytesIO(content) if isinstance(content, bytes) else content
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # pydicom's warnings quote the header
+        with no_quotes():
             header = pydicom.dcmread(source, stop_before_pixels=True, force=True)
             removed = str(header.get("PatientIdentityRemoved", "")).strip().upper() == "YES"
             sought = _IDENTIFYING if removed else (*_IDENTIFYING, *_PSEUDONYMS)

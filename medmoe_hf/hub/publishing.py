@@ -4,6 +4,7 @@ transformers' `push_to_hub` only adds files: an old `model.safetensors` would be
 """
 
 import json
+import logging
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +14,14 @@ from huggingface_hub import HfApi
 from medmoe_hf.common.packaged import packaged_folder
 from medmoe_hf.data.checkpoint_names import refuse_missing_folder
 from medmoe_hf.errors import HubUnreachableError, PublishError
-from medmoe_hf.hub.access import explained
+from medmoe_hf.hub.access import explained, page_of
 from medmoe_hf.hub.folder_checks import GOLDEN, check_folder, published_files
 from medmoe_hf.hub.golden import RELATIVE_TOLERANCE, compare_with_golden, write_golden
 from medmoe_hf.hub.remote import KEPT, MAIN, Change, Remote, readable_size
 from medmoe_hf.model import MedMoEModel
 from medmoe_hf.model.saving_medmoe import write_sentence_transformers_files
+
+logger = logging.getLogger(__name__)
 
 # Files that a repository may have before its first model.
 _HARMLESS = (KEPT, "README.md", "LICENSE")
@@ -223,7 +226,8 @@ def verify(
 ) -> VerifyReport:
     """Loads a checkpoint in a process without this package, and compares its outputs with `golden.safetensors`.
 
-    Warning: the process runs the Python files of the checkpoint. Verify only checkpoints that you would load.
+    Warning: the process runs the Python files of the checkpoint. Verify only checkpoints that you would load. If no
+    revision of a repository is named, a warning names its commit before anything is run.
 
     Args:
         source: A folder, `small`, or a repository on the Hub, which is downloaded.
@@ -265,7 +269,18 @@ def verify(
         # Asked for separately: without access, a download would silently use an older one from the cache.
         commit = api.model_info(repo, revision=revision).sha
         downloaded = api.snapshot_download(repo, revision=commit)
+    if revision is None:
+        _warn_of_code(repo, commit)
     return VerifyReport(repo, commit, compare_with_golden(downloaded))
+
+
+def _warn_of_code(repo: str, commit: str | None) -> None:
+    """Warns before code is run that nobody has pinned. No other command runs code of a checkpoint."""
+    logger.warning(
+        "The Python files of %s are run as they are now, and its owner can change them at any time. "
+        "Review them at %s, and pin what you reviewed: --revision %s",
+        *(repo, f"{page_of(repo)}/tree/{commit}", commit),
+    )
 
 
 def _stop_at(folder: Path, problems: list[str]) -> None:

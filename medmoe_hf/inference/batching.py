@@ -9,7 +9,7 @@ import torch
 import transformers
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedModel
 
 from medmoe_hf.common.console import progress
 from medmoe_hf.common.loading import explain_loading
@@ -48,13 +48,13 @@ def short_hash(text: str) -> str:
     return sha256(text.encode()).hexdigest()[:12]
 
 
-def load_model(folder: str | Path, device: str, trust_remote_code: bool) -> Any:
-    """Loads a complete transformers model in float32.
+def load_model(folder: str | Path, device: str, kind: type[PreTrainedModel] | None = None) -> Any:
+    """Loads a complete transformers model in float32, without running any code of its folder.
 
     Args:
         folder: Folder or Hub id.
         device: Device to put it on.
-        trust_remote_code: Whether the code in the folder may run.
+        kind: Class of the model; None for the class of transformers that the configuration names.
 
     Returns:
         The model, in `eval` mode.
@@ -63,9 +63,11 @@ def load_model(folder: str | Path, device: str, trust_remote_code: bool) -> Any:
         EncoderError: If tensors are missing.
     """
     with explain_loading(folder):
-        model, info = AutoModel.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, dtype=torch.float32, output_loading_info=True
-        )
+        settings = {"dtype": torch.float32, "output_loading_info": True}
+        if kind is None:
+            model, info = AutoModel.from_pretrained(folder, trust_remote_code=False, **settings)
+        else:
+            model, info = kind.from_pretrained(folder, **settings)
     missing = sorted(info["missing_keys"])
     if missing:
         raise EncoderError(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoProcessor, PretrainedConfig
+from transformers import PretrainedConfig
 
 from medmoe_hf.common.console import progress
 from medmoe_hf.common.loading import explain_loading
@@ -29,6 +29,7 @@ from medmoe_hf.inference.batching import (
 )
 from medmoe_hf.inference.other_encoders import ONNX, OPEN_CLIP, ExportedEncoder, OpenClipEncoder, TransformersEncoder
 from medmoe_hf.inference.texts import encode_texts
+from medmoe_hf.model import MedMoEModel, MedMoEProcessor
 from medmoe_hf.model.image_processing_medmoe import to_rgb
 from medmoe_hf.model.medical_images_medmoe import is_medical_image, read_medical_image
 from medmoe_hf.model.modalities_medmoe import MODALITIES, UNKNOWN_MODALITY, modality_id
@@ -103,10 +104,10 @@ def load_encoder(name: str | Path, batch_size: int = BATCH_SIZE, device: str | N
     """Loads the encoder for a model.
 
     Args:
-        name: `small`, the checkpoint of the package; folder or Hub id of a MedMoE (whose code is run, as with
-            `trust_remote_code=True`) or of any transformers model with `get_image_features` and `get_text_features`
-            (CLIP, SigLIP; no code from its folder is run); `open_clip:ARCH[:CHECKPOINT]`, see `OpenClipEncoder`; or
-            `onnx:FOLDER`, a MedMoE that `medmoe export` wrote.
+        name: `small`, the checkpoint of the package; folder or Hub id of a MedMoE or of any transformers model with
+            `get_image_features` and `get_text_features` (CLIP, SigLIP), of which no code is run: that of this package
+            and of transformers is; `open_clip:ARCH[:CHECKPOINT]`, see `OpenClipEncoder`; or `onnx:FOLDER`, a MedMoE
+            that `medmoe export` wrote.
         batch_size: Images per batch.
         device: Device to run on; None selects a GPU if there is one.
 
@@ -182,9 +183,9 @@ class MedMoEEncoder:
 
     def __init__(self, folder: str | Path, batch_size: int = BATCH_SIZE, device: str | None = None) -> None:
         self.name, self.batch_size, self.device = short_name(folder), batch_size, default_device(device)
-        self.model = load_model(folder, self.device, trust_remote_code=True)
+        self.model = load_model(folder, self.device, MedMoEModel)
         with explain_loading(folder):
-            self.processor: Any = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+            self.processor: Any = MedMoEProcessor.from_pretrained(folder, trust_remote_code=False)
         self.logit_scale = float(self.model.global_scale)
         self.preprocessing = processor_settings(self.processor)
         self.weights = "pretrained"

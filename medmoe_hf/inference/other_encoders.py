@@ -63,14 +63,14 @@ class TransformersEncoder:
 
     def __init__(self, folder: str | Path, batch_size: int = BATCH_SIZE, device: str | None = None) -> None:
         self.name, self.batch_size, self.device = short_name(folder), batch_size, default_device(device)
-        self.model = load_model(folder, self.device, trust_remote_code=False)
+        self.model = load_model(folder, self.device)
         for method in ("get_image_features", "get_text_features"):
             if not hasattr(self.model, method):
                 raise EncoderError(
                     f"{folder}: {type(self.model).__name__} has no {method}, so it is not a dual encoder."
                 )
         with explain_loading(folder):
-            self.processor: Any = AutoProcessor.from_pretrained(folder)
+            self.processor: Any = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
         scale = getattr(self.model, "logit_scale", None)
         self.logit_scale = 1.0 if scale is None else float(scale.detach().exp())
         config = self.model.config

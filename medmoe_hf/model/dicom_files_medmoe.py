@@ -6,10 +6,13 @@ Warnings and errors name the file and never quote its header, which holds names 
 import contextlib
 import copy
 import io
+import logging
 import math
 import os
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -43,6 +46,28 @@ _DECODED_BY = (
     "HighBit",
     "PixelRepresentation",
 )
+
+_is_quiet: ContextVar[bool] = ContextVar("_is_quiet", default=False)  # of this thread
+
+
+class _NoQuotes(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not _is_quiet.get()
+
+
+logging.getLogger("pydicom").addFilter(_NoQuotes())
+
+
+@contextlib.contextmanager
+def no_quotes() -> Iterator[None]:
+    """Hides what pydicom says of a file in the block: it quotes the header, both as a warning and in its log."""
+    before = _is_quiet.set(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        _is_quiet.reset(before)
 
 
 @contextlib.contextmanager

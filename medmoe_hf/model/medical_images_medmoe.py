@@ -5,12 +5,11 @@ Warnings and errors name the file and never quote its header, which holds names 
 
 import math
 import os
-import warnings
 import zlib
 from collections.abc import Sequence
 from typing import Any
 
-from .dicom_files_medmoe import DicomFrames
+from .dicom_files_medmoe import DicomFrames, no_quotes
 from .dicom_medmoe import is_dicom_dataset, read_dicom
 from .errors_medmoe import ArgumentError, ImageError, MedicalImageError, PathNotFoundError
 from .medical_pixels_medmoe import HEAD_BYTES, Windows, choose_frame
@@ -116,8 +115,7 @@ def read_medical_image(
             return source.read(choose_frame(frame, source.count, name), windows)
         if kind == "nifti":
             return read_nifti(source, name, frame, windows, max_pixels)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # pydicom's quote the header
+        with no_quotes():
             return read_dicom(source, name, frame, windows, named, max_pixels)
     except (ImageError, ImportError, FileNotFoundError, PermissionError):
         raise

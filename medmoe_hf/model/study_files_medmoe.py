@@ -3,7 +3,6 @@
 import hashlib
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .dicom_files_medmoe import first_number, header_numbers, header_value, pixel_spacing, read_header
+from .dicom_files_medmoe import first_number, header_numbers, header_value, no_quotes, pixel_spacing, read_header
 from .errors_medmoe import ImageError, MissingPackageError, PathNotFoundError
 from .medical_images_medmoe import kind_of
 from .medical_pixels_medmoe import missing_package
@@ -206,8 +205,7 @@ def read_file(path: str, max_pixels: int) -> Instance | list[str] | tuple[str, s
             return _picture(path)
         if pydicom is None:
             raise MissingPackageError(missing_package("DICOM", "pydicom"))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # pydicom's quote the header
+        with no_quotes():
             return _dicom(path, max_pixels)
     except (ImportError, MemoryError):
         raise
@@ -384,8 +382,7 @@ def read_files(
 def _study_of(path: str, max_pixels: int) -> str:
     try:
         if pydicom is not None and kind_of(path) == "dicom":
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with no_quotes():
                 header, _ = read_header(path, repr(path), max_pixels, ["StudyInstanceUID"])
                 return str(header.get("StudyInstanceUID") or "")
     except Exception:

@@ -134,7 +134,7 @@ class Checkpoint:
     In all methods `wish` is the modality of the expert to use, or `AUTOMATIC` for the image router's choice.
 
     Args:
-        name: A folder or Hub id. Warning: its code is run, so it must be one that you trust.
+        name: A folder or Hub id. Warning: without `load`, its code is run, so it must be one that you trust.
         say: Called with progress messages.
         load: Function of the name that returns a `StudyPredictor`, whose model is used; None without medmoe_hf.
 

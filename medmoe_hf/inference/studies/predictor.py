@@ -121,7 +121,7 @@ class StudyPredictor:
     """A loaded model that reads whole studies.
 
     Args:
-        model: `small`, the checkpoint of the package; the folder or Hub id of a MedMoE, whose code is run; or an
+        model: `small`, the checkpoint of the package; the folder or Hub id of a MedMoE; or an
             encoder that is already loaded.
         batch_size: Slices per batch.
         device: Device to run on; None selects a GPU if there is one.
@@ -494,7 +494,7 @@ def predict(
     Args:
         paths: Files and folders: DICOM, NIfTI and pictures; folders are read with their subfolders. Names and order do
             not matter.
-        model: `small`, the checkpoint of the package; the folder or Hub id of a MedMoE, whose code is run; or a loaded
+        model: `small`, the checkpoint of the package; the folder or Hub id of a MedMoE; or a loaded
             encoder or `StudyPredictor`.
         labels: Labels to compare, at least two; by default those of the modality, see `default_labels.yaml`.
         task: A YAML or JSON file, or a dictionary, of labels and their sentences: `{"effusion": ["There is ..."]}`; a
