@@ -775,15 +775,6 @@ def test_the_card_credits_every_source(data, model, tmp_path):
     added = text.replace(scripts["card"].BEGIN, f"My own words.\n\n{scripts['card'].BEGIN}")
     (folder / "README.md").write_text(added)
     assert write(folder, run, None, None, None).read_text() == added
-    record = tmp_path / "training.json"
-    record.write_text(
-        '{"steps": 2000, "samples": 96000, "seconds": 5879, "config": {"learning_rate": 6e-4, "seed": 0}}'
-    )
-    stages = write(folder, run, None, None, None, [record]).read_text()
-    assert "- 2,000 steps, 96,000 pairs, 1.63 h, learning rate 0.0006, seed 0" in stages
-    assert (
-        stages.index("Apache-2.0, packaged") < stages.index("had been trained before") < stages.index("## Limits of")
-    )
     found = metadata_load(folder / "README.md")["model-index"][0]["results"]
     assert [(one["dataset"]["type"], len(one["metrics"])) for one in found] == [
         ("all sources, test", 1),

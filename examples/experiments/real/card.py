@@ -113,22 +113,7 @@ def check_weights(folder: Path, run: Mapping[str, Any]) -> None:
             )
 
 
-def earlier_runs(records: Sequence[Path]) -> str:
-    """Returns what is said of the trainings that this one went on from, the first one first; empty without any."""
-    lines = []
-    for path in records:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        settings = record["config"]
-        lines.append(
-            f"- {record['steps']:,} steps, {record['samples']:,} pairs, {record['seconds'] / 3600:.2f} h, "
-            f"learning rate {settings['learning_rate']:g}, seed {settings['seed']}"
-        )
-    if not lines:
-        return ""
-    return "\n".join(["The weights had been trained before, by the same program and on the same images:", "", *lines])
-
-
-def own_part(run: Mapping[str, Any], recipe: Path | None, before: Sequence[Path] = ()) -> str:
+def own_part(run: Mapping[str, Any], recipe: Path | None) -> str:
     """Returns the sections below the line that marks handwritten text."""
     check = run["check"]
     hashes = [["manifest", check["manifest"]]]
@@ -151,7 +136,6 @@ def own_part(run: Mapping[str, Any], recipe: Path | None, before: Sequence[Path]
     parts += [
         "The start weights are EfficientNet-Lite0, trained on ImageNet (Apache-2.0), and the sentence encoder MiniLM "
         "(Apache-2.0, packaged under MIT).",
-        earlier_runs(before),
         "## Limits of these data",
         "\n".join(f"- {limit}" for limit in LIMITS),
         "## All results",
@@ -162,17 +146,10 @@ def own_part(run: Mapping[str, Any], recipe: Path | None, before: Sequence[Path]
         "Every image was compared with its hash in the manifest before the training.",
         markdown_table(("file", "SHA-256"), hashes),
     ]
-    return "\n\n".join(part for part in parts if part)
+    return "\n\n".join(parts)
 
 
-def write(
-    folder: Path,
-    run_folder: Path,
-    training: Path | None,
-    repo: str | None,
-    recipe: Path | None,
-    before: Sequence[Path] = (),
-) -> Path:
+def write(folder: Path, run_folder: Path, training: Path | None, repo: str | None, recipe: Path | None) -> Path:
     """Writes the card.
 
     Args:
@@ -181,7 +158,6 @@ def write(
         training: Record of the training; None for the `training.json` of the folder.
         repo: Hub id for the code examples; None without.
         recipe: Training YAML, whose hash is recorded; None without.
-        before: `training.json` of the trainings that this one went on from, the first one first.
 
     Returns:
         Path of the card.
@@ -207,10 +183,10 @@ def write(
         )
     path = write_card(folder, card, force=True)
     text = path.read_text(encoding="utf-8")
-    above, mark, after = text.partition(HAND_WRITTEN)
+    before, mark, after = text.partition(HAND_WRITTEN)
     # What someone wrote above our own part stays.
     kept = after.partition(BEGIN)[0].strip()
-    body = "\n\n".join(part for part in (above + mark, kept, own_part(run, recipe, before)) if part)
+    body = "\n\n".join(part for part in (before + mark, kept, own_part(run, recipe)) if part)
     with atomic_write(path) as partial:
         partial.write_text(body + "\n", encoding="utf-8")
     return path
@@ -222,10 +198,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--run", required=True, type=Path, help="folder with the JSON files")
     parser.add_argument("--training", type=Path, help="training.json; by default the folder's")
     parser.add_argument("--recipe", type=Path, help="training YAML, whose hash is recorded")
-    parser.add_argument("--before", nargs="+", type=Path, default=[], help="training.json of the runs before this one")
     parser.add_argument("--repo", help="Hub id for the code examples")
     given = parser.parse_args(arguments)
-    print(write(given.folder, given.run, given.training, given.repo, given.recipe, given.before))
+    print(write(given.folder, given.run, given.training, given.repo, given.recipe))
 
 
 if __name__ == "__main__":

@@ -41,13 +41,7 @@ def clean_configuration(path: Path) -> None:
 
 
 def pack(
-    trained: Path,
-    out: Path,
-    run: Path,
-    recipe: Path | None = None,
-    repo: str | None = None,
-    force: bool = False,
-    before: Sequence[Path] = (),
+    trained: Path, out: Path, run: Path, recipe: Path | None = None, repo: str | None = None, force: bool = False
 ) -> str:
     """Writes a complete checkpoint.
 
@@ -58,7 +52,6 @@ def pack(
         recipe: Training YAML, whose hash the card has.
         repo: Hub id for the card's code examples.
         force: Whether to replace `out`.
-        before: `training.json` of the trainings that this one went on from, for the card.
 
     Returns:
         Sizes, and what half precision changes.
@@ -77,7 +70,7 @@ def pack(
         checked = verify(folder, record=True)
         if not checked.ok:
             raise PublishError(f"{trained} has other outputs in a process without this package:\n{checked}")
-        write(folder, run, None, repo, recipe, before)
+        write(folder, run, None, repo, recipe)
         problems = check_folder(folder)
         if problems:
             raise PublishError("The checkpoint cannot be published:\n" + "\n".join(problems))
@@ -101,11 +94,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--run", required=True, type=Path, help="folder with the JSON files of the results")
     parser.add_argument("--recipe", type=Path, help="training YAML, whose hash the card has")
     parser.add_argument("--repo", help="Hub id for the code examples of the card")
-    parser.add_argument("--before", nargs="+", type=Path, default=[], help="training.json of the runs before this one")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     parser.add_argument("--into", type=Path, help="folder of the package to copy the checkpoint to")
     given = parser.parse_args(arguments)
-    print(pack(given.trained, given.out, given.run, given.recipe, given.repo, given.force, given.before))
+    print(pack(given.trained, given.out, given.run, given.recipe, given.repo, given.force))
     if given.into is not None:
         copy(given.out, given.into, force=True)
         print(f"Copied to {given.into}.")
