@@ -19,19 +19,20 @@ from small_encoders import medmoe_folder
 
 from medmoe_hf.data import phantom_sample
 from medmoe_hf.data.stream import SampleStream
-from medmoe_hf.errors import CardError, SourceError
+from medmoe_hf.errors import ArgumentError, CardError, SourceError
 from medmoe_hf.evaluation.dataset import EvaluationSet
 from medmoe_hf.evaluation.intervals import Interval
 from medmoe_hf.evaluation.metrics import calibration as measure_calibration
 from medmoe_hf.evaluation.results import Result
 from medmoe_hf.inference.encoders import MedMoEEncoder
+from medmoe_hf.model import MedMoEModel, MedMoEProcessor
 from medmoe_hf.model.tasks_medmoe import read_tasks
 from medmoe_hf.training import TrainConfig
 
 FOLDER = Path(__file__).parents[2] / "examples" / "experiments" / "real"
 NAMES = (
     "manifest", "tasks", "clean_encode", "encode", "evaluate", "check", "report", "card", "trainings", "leave_one_out",
-    "twins", "figures", "pooling", "organs", "calibrate", "robustness",
+    "twins", "figures", "pooling", "organs", "calibrate", "robustness", "input_size",
 )  # fmt: skip
 
 # The scripts import each other by name; other modules of these names must not be hidden from other tests.
@@ -978,3 +979,20 @@ def test_the_page_gets_tables_and_figure_of_organs(tmp_path, monkeypatch):
     page.write_text("no marks", encoding="utf-8")
     with pytest.raises(SourceError, match="lacks the lines"):
         module.main(["--page", str(page), "--out", str(tmp_path / "organs.json")])
+
+
+def test_another_input_size_leaves_the_weights(model, tmp_path):
+    sized = tmp_path / "sized"
+    scripts["input_size"].main([str(model), str(sized), "--side", "96"])
+    assert (sized / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
+    image = np.random.default_rng(0).integers(0, 256, (120, 100, 3), dtype=np.uint8)
+    pixels = MedMoEProcessor.from_pretrained(sized)(images=[image], return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 96, 96)
+    loaded = MedMoEModel.from_pretrained(sized).eval()
+    assert loaded.config.vision_config.image_size == 96
+    with torch.no_grad():
+        found = loaded.get_image_features(pixels).pooler_output
+        expected = MedMoEModel.from_pretrained(model).eval().get_image_features(pixels).pooler_output
+    assert torch.equal(found, expected)
+    with pytest.raises(ArgumentError, match="--side 8: give at least 32"):
+        scripts["input_size"].main([str(model), str(tmp_path / "tiny"), "--side", "8"])
