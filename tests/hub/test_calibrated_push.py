@@ -1,4 +1,4 @@
-"""A calibrated folder that is pushed to a Hub and loaded elsewhere answers as it did here."""
+"""A folder with tasks and a rejector, pushed to a Hub and loaded elsewhere, answers and refuses as it did here."""
 
 import subprocess
 import sys
@@ -12,12 +12,13 @@ from small_encoders import medmoe_folder
 
 from medmoe_hf.data.sources import load_sources
 from medmoe_hf.evaluation.calibrate import calibrate
+from medmoe_hf.evaluation.rejector import add_rejector
 from medmoe_hf.hub import publish
 from medmoe_hf.inference.task_files import read_task_file
 from medmoe_hf.model import MedMoEModel, MedMoEProcessor
 
 REPO = "user/calibrated"
-COUNT = 60
+COUNT = 300  # A rejector needs 50 images beside those that it is fitted on.
 
 ELSEWHERE = """
 import sys
@@ -32,6 +33,7 @@ model = AutoModel.from_pretrained(REPO, **remote).eval()
 assert type(model).__module__.startswith("transformers_modules"), type(model).__module__
 pixels = AutoProcessor.from_pretrained(REPO, **remote)(images=pictures, return_tensors="pt")["pixel_values"]
 answer, task = model.classify(pixels, "shade"), model.tasks["shade"]
+routed = model.route(pixels)
 classify = pipeline("zero-shot-image-classification", model=REPO, **remote)
 torch.save({
     "probabilities": answer.probabilities,
@@ -41,6 +43,8 @@ torch.save({
     "thresholds": dict(task.calibration.thresholds),
     "quantiles": dict(task.calibration.quantiles),
     "pipeline": classify(pictures, candidate_labels=["bright", "dark"]),
+    "ood_score": routed.ood_score,
+    "accepted": routed.accepted,
     "named": classify(pictures, task="shade"),
 }, "found.pt")
 """
@@ -70,14 +74,19 @@ def made(tmp_path):
     source |= {"label": "finding", "subject": "patient", "modality": "field:modality", "name": "shades"}
     (tmp_path / "sources.yaml").write_text(yaml.safe_dump([source]))
     calibrate(folder, load_sources(tmp_path / "sources.yaml"), [wanted], tmp_path / "made", resamples=5)
+    add_rejector(tmp_path / "made", load_sources(tmp_path / "sources.yaml"))
+    # One that is unlike the others.
+    stripes = np.tile(np.arange(64) % 2 * 255, (64, 1)).astype(np.uint8)
+    Image.fromarray(stripes).save(tmp_path / "7.png")
     return tmp_path / "made"
 
 
 @pytest.mark.slow
-def test_a_calibrated_folder_answers_the_same_from_the_hub(hub, made, tmp_path):
+def test_a_folder_answers_and_refuses_the_same_from_the_hub(hub, made, tmp_path):
     model, processor = MedMoEModel.from_pretrained(made).eval(), MedMoEProcessor.from_pretrained(made)
     pictures = [str(tmp_path / f"{row}.png") for row in range(8)]
-    answer = model.classify(processor(images=pictures, return_tensors="pt")["pixel_values"], "shade")
+    pixels = processor(images=pictures, return_tensors="pt")["pixel_values"]
+    answer, routed = model.classify(pixels, "shade"), model.route(pixels)
     fitted = model.tasks["shade"].calibration
     publish(made, REPO)
     run = subprocess.run(
@@ -93,6 +102,10 @@ def test_a_calibrated_folder_answers_the_same_from_the_hub(hub, made, tmp_path):
     torch.testing.assert_close(found["probabilities"], answer.probabilities, rtol=1e-5, atol=1e-6)
     assert (found["labels"], found["sets"], found["calibrated"]) == (answer.labels, answer.sets, True)
     assert (found["thresholds"], found["quantiles"]) == (dict(fitted.thresholds), dict(fitted.quantiles))
+    torch.testing.assert_close(found["ood_score"], routed.ood_score, rtol=1e-4, atol=1e-5)
+    assert torch.equal(found["accepted"], routed.accepted)
+    assert not routed.accepted[7]
+    assert routed.accepted[:7].any()
     # Not what the scores alone would say.
     plain = model.tasks["shade"].uncalibrated().probabilities(answer.scores)
     assert (plain - answer.probabilities).abs().max() > 0.01
