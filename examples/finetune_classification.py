@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["medmoe_hf"]
+#
+# [tool.uv.sources]
+# medmoe_hf = { path = ".." }
+# ///
 """Fine-tune a MedMoE image tower as a classifier with transformers' Trainer.
 
     python examples/finetune_classification.py                      # the packaged checkpoint on ultrasound phantoms

@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["medmoe_hf[sentence]"]
+#
+# [tool.uv.sources]
+# medmoe_hf = { path = ".." }
+# ///
 """Fine-tune with the Trainer of sentence-transformers, and find images by sentences.
 
     python examples/finetune_sentence_transformer.py                    # the packaged checkpoint on phantoms

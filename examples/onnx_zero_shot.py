@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["numpy", "onnxruntime", "pillow", "tokenizers"]
+# ///
 """Zero-shot classification with an exported model: onnxruntime, numpy, Pillow and tokenizers, no PyTorch.
 
     medmoe export MODEL EXPORTED

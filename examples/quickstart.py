@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["medmoe_hf[dicom]"]
+#
+# [tool.uv.sources]
+# medmoe_hf = { path = ".." }
+# ///
 """Real scans, offline, in three minutes: route, label and locate them with the packaged checkpoint, then fine-tune it.
 
     python examples/quickstart.py [--output quickstart]

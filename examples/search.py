@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["medmoe_hf[search]"]
+#
+# [tool.uv.sources]
+# medmoe_hf = { path = ".." }
+# ///
 """Encode a few hundred image-text pairs to disk, and search them by text and by image.
 
 python examples/search.py                              # with the checkpoint of the package, or by --model

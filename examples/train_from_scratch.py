@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["medmoe_hf[dicom]"]
+#
+# [tool.uv.sources]
+# medmoe_hf = { path = ".." }
+# ///
 """Train and evaluate a small MedMoE from scratch on synthetic phantoms: one command, offline.
 
     python examples/train_from_scratch.py [--output scratch]

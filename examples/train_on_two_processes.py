@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["medmoe_hf[train]"]
+#
+# [tool.uv.sources]
+# medmoe_hf = { path = ".." }
+# ///
 """Train on two processes from streamed shards, interrupt the run, and resume it.
 
     python examples/train_on_two_processes.py

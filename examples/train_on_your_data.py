@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["medmoe_hf[dicom,train]"]
+#
+# [tool.uv.sources]
+# medmoe_hf = { path = ".." }
+# ///
 """From a folder of images and a CSV to a fine-tuned model and a prediction.
 
     python examples/train_on_your_data.py [--model FOLDER] [--output runs/mine] [--push user/name]

@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["medmoe_hf[dicom]"]
+#
+# [tool.uv.sources]
+# medmoe_hf = { path = ".." }
+# ///
 """Zero-shot classification with a MedMoE checkpoint: by the stock pipeline, and with several prompts per class.
 
 python examples/zero_shot.py                           # the checkpoint of the package, on scans that packages ship

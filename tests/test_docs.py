@@ -3,6 +3,7 @@
 import argparse
 import ast
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 import re
@@ -13,6 +14,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,8 +39,14 @@ from medmoe_hf.training import TrainConfig
 ROOT = Path(__file__).parents[1]
 PAGES = {
     path.name: path
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs" / "pages").glob("*.md")))
+    for path in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "AGENTS.md",
+        *sorted((ROOT / "docs" / "pages").glob("*.md")),
+    )
 }
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 LAUNCHERS = ("torchrun", "accelerate")
 
 
@@ -193,6 +201,14 @@ def check(command: list[str], mentioned: bool, monkeypatch: pytest.MonkeyPatch) 
     elif program == "pytest":
         for path in (word for word in rest if "/" in word):
             assert (ROOT / path).exists(), f"there is no {path}"
+    elif program == "uv":
+        assert rest[0] == "run"
+        script = next(word for word in rest[1:] if word.endswith(".py"))
+        check(["python", *rest[rest.index(script) :]], mentioned, monkeypatch)
+    elif program == "ruff":
+        assert rest in (["check", "."], ["format", "."])
+    elif program == "mypy":
+        assert rest == []
     else:
         assert command == ["hf", "auth", "login"], f"nothing checks `{shlex.join(command)}`"
 
@@ -276,7 +292,7 @@ def test_blocks_state_their_language():
     assert len(COMMANDS) > 30
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "AGENTS.md"])
 def test_links_lead_to_existing_files(page):
     tokens = MarkdownIt().enable("table").parse(PAGES[page].read_text(encoding="utf-8"))
     children = [child for token in tokens for child in token.children or ()]
@@ -317,8 +333,66 @@ def test_wrong_imports_are_noticed():
 
 
 def test_example_scripts_are_short():
-    lengths = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "examples").glob("*.py")}
+    lengths = {path.name: len(path.read_text().split("# ///\n")[-1].splitlines()) for path in EXAMPLES}
     assert {name for name, length in lengths.items() if length > 120} == set()
+
+
+# What `uv run` installs for a script (PEP 723)
+
+
+def script_header(path: Path) -> dict[str, Any]:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 cannot read TOML")
+    (found,) = re.findall(r"(?m)^# /// script$\n((?:^#(?: .*)?$\n)+?)^# ///$", path.read_text(encoding="utf-8"))
+    return tomllib.loads("".join(line[2:] + "\n" for line in found.splitlines()))
+
+
+def imported_by(path: Path) -> set[str]:
+    """Return the top-level modules that a script imports when it starts, and those of the scripts that it runs."""
+    text, modules, others = path.read_text(encoding="utf-8"), set(), []
+    for node in ast.parse(text).body:
+        names = [one.name for one in node.names] if isinstance(node, ast.Import) else []
+        names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+        others += [f"{name.split('.')[1]}.py" for name in names if name.startswith("experiments.")]
+        modules |= {name.split(".")[0] for name in names}
+    others += re.findall(r'"experiments" / "(\w+\.py)"', text)
+    for other in others:
+        modules |= imported_by(ROOT / "examples" / "experiments" / other)
+    return modules - sys.stdlib_module_names - {"experiments"}
+
+
+def distribution(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", name)[0]).lower()
+
+
+def required(dependencies: list[str]) -> set[str]:
+    """Return the distributions that requirements name, with those of this package and its extras."""
+    found = {distribution(one) for one in dependencies}
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for one in dependencies:
+        if distribution(one) != "medmoe-hf":
+            continue
+        lists = re.findall(r"(?m)^dependencies = (\[(?:.|\n)*?^\])", project)
+        for extra in re.findall(r"\[([\w,-]+)\]", one):
+            lists += [re.search(rf"(?m)^{name} = (\[(?:[^\[\]]|\[\w+\])*\])", project)[1] for name in extra.split(",")]
+        found |= {distribution(part) for text in lists for part in ast.literal_eval(text)}
+    return found
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_the_header_of_an_example_names_what_it_imports(path):
+    header = script_header(path)
+    known = importlib.metadata.packages_distributions()
+    needed = {name: {distribution(one) for one in known.get(name, [name])} for name in imported_by(path)}
+    given = required(header["dependencies"])
+    assert {name for name, sources in needed.items() if not sources & given} == set()
+    # nothing is installed in vain
+    direct = {distribution(one) for one in header["dependencies"]}
+    assert direct <= set().union(*needed.values())
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'requires-python = "{header["requires-python"]}"' in project
+    sources = header.get("tool", {}).get("uv", {}).get("sources", {})
+    assert set(sources) == {one.split("[")[0] for one in header["dependencies"] if "medmoe_hf" in one}
+    assert all((path.parent / source["path"] / "pyproject.toml").is_file() for source in sources.values())
 
 
 # The documented commands
@@ -366,6 +440,7 @@ ELSEWHERE = {
     ("shrink",): ("tests/hub/test_half_precision.py", '"shrink"'),
     ("serve",): ("tests/inference/test_serving.py", '["serve", '),
     ("demo",): ("tests/browser/test_demo.py", '"medmoe_hf.cli", "demo"'),
+    ("data", "export"): ("tests/neighbours/test_clip_benchmark.py", '["data", "export", '),
     ("export",): ("noxfile.py", '"medmoe", "export"'),
     ("merge",): ("tests/training/test_adapters.py", '"merge"'),
     **{

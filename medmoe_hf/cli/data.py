@@ -88,6 +88,52 @@ def overlap(
         raise typer.Exit(1)
 
 
+_Declared = Annotated[
+    bool,
+    typer.Option("--i-have-removed-identifiers", help="Write even if something looks like a patient identifier."),
+]
+
+
+@app.command("export")
+def export_sources(
+    sources: Annotated[Path, typer.Argument(help="YAML file with a list of sources.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to create; for clip_benchmark, also one to add a split to.")],
+    layout: Annotated[
+        Literal["clip_benchmark", "open_clip", "parquet", "webdataset"],
+        typer.Option(help="clip_benchmark: tars with classes; open_clip: a CSV; the others: as `data push` uploads."),
+    ],
+    split: Annotated[str, typer.Option(help="Name of the split, for clip_benchmark.")] = "test",
+    template: Annotated[
+        list[str] | None,
+        typer.Option(help="Sentence with {c} in place of the class, for clip_benchmark; may be repeated."),
+    ] = None,
+    shard_size: Annotated[int, typer.Option(min=1, help="Samples per file; open_clip has a file per image.")] = 1000,
+    i_have_removed_identifiers: _Declared = False,
+) -> None:
+    """Write sources to a folder, in a layout that other libraries read."""
+    from medmoe_hf.data.sources import load_sources
+    from medmoe_hf.errors import ArgumentError
+
+    with errors_of("data export"):
+        if layout != "clip_benchmark" and (template or split != "test"):
+            raise ArgumentError("--split and --template go with --layout clip_benchmark.")
+        if layout in ("parquet", "webdataset"):
+            from medmoe_hf.hub.publish_data import export_data
+
+            export_data(load_sources(sources), folder, layout, shard_size, i_have_removed_identifiers)
+        elif layout == "open_clip":
+            from medmoe_hf.hub.data_layouts import export_open_clip
+
+            export_open_clip(load_sources(sources), folder, i_have_removed_identifiers)
+        else:
+            from medmoe_hf.hub.data_layouts import export_clip_benchmark
+
+            export_clip_benchmark(
+                load_sources(sources), folder, split, template or (), shard_size, i_have_removed_identifiers
+            )
+    typer.echo(f"Written: {folder}")
+
+
 @app.command("push")
 def push_sources(
     sources: Annotated[Path, typer.Argument(help="YAML file with a list of sources.")],
@@ -108,12 +154,7 @@ def push_sources(
             help="Remove other files under data/, and replace a card that was not written by this command.",
         ),
     ] = False,
-    i_have_removed_identifiers: Annotated[
-        bool,
-        typer.Option(
-            "--i-have-removed-identifiers", help="Publish even if something looks like a patient identifier."
-        ),
-    ] = False,
+    i_have_removed_identifiers: _Declared = False,
 ) -> None:
     """Publish sources as a data set on the Hub."""
     from medmoe_hf.data.sources import load_sources

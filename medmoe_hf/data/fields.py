@@ -6,8 +6,14 @@ from string import Formatter
 
 from medmoe_hf.errors import ArgumentError
 
-IMAGE_FIELDS = ("image", "jpg", "jpeg", "png", "webp", "tif", "tiff", "dcm", "file_name", "path")
-CAPTION_FIELDS = ("caption", "txt", "text", "report")
+IMAGE_FIELDS = (
+    *("image", "jpg", "jpeg", "png", "webp", "tif", "tiff", "dcm"),
+    # the column of `niftifolder`, and the extensions in tars
+    *("nifti", "nii", "nii.gz"),
+    # `filepath` and `title` are the columns of open_clip's CSV
+    *("file_name", "path", "filepath"),
+)
+CAPTION_FIELDS = ("caption", "txt", "text", "report", "title")
 MODALITY_FIELDS = ("modality", "cls")
 
 

@@ -277,16 +277,17 @@ def _row(table: Any, row: int) -> tuple[list[str], list[Any]]:
 
 
 class DatasetShard:
-    """A `datasets.Dataset`: memory-mapped Arrow, with images, NIfTI volumes etc. not decoded."""
+    """A `datasets.Dataset`: memory-mapped Arrow, with images, NIfTI volumes etc. not decoded.
+
+    Numbers of a `ClassLabel` are read as the names of their classes, since numbers mean nothing outside the dataset.
+    """
 
     def __init__(self, name: str, dataset: datasets.Dataset) -> None:
         self.name = name
-        for column, feature in dataset.features.items():
-            if getattr(feature, "decode", False):
-                undecoded = copy(feature)
-                undecoded.decode = False
-                dataset = dataset.cast_column(column, undecoded)
-        self.dataset = dataset
+        self.dataset = undecoded(dataset)
+        self._classes = {
+            column: classes for column, feature in dataset.features.items() if (classes := _class_label(feature))
+        }
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -295,18 +296,46 @@ class DatasetShard:
         return row
 
     def read(self, location: Any) -> dict[str, Any]:
-        sample: dict[str, Any] = self.dataset[location]
-        return sample
+        return self._named(self.dataset[location])
 
     def peek(self, rows: Sequence[int], names: Collection[str]) -> list[dict[str, Any]]:
         present = [name for name in self.dataset.column_names if name in names]
         if not present:
             return [{} for _ in rows]
         columns = self.dataset.select_columns(present)[list(rows)]
-        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        return [self._named(dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)]
 
     def fields(self) -> list[str]:
         return list(self.dataset.column_names)
+
+    def _named(self, row: dict[str, Any]) -> dict[str, Any]:
+        for column, feature in self._classes.items():
+            value = row.get(column)
+            if isinstance(value, list):
+                row[column] = [feature.names[number] for number in value if number is not None and number >= 0]
+            elif value is not None:
+                row[column] = feature.names[value] if value >= 0 else None  # -1 is a label that is not known
+        return row
+
+
+def undecoded(dataset: Any) -> Any:
+    """Returns a dataset whose images, NIfTI volumes etc. are read as bytes and paths.
+
+    Args:
+        dataset: A `datasets.Dataset` or `datasets.IterableDataset` with features.
+    """
+    for column, feature in (dataset.features or {}).items():
+        if getattr(feature, "decode", False):
+            plain = copy(feature)
+            plain.decode = False
+            dataset = dataset.cast_column(column, plain)
+    return dataset
+
+
+def _class_label(feature: Any) -> datasets.ClassLabel | None:
+    """Returns the classes of a column of classes or of lists of them."""
+    inner = getattr(feature, "feature", feature)
+    return inner if isinstance(inner, datasets.ClassLabel) else None
 
 
 class PhantomShard:

@@ -6,6 +6,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -18,10 +19,11 @@ from medmoe_hf.data.caption_templates import Captions, Synonyms, check_template
 from medmoe_hf.data.captions import CAPTION_RULES
 from medmoe_hf.data.cells import cell_text
 from medmoe_hf.data.checksums import file_checksums
+from medmoe_hf.data.clip_benchmark import CLASS_NAMES, SHARD_COUNT, TEMPLATES, read_names, split_shards
 from medmoe_hf.data.fields import CAPTION_FIELDS, IMAGE_FIELDS, find_field, template_fields
 from medmoe_hf.data.file_patterns import expand, expand_environment
 from medmoe_hf.data.image_folders import find_images
-from medmoe_hf.data.shards import DatasetShard, ParquetShard, PhantomShard, Shard, TarShard
+from medmoe_hf.data.shards import DatasetShard, ParquetShard, PhantomShard, Shard, TarShard, undecoded
 from medmoe_hf.data.tables import TableShard, read_table
 from medmoe_hf.errors import ArgumentError, PathNotFoundError, ShardError, SourceError
 from medmoe_hf.model.medical_images_medmoe import WINDOWS
@@ -53,8 +55,8 @@ class BaseSource(BaseModel):
         name: Name in reports and model cards; by default the path, pattern or Hub id.
         weight: Relative frequency of samples of this source when sources are mixed, above 0.
         image: Field with the image; by default the first of `image`, `jpg`, `jpeg`, `png`, `webp`, `tif`, `tiff`,
-            `dcm`, `file_name` and `path`.
-        caption: Field with the caption; by default the first of `caption`, `txt`, `text` and `report`.
+            `dcm`, `nifti`, `nii`, `nii.gz`, `file_name`, `path` and `filepath`.
+        caption: Field with the caption; by default the first of `caption`, `txt`, `text`, `report` and `title`.
         caption_rule: How the caption is taken from the field: `plain` (as it is), the rule of a tag (see
             `medmoe_hf.data.captions`), or `auto` (the rule whose tag the text contains).
         caption_template: Caption with fields in braces, such as `"a chest radiograph with {label}"`, used instead of
@@ -99,7 +101,9 @@ class BaseSource(BaseModel):
     label: str | None = None
     window: str | tuple[float, float] | tuple[str, str, str] | None = None
 
-    later_keys: ClassVar[frozenset[str]] = frozenset(("captions", "label", "synonyms", "where", "where_not"))
+    later_keys: ClassVar[frozenset[str]] = frozenset(
+        ("captions", "label", "synonyms", "where", "where_not", "revision", "rows")
+    )
 
     @model_validator(mode="after")
     def _known_rule(self) -> "BaseSource":
@@ -270,7 +274,48 @@ class WebDatasetSource(_FileSource):
 
     def shards(self) -> list[Shard]:
         """Returns the shards of the source."""
-        return [TarShard(path) for path in self.paths()]
+        paths = self.paths()
+        if self.modality is None:
+            for folder in dict.fromkeys(Path(path).parent for path in paths):
+                if (folder / SHARD_COUNT).is_file() and (folder.parent / CLASS_NAMES).is_file():
+                    raise SourceError(
+                        f"{folder} has CLIP_benchmark's layout, whose `cls` is a class and no modality: use `kind: "
+                        f"clip_benchmark, path: {folder.parent}, split: {folder.name}`, or specify `modality`."
+                    )
+        return [TarShard(path) for path in paths]
+
+
+class ClipBenchmarkSource(BaseSource):
+    """A set in the webdataset layout of CLIP_benchmark, with one class per image.
+
+    The fields are the image, `label` (the name of the class) and `caption` (the first template, filled with it); for
+    captions of your own use `captions` with `{label}`.
+
+    Attributes:
+        kind: `clip_benchmark`.
+        path: Folder with `classnames.txt`, `zeroshot_classification_templates.txt` and a folder per split.
+        split: Name of the split's folder.
+
+    Example:
+        ```yaml
+        - {kind: clip_benchmark, path: benchmarks/lungs, split: train, modality: xray}
+        ```
+    """
+
+    kind: Literal["clip_benchmark"]
+    path: str
+    split: str = "train"
+
+    def shards(self) -> list[Shard]:
+        """Returns the shards of the source."""
+        folder = Path(expand_environment(self.path))
+        classes, templates = read_names(folder)
+        return [*split_shards(folder, self.split, classes, templates[0])]
+
+    def content_checksums(self) -> list[Any]:
+        folder = Path(expand_environment(self.path))
+        names = [str(folder / name) for name in (CLASS_NAMES, TEMPLATES)]
+        return file_checksums(names, complete=True) + file_checksums([shard.name for shard in self.shards()])
 
 
 class ParquetSource(_FileSource):
@@ -408,11 +453,16 @@ class FolderSource(BaseSource):
 class DatasetSource(BaseSource):
     """A dataset on the Hub (downloaded once), or one that was saved with `save_to_disk`.
 
+    Columns of `datasets.Image` and `datasets.Nifti` are images, and values of `ClassLabel` are their names.
+
     Attributes:
         kind: `hub` or `saved`.
         path: Hub id, or path of the folder.
         subset: Configuration of a Hub dataset.
-        split: Split of the dataset.
+        split: Split of the dataset; of a Hub dataset also `train+test` or `train[:10%]`.
+        revision: Branch, tag or commit of a Hub dataset; by default main.
+        rows: Number of rows of a Hub dataset that are read by streaming, the first ones of the split. Nothing else is
+            downloaded, and they are kept in memory. None for all rows.
 
     Example:
         ```yaml
@@ -424,18 +474,34 @@ class DatasetSource(BaseSource):
     path: str
     subset: str | None = None
     split: str = "train"
+    revision: str | None = None
+    rows: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _of_the_hub(self) -> "DatasetSource":
+        if self.kind == "saved" and (self.revision is not None or self.rows is not None):
+            raise ValueError("`revision` and `rows` apply to `kind: hub` only")
+        return self
 
     def shards(self) -> list[Shard]:
         """Returns the shards of the source."""
         return [DatasetShard(self.path, self._load())]
 
     def content_checksums(self) -> list[Any]:
-        return file_checksums([file["filename"] for file in self._load().cache_files])
+        if self.rows is None:
+            return file_checksums([file["filename"] for file in self._load().cache_files])
+        digest = hashlib.blake2b(digest_size=8)
+        found = undecoded(self._load())
+        for row in found:
+            digest.update(repr(row).encode())
+        return [[self.path, len(found), digest.hexdigest()]]
 
     def _load(self) -> datasets.Dataset:
         if self.kind == "hub":
             with explain_loading(self.path):
-                return datasets.load_dataset(self.path, self.subset, split=self.split)
+                if self.rows is not None:
+                    return _first_rows(self.path, self.subset, self.split, self.revision, self.rows)
+                return datasets.load_dataset(self.path, self.subset, split=self.split, revision=self.revision)
         path = expand_environment(self.path)
         if not Path(path).is_dir():
             raise PathNotFoundError(f'There is no folder "{path}" (`path` of a saved source).')
@@ -447,9 +513,31 @@ class DatasetSource(BaseSource):
         return found
 
 
-SOURCE_MODELS = (PhantomSource, WebDatasetSource, ParquetSource, TableSource, FolderSource, DatasetSource)
+@lru_cache(maxsize=8)
+def _first_rows(path: str, subset: str | None, split: str, revision: str | None, rows: int) -> datasets.Dataset:
+    """Streams the first rows of a Hub dataset; cached, so that checks do not download them again."""
+    stream = undecoded(datasets.load_dataset(path, subset, split=split, revision=revision, streaming=True))
+    found = list(stream.take(rows))
+    return datasets.Dataset.from_list(found, features=stream.features)
+
+
+SOURCE_MODELS = (
+    PhantomSource,
+    WebDatasetSource,
+    ClipBenchmarkSource,
+    ParquetSource,
+    TableSource,
+    FolderSource,
+    DatasetSource,
+)
 Source = Annotated[
-    PhantomSource | WebDatasetSource | ParquetSource | TableSource | FolderSource | DatasetSource,
+    PhantomSource
+    | WebDatasetSource
+    | ClipBenchmarkSource
+    | ParquetSource
+    | TableSource
+    | FolderSource
+    | DatasetSource,
     Field(discriminator="kind"),
 ]
 _SOURCES: TypeAdapter[list[Any]] = TypeAdapter(list[Source])
@@ -494,8 +582,8 @@ def load_sources(path: str | Path) -> list[Any]:
         path: Path of the file, a list of sources; the keys are the attributes of the source models.
 
     Returns:
-        One model per entry: `PhantomSource`, `WebDatasetSource`, `ParquetSource`, `TableSource`, `FolderSource` or
-        `DatasetSource`, by its `kind`.
+        One model per entry, by its `kind`: `PhantomSource`, `WebDatasetSource`, `ClipBenchmarkSource`,
+        `ParquetSource`, `TableSource`, `FolderSource` or `DatasetSource`.
 
     Raises:
         SourceError: For a missing file, invalid YAML, unknown keys (the nearest one is suggested) or invalid values.

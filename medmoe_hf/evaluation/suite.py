@@ -6,11 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from medmoe_hf.errors import ArgumentError, PathExistsError
-from medmoe_hf.evaluation.dataset import EvaluationSet, joined
+from medmoe_hf.evaluation.clip_benchmark_results import write_clip_benchmark
+from medmoe_hf.evaluation.dataset import EvaluationSet, joined, test_split
 from medmoe_hf.evaluation.grounding import grounding
 from medmoe_hf.evaluation.linear_probe import linear_probe
 from medmoe_hf.evaluation.medmnist_results import standard_results
-from medmoe_hf.evaluation.recipes import MedMNISTLayout, Recipe, TableLayout, load_recipe, open_recipe
+from medmoe_hf.evaluation.recipes import (
+    ClipBenchmarkLayout,
+    MedMNISTLayout,
+    Recipe,
+    TableLayout,
+    load_recipe,
+    open_recipe,
+)
 from medmoe_hf.evaluation.report import write
 from medmoe_hf.evaluation.results import Result
 from medmoe_hf.evaluation.retrieval import retrieval
@@ -55,7 +63,8 @@ def evaluate(
         protocols: Names from `PROTOCOLS`; None runs the recipe's tasks as far as the copy allows (a probe needs
             training images).
         output: Folder to create for `results.json`, `results.md` and the figures; for sets of MedMNIST also for the
-            files of its own evaluator, in `medmnist`. None writes nothing.
+            files of its own evaluator, in `medmnist`, and for sets in CLIP_benchmark's layout for its metrics, in
+            `clip_benchmark`. None writes nothing.
         resamples: Number of bootstrap resamples.
         seed: Seed of the bootstrap.
         batch_size: Images per batch.
@@ -117,6 +126,9 @@ def evaluate(
         if isinstance(read.layout, MedMNISTLayout) and not read.layout.corrupted:
             scored = [result for result in results if result.protocol in ("zero-shot", "linear-probe")]
             standard_results(scored, read.layout, data_dir, Path(output) / "medmnist")
+        if isinstance(read.layout, ClipBenchmarkLayout):
+            labels = {data.name: test_split(data).labels for data in sets}
+            write_clip_benchmark(results, labels, Path(output) / "clip_benchmark")
     return results
 
 

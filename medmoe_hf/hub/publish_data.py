@@ -6,17 +6,19 @@ files. Text that is burnt into pixels must be checked by people.
 
 import hashlib
 import io
+import logging
 import re
 import tarfile
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
 import datasets
 import numpy as np
+from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCard, DatasetCardData
 from PIL import Image, ImageOps
 
@@ -45,6 +47,8 @@ FEATURES = datasets.Features(
         "modality": datasets.ClassLabel(names=list(MODALITIES)),
     }
 )
+logger = logging.getLogger(__name__)
+
 _NAMED = 20  # files listed in a message
 _CARD, _DATA = "README.md", "data/"
 _OWN_SHARD = re.compile(r"data/train-\d{5,}\.(?:parquet|tar)")
@@ -123,40 +127,79 @@ def export_data(
     """
     if format not in _WRITERS or shard_size < 1:
         raise ArgumentError(f"`format` must be one of {', '.join(_WRITERS)}, `shard_size` 1 or more.")
-    for source in sources:
-        if source.kind == "phantom" and source.length is None:
-            raise ArgumentError("An endless phantom source cannot be published; give it a `length`.")
-    findings: list[Finding] = []
     with atomic_dir(out_dir) as partial:
-        if not i_have_removed_identifiers:
-            for source in sources:
-                findings += _in_files(source)
-            _refuse(findings)
         (partial / "data").mkdir()
-        stream = SampleStream(sources, shuffle=False, fixed_captions=True, prepare=_png)
+        samples = CheckedSamples(sources, encode_png, i_have_removed_identifiers)
         counts: Counter[tuple[int, int]] = Counter()
+        size = 0
         shard: list[dict[str, Any]] = []
         number = 0
-        for sample in stream:
-            if not i_have_removed_identifiers:
-                location = _location(sample["key"], f"{stream.names[sample['source']]}, sample {sample['position']}")
-                findings += [Finding(f"{kind} in a caption", location) for kind in kinds(sample["caption"])]
+        for sample in samples:
             counts[sample["source"], sample["modality"]] += 1
+            size += len(sample["image"]) + len(sample["caption"].encode()) + 8
             shard.append(sample)
             if len(shard) == shard_size:
                 _WRITERS[format](partial / "data", number, shard)
                 shard, number = [], number + 1
         if shard:
             _WRITERS[format](partial / "data", number, shard)
-        _refuse(findings)
-        if not counts:
-            raise ArgumentError("The sources hold no samples that can be published.")
         card = _card(
-            sources, counts, stream.faults.bad, format, i_have_removed_identifiers, repo or Path(out_dir).name, license
+            sources,
+            counts,
+            size,
+            samples.skipped,
+            format,
+            i_have_removed_identifiers,
+            repo or Path(out_dir).name,
+            license,
         )
         text = str(card).strip()
         (partial / _CARD).write_text(f"{text}\n\n{_MARK} {_digest(text)} -->\n", encoding="utf-8")
     return Path(out_dir)
+
+
+class CheckedSamples:
+    """The samples of sources in their order, searched for identifiers: headers and names first, captions on the way.
+
+    Iteration ends with an error if there were identifiers or no samples, so that nothing incomplete is kept.
+
+    Args:
+        sources: Sources of `medmoe_hf.data.sources`, all finite.
+        encode: Called with each decoded image.
+        declared: Whether the caller guarantees that there are no identifiers, so that none are looked for.
+
+    Raises:
+        ArgumentError: For an endless source, or sources without a usable sample.
+        IdentifierError: If headers, captions or file names seem to identify patients.
+    """
+
+    def __init__(self, sources: Sequence[Any], encode: Callable[[Image.Image], Any], declared: bool) -> None:
+        for source in sources:
+            if source.kind == "phantom" and source.length is None:
+                raise ArgumentError("An endless phantom source cannot be published; give it a `length`.")
+        self._sources, self._declared = sources, declared
+        if not declared:
+            _refuse([finding for source in sources for finding in _in_files(source)])
+        self._stream = SampleStream(sources, shuffle=False, fixed_captions=True, prepare=encode)
+
+    @property
+    def skipped(self) -> int:
+        """Number of unreadable samples so far."""
+        return self._stream.faults.bad
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        findings: list[Finding] = []
+        empty = True
+        for sample in self._stream:
+            if not self._declared:
+                name = f"{self._stream.names[sample['source']]}, sample {sample['position']}"
+                location = _location(sample["key"], name)
+                findings += [Finding(f"{kind} in a caption", location) for kind in kinds(sample["caption"])]
+            empty = False
+            yield sample
+        _refuse(findings)
+        if empty:
+            raise ArgumentError("The sources hold no samples that can be published.")
 
 
 def push_data(
@@ -350,7 +393,7 @@ def _refuse(findings: Sequence[Finding]) -> None:
 # Writing
 
 
-def _png(image: Image.Image) -> bytes:
+def encode_png(image: Image.Image) -> bytes:
     """Encodes the upright pixels of an image as PNG, without metadata.
 
     Raises:
@@ -391,10 +434,21 @@ def _write_tar(folder: Path, number: int, samples: Sequence[dict[str, Any]]) -> 
                 "txt": sample["caption"].encode(),
                 "cls": str(sample["modality"]).encode(),
             }
-            for extension, content in parts.items():
-                member = tarfile.TarInfo(f"{number:05d}-{index:06d}.{extension}")
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
+            add_sample(archive, f"{number:05d}-{index:06d}", parts)
+
+
+def add_sample(archive: tarfile.TarFile, key: str, parts: Mapping[str, bytes]) -> None:
+    """Adds the files of a sample to a WebDataset tar.
+
+    Args:
+        archive: Tar that is open for writing.
+        key: Name of the sample.
+        parts: Extension -> content.
+    """
+    for extension, content in parts.items():
+        member = tarfile.TarInfo(f"{key}.{extension}")
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
 
 
 _WRITERS = {"parquet": _write_parquet, "webdataset": _write_tar}
@@ -463,6 +517,7 @@ images of one person may be in both parts of a split. Not for decisions about pa
 def _card(
     sources: Sequence[Any],
     counts: Counter[tuple[int, int]],
+    size: int,
     skipped: int,
     format: str,
     declared: bool,
@@ -474,6 +529,7 @@ def _card(
     Args:
         sources: The sources.
         counts: (source, modality) -> number of images.
+        size: Bytes of images, captions and modalities.
         skipped: Number of unreadable samples.
         format: Format of the shards.
         declared: Whether the caller guarantees that there are no identifiers.
@@ -496,6 +552,16 @@ def _card(
         tags=["medmoe", "medical-imaging", "image-text"],
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": f"data/train-*.{ending}"}]}],
     )
+    # The Hub makes Croissant metadata of these, and of the license.
+    info = datasets.DatasetInfo(
+        # those of tars are found by `datasets`, and include the keys of samples
+        features=FEATURES if format == "parquet" else None,
+        splits={"train": datasets.SplitInfo("train", num_bytes=size, num_examples=total)},
+        dataset_size=size,
+    )
+    DatasetInfosDict(default=info).to_dataset_card_data(data)
+    if license is None:
+        logger.warning("The card states no license, and so will Croissant metadata on the Hub: use `--license`.")
     names = {UNKNOWN_MODALITY: "unknown", **dict(enumerate(MODALITIES))}
     return DatasetCard.from_template(
         data,

@@ -213,6 +213,7 @@ def test_there_is_a_recipe_for_every_set():
         "openi": ["retrieval"],
         "ms_cxr": ["grounding"],
     }
+    others["clip_benchmark"] = ["zero-shot", "linear-probe"]
     others["phantoms"] = ["zero-shot", "linear-probe", "retrieval", "grounding", "routing"]
     assert recipe_names() == sorted([*CLASSES, *others])
     assert {name: load_recipe(name).tasks for name in others} == others

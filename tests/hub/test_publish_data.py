@@ -8,6 +8,7 @@ import sys
 import tarfile
 from collections import Counter
 
+import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -178,6 +179,32 @@ def test_it_appears_whole_and_replaces_nothing(tmp_path, monkeypatch):
 
 
 # The card
+
+
+@pytest.mark.parametrize("format", ["parquet", "webdataset"])
+def test_the_card_describes_features_and_splits_as_datasets_finds_them(tmp_path, format, caplog):
+    folder = export_data([phantoms(seed=3)], tmp_path / "out", format, shard_size=3)
+    assert "states no license" in caplog.text
+    described = datasets.load_dataset_builder(str(folder)).info
+    read = datasets.load_dataset(str(folder), split="train", cache_dir=str(tmp_path / "cache"))
+    size = sum(len(one["png"]) + len(one["txt"]) + 8 for one in members(folder)) if format == "webdataset" else None
+    assert described.splits["train"].num_examples == len(read) == 7
+    assert size is None or described.splits["train"].num_bytes == size
+    if format == "parquet":
+        assert described.features == read.features == publish_data.FEATURES
+    caplog.clear()
+    export_data([phantoms(seed=3)], tmp_path / "licensed", license="cc-by-4.0")
+    assert "license" not in caplog.text
+
+
+def members(folder):
+    samples = {}
+    for path in (folder / "data").iterdir():
+        with tarfile.open(path) as archive:
+            for member in archive:
+                key, _, extension = member.name.partition(".")
+                samples.setdefault(key, {})[extension] = archive.extractfile(member).read()
+    return samples.values()
 
 
 def test_the_card_counts_and_keeps_quiet(tmp_path):

@@ -10,6 +10,7 @@ from medmoe_hf.evaluation.dataset import Box, EvaluationSet, joined
 from medmoe_hf.evaluation.recipes.opening import WARNING, check_recipe, open_recipe
 from medmoe_hf.evaluation.recipes.schema import (
     BoxesLayout,
+    ClipBenchmarkLayout,
     FolderLayout,
     JoinedTable,
     MedMNISTLayout,
@@ -24,6 +25,7 @@ __all__ = [
     "WARNING",
     "Box",
     "BoxesLayout",
+    "ClipBenchmarkLayout",
     "EvaluationSet",
     "FolderLayout",
     "JoinedTable",

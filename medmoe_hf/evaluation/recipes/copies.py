@@ -43,6 +43,7 @@ class LocalCopy:
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     prompts: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    class_prompts: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, split: Split, rows: list[Row], problems: list[str]) -> None:
         """Adds the rows of a split. Its problems are errors for `test`, and warnings for the others."""

@@ -9,11 +9,13 @@ import numpy as np
 from medmoe_hf.errors import RecipeError
 from medmoe_hf.evaluation.dataset import EvaluationSet, Split
 from medmoe_hf.evaluation.recipes.boxes import read_boxes
+from medmoe_hf.evaluation.recipes.clip_benchmark import read_clip_benchmark
 from medmoe_hf.evaluation.recipes.copies import LocalCopy, Row
 from medmoe_hf.evaluation.recipes.folders import read_folders, read_phantoms
 from medmoe_hf.evaluation.recipes.medmnist import read_medmnist
 from medmoe_hf.evaluation.recipes.schema import (
     BoxesLayout,
+    ClipBenchmarkLayout,
     FolderLayout,
     MedMNISTLayout,
     PhantomLayout,
@@ -86,8 +88,10 @@ def open_recipe(recipe: Recipe, data_dir: str | Path) -> list[EvaluationSet]:
     parts: dict[str | None, list[Row]] = {}
     for row in copy.rows:
         parts.setdefault(row.part, []).append(row)
+    prompts = copy.class_prompts or recipe.prompts
+    classes = list(copy.class_prompts) or recipe.classes
     return [
-        _set_of(recipe, recipe.name if part is None else f"{recipe.name}/{part}", rows, recipe.classes, recipe.prompts)
+        _set_of(recipe, recipe.name if part is None else f"{recipe.name}/{part}", rows, classes, prompts)
         for part, rows in parts.items()
     ]
 
@@ -105,6 +109,8 @@ def _read(recipe: Recipe, folder: Path) -> LocalCopy:
         read_boxes(recipe, recipe.layout, folder, copy)
     elif isinstance(recipe.layout, MedMNISTLayout):
         read_medmnist(recipe, recipe.layout, folder, copy)
+    elif isinstance(recipe.layout, ClipBenchmarkLayout):
+        read_clip_benchmark(recipe, recipe.layout, folder, copy)
     else:
         read_phantoms(recipe.layout, folder, copy)
     if copy.problems:

@@ -179,10 +179,28 @@ class MedMNISTLayout(_Layout):
     corrupted: bool = False
 
 
-LAYOUTS = (TableLayout, FolderLayout, BoxesLayout, PhantomLayout, MedMNISTLayout)
+class ClipBenchmarkLayout(_Layout):
+    """The webdataset layout of CLIP_benchmark, whose files contain the classes and their sentences.
+
+    Attributes:
+        splits: Split -> folder of its tars; folders other than that of `test` may be missing.
+
+    Example:
+        >>> ClipBenchmarkLayout(kind="clip_benchmark").splits["validation"]
+        'val'
+    """
+
+    kind: Literal["clip_benchmark"]
+    splits: dict[Split, str] = {"train": "train", "validation": "val", "test": "test"}
+
+
+LAYOUTS = (TableLayout, FolderLayout, BoxesLayout, PhantomLayout, MedMNISTLayout, ClipBenchmarkLayout)
 Layout = Annotated[
-    TableLayout | FolderLayout | BoxesLayout | PhantomLayout | MedMNISTLayout, Field(discriminator="kind")
+    TableLayout | FolderLayout | BoxesLayout | PhantomLayout | MedMNISTLayout | ClipBenchmarkLayout,
+    Field(discriminator="kind"),
 ]
+_OWN_CLASSES = ("phantom", "clip_benchmark")
+"""Layouts whose files contain the classes and prompts."""
 
 
 class Recipe(BaseModel):
@@ -261,7 +279,7 @@ class Recipe(BaseModel):
         if self.modality == "phantom" and self.layout.kind != "phantom":
             raise ValueError("`modality: phantom` goes with `layout: {kind: phantom}` only")
         self._consistent_labels()
-        if self.layout.kind == "phantom":
+        if self.layout.kind in _OWN_CLASSES:
             return self
         if isinstance(self.layout, TableLayout):
             self._consistent_table(self.layout)
@@ -288,7 +306,9 @@ class Recipe(BaseModel):
             raise ValueError("`negative_prompts` go with `labels: multi` only")
         if self.metric == "accuracy" and multi:
             raise ValueError("`metric` must be macro_auroc or macro_average_precision with `labels: multi`")
-        if self.layout.kind == "phantom":
+        if self.layout.kind == "clip_benchmark" and (self.classes or self.prompts):
+            raise ValueError("`classes` and `prompts` of `layout: {kind: clip_benchmark}` are in its files")
+        if self.layout.kind in _OWN_CLASSES:
             return
         if len(set(self.classes)) < len(self.classes):
             raise ValueError("`classes` contains a name twice")
