@@ -556,7 +556,7 @@ def _card(
     info = datasets.DatasetInfo(
         # those of tars are found by `datasets`, and include the keys of samples
         features=FEATURES if format == "parquet" else None,
-        splits={"train": datasets.SplitInfo("train", num_bytes=size, num_examples=total)},
+        splits=[{"name": "train", "num_bytes": size, "num_examples": total}],
         dataset_size=size,
     )
     DatasetInfosDict(default=info).to_dataset_card_data(data)

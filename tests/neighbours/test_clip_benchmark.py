@@ -92,6 +92,9 @@ def test_their_loader_reads_what_we_wrote_and_our_recipe_the_same(exported):
     assert index == 13
 
 
+TOKENS = ("input_ids", "token_type_ids", "attention_mask", "word_ids")
+
+
 class Client(torch.nn.Module):
     """Our model with the two methods that CLIP_benchmark calls."""
 
@@ -102,8 +105,8 @@ class Client(torch.nn.Module):
     def encode_image(self, pixels):
         return self.saved.model.get_image_features(pixels).pooler_output
 
-    def encode_text(self, ids):
-        return self.saved.model.get_text_features(input_ids=ids, attention_mask=(ids != 0).long()).pooler_output
+    def encode_text(self, tokens):
+        return self.saved.model.get_text_features(**dict(zip(TOKENS, tokens.unbind(1), strict=True))).pooler_output
 
 
 def test_metrics_are_theirs_on_the_same_files(saved, exported, tmp_path, monkeypatch):
@@ -136,10 +139,17 @@ def test_metrics_are_theirs_on_the_same_files(saved, exported, tmp_path, monkeyp
         return saved.processor(images=[picture], return_tensors="pt")["pixel_values"][0]
 
     def tokens(texts):
-        return saved.processor(text=texts, return_tensors="pt")["input_ids"]
+        found = saved.processor(text=texts, return_tensors="pt")
+        # a tokenizer returns one tensor there
+        return torch.stack([found[name] for name in TOKENS], dim=1)
 
     dataset = builder.build_dataset("wds/set", root=str(exported), split="test", transform=pixels)
     loader = torch.utils.data.DataLoader(dataset, batch_size=4)
+    classifier = zeroshot_classification.zero_shot_classifier(
+        Client(saved), tokens, dataset.classes, dataset.templates, "cpu", amp=False
+    )
+    logits, _ = zeroshot_classification.run_classification(Client(saved), classifier, loader, "cpu", amp=False)
+    np.testing.assert_allclose(logits / 100, scores, rtol=0, atol=1e-5)
     theirs = zeroshot_classification.evaluate(
         Client(saved), loader, tokens, dataset.classes, dataset.templates, "cpu", amp=False
     )
