@@ -136,7 +136,9 @@ def shipped_table(run: Run, split: str) -> str:
     for result in measured(run, split, TOGETHER):
         own = result.by_variant()[SHIPPED]
         shares = [shown(own[name]) for name in ("ece_before", "ece", "coverage", "set_size")]
-        rows.append([result.facts["title"], f"{result.facts['tasks']} tasks", counted(result), "–", "–", *shares])
+        number = result.facts["tasks"]
+        named = "1 task" if number == 1 else f"{number} tasks"
+        rows.append([result.facts["title"], named, counted(result), "–", "–", *shares])
     if not rows:
         return ""
     header = (
