@@ -31,6 +31,7 @@ from medmoe_hf.data.phantom import FINDINGS
 from medmoe_hf.data.sources import load_sources
 from medmoe_hf.evaluation.calibration import fit_calibration
 from medmoe_hf.evaluation.recipes import load_recipe
+from medmoe_hf.evaluation.rejector import add_rejector
 from medmoe_hf.inference.studies.tasks import read_task
 from medmoe_hf.inference.task_files import read_task_file
 from medmoe_hf.model import MedMoEModel, MedMoEProcessor, Task
@@ -513,6 +514,12 @@ def write_calibrated_task(folder: str) -> None:
     model.save_pretrained(folder)
 
 
+def write_model_with_rejector(folder: str, out: str) -> None:
+    """Give a copy of a model a rejector, which needs more phantoms than the commands here draw."""
+    Path("many.yaml").write_text(yaml.safe_dump([{"kind": "phantom", "image_size": 64, "length": 300}]))
+    add_rejector(folder, load_sources("many.yaml"), out)
+
+
 @pytest.mark.slow
 def test_the_documented_commands_run_one_after_another(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "tests" / "hub"))
@@ -542,6 +549,7 @@ def test_the_documented_commands_run_one_after_another(tmp_path, monkeypatch):
                 assert not Path("runs").exists() or "push" in command
                 assert not hub.repos, "a dry run has uploaded something"
         write_calibrated_task("runs/first")
+        write_model_with_rejector("runs/first", "models/ours")
         for piece in of_kind("python"):
             # A block without imports is an illustration; the export takes a minute and has its own tests.
             if "import" in piece.text and "hub.export" not in piece.text:
