@@ -1,5 +1,6 @@
 """What the tests share: no network, no caches outside a temporary folder, and a model small enough for all of them."""
 
+import logging
 import os
 import tempfile
 from collections.abc import Callable
@@ -16,6 +17,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from medmoe_hf.common import console  # noqa: E402
 from medmoe_hf.model import MedMoEConfig  # noqa: E402
 
 torch.set_num_threads(1)
@@ -91,3 +93,17 @@ def _lived_in(model: torch.nn.Module) -> torch.nn.Module:
 def lived_in() -> Callable[[torch.nn.Module], torch.nn.Module]:
     """Moves a new model's running statistics, scales and biases: at their first values many mistakes do not show."""
     return _lived_in
+
+
+@pytest.fixture
+def logging_as_before():
+    """Commands set up logging and variables for their whole process."""
+    root, own = logging.getLogger(), logging.getLogger("medmoe_hf")
+    before = root.level, own.level, list(root.handlers), console._quiet, dict(os.environ)
+    yield
+    root.setLevel(before[0])
+    own.setLevel(before[1])
+    root.handlers[:] = before[2]
+    console._quiet = before[3]
+    for name in os.environ.keys() - before[4].keys():
+        del os.environ[name]

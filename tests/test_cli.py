@@ -2,7 +2,6 @@
 
 import io
 import logging
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,26 +20,14 @@ from medmoe_hf.cli.errors import errors_of
 from medmoe_hf.common import console
 from medmoe_hf.training import TrainConfig
 
+pytestmark = pytest.mark.usefixtures("logging_as_before")
+
 run = CliRunner().invoke
 
 
 def in_new_process(code: str, *arguments: str) -> str:
     command = [sys.executable, "-c", code, *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-@pytest.fixture(autouse=True)
-def logging_as_before():
-    """Commands set up logging for their whole process."""
-    root, own = logging.getLogger(), logging.getLogger("medmoe_hf")
-    before = root.level, own.level, list(root.handlers), console._quiet, dict(os.environ)
-    yield
-    root.setLevel(before[0])
-    own.setLevel(before[1])
-    root.handlers[:] = before[2]
-    console._quiet = before[3]
-    for name in os.environ.keys() - before[4].keys():
-        del os.environ[name]
 
 
 def test_help_lists_the_commands():

@@ -7,7 +7,6 @@ and what helps to mend data (paths of files on the terminal) can be told from a 
 import io
 import json
 import logging
-import os
 import sys
 from pathlib import Path
 
@@ -26,9 +25,10 @@ from pydicom.uid import ExplicitVRLittleEndian  # noqa: E402
 from small_encoders import medmoe_folder  # noqa: E402
 
 from medmoe_hf.cli import app  # noqa: E402
-from medmoe_hf.common import console  # noqa: E402
 from medmoe_hf.model import read_studies  # noqa: E402
 from medmoe_hf.model.medical_images_medmoe import read_medical_image  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("logging_as_before")
 
 # What each place says of the patient.
 TRAITS = {
@@ -127,20 +127,6 @@ def place(tmp_path_factory):
     }
     (place / "train.yaml").write_text(yaml.safe_dump(run))
     return place
-
-
-@pytest.fixture(autouse=True)
-def logging_as_before():
-    """Commands set up logging for their whole process."""
-    root, own = logging.getLogger(), logging.getLogger("medmoe_hf")
-    before = root.level, own.level, list(root.handlers), console._quiet, dict(os.environ)
-    yield
-    root.setLevel(before[0])
-    own.setLevel(before[1])
-    root.handlers[:] = before[2]
-    console._quiet = before[3]
-    for name in os.environ.keys() - before[4].keys():
-        del os.environ[name]
 
 
 def told(text, *asked_for):

@@ -14,14 +14,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.utils.hub import cached_file
 
 from .configuration_medmoe import attach_to_package
 from .errors_medmoe import ArgumentError
+from .saving_medmoe import file_beside_weights
 
 REJECTOR_FILE = "rejector.safetensors"
 SCHEMA = 1
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "subfolder")
 _TENSORS = ("center", "spread", "means", "directions", "variances", "rest", "limits", "weights")
 
 # Weights of each tensor that are compared, and by how much they may differ: float16 and bfloat16 round by less than
@@ -234,15 +233,7 @@ def load_rejector(
     Raises:
         ValueError: If the file cannot be used.
     """
-    given = {key: value for key, value in (arguments or {}).items() if key in _HUB_ARGUMENTS and value is not None}
-    found = cached_file(
-        name,
-        REJECTOR_FILE,
-        revision=revision,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        **given,
-    )
+    found = file_beside_weights(name, REJECTOR_FILE, revision, arguments)
     return None if found is None else Rejector.load(found)
 
 

@@ -2,13 +2,18 @@
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from transformers.utils.hub import cached_file
 
 # What `save_pretrained` of any model writes: a single file, or shards and their index.
 _OWN_WEIGHTS = re.compile(r"model(?:-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
+
+# Arguments of `from_pretrained` that say where files are.
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "subfolder")
 
 PROCESSING_AUTO_MAP: dict[str, Any] = {
     "AutoImageProcessor": {
@@ -49,6 +54,32 @@ SENTENCE_TRANSFORMERS_FILES: dict[str, Any] = {
     },
 }
 """What `SentenceTransformer(folder)` reads: both towers, then unit length, compared by the cosine."""
+
+
+def file_beside_weights(
+    name: str, file: str, revision: str | None, arguments: Mapping[str, Any] | None = None
+) -> str | None:
+    """Finds a file that a checkpoint may have beside its weights.
+
+    Args:
+        name: Folder or Hub id, as `from_pretrained` takes it.
+        file: Name of the file.
+        revision: Branch, tag or commit.
+        arguments: Those of `from_pretrained`, such as `cache_dir` and `token`.
+
+    Returns:
+        Its path; None where there is no such file.
+    """
+    given = {key: value for key, value in (arguments or {}).items() if key in _HUB_ARGUMENTS and value is not None}
+    found: str | None = cached_file(
+        name,
+        file,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **given,
+    )
+    return found
 
 
 def write_sentence_transformers_files(folder: str | Path) -> list[str]:

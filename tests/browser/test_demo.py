@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pydicom.data
 import pytest
+from browsers import CHROMIUM
 from PIL import Image
 
 from medmoe_hf.data import phantom_sample
@@ -25,7 +26,6 @@ from medmoe_hf.hub.study_demo.examples import write_ct_series
 
 pytest.importorskip("gradio", reason='the demo needs gradio: pip install "medmoe_hf[demo]"')
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 pytestmark = [
     pytest.mark.slow,
@@ -90,15 +90,6 @@ def server(tmp_path_factory):
     command = [sys.executable, "-c", WITHOUT_THE_PACKAGE, str(port)]
     with running(command, port, here / "log", cwd=here / "space", env=environment):
         yield f"http://127.0.0.1:{port}", here / "temporary"
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    with playwright.sync_playwright() as player:
-        # The sandbox cannot be had by root, which CI is.
-        browser = player.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

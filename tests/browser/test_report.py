@@ -4,16 +4,15 @@ MEDMOE_SCREENSHOTS names a folder for screenshots.
 """
 
 import os
-import shutil
 from pathlib import Path
 
 import pytest
+from browsers import CHROMIUM
 from synthetic_studies import synthetic_studies
 
 from medmoe_hf.inference.studies.report import report_html
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 pytestmark = [
     pytest.mark.slow,
@@ -41,15 +40,6 @@ def report(tmp_path_factory):
     path = tmp_path_factory.mktemp("report") / "report.html"
     path.write_text(report_html(studies), encoding="utf-8")
     return path
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    with playwright.sync_playwright() as player:
-        # The sandbox cannot be had by root, which CI is.
-        browser = player.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.mark.parametrize(("width", "columns"), [(1280, 2), (390, 1), (320, 1)])

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from answers import assert_same
 from small_encoders import medmoe_folder
 from typer.testing import CliRunner
 
@@ -77,20 +78,6 @@ def zipped(members, compression=zipfile.ZIP_DEFLATED):
         for name, content in members:
             archive.writestr(name, content)
     return file.getvalue()
-
-
-def assert_same(found, expected):
-    """Equal but for the last digits of numbers: batches may be cut elsewhere."""
-    if isinstance(expected, dict):
-        assert found.keys() == expected.keys()
-        for key in expected:
-            assert_same(found[key], expected[key])
-    elif isinstance(expected, list):
-        assert len(found) == len(expected)
-        for one, other in zip(found, expected, strict=True):
-            assert_same(one, other)
-    else:
-        assert found == (pytest.approx(expected, abs=1e-5) if isinstance(expected, float) else expected)
 
 
 def predicted(predictor, paths, **question):

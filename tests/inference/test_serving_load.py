@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from answers import assert_same
 from small_encoders import medmoe_folder
 
 from medmoe_hf.data import phantom_sample
@@ -140,19 +141,6 @@ def expected(folder, files, tmp_path_factory):
         question = Question(labels=LABELS, text="effusion")
         found[name] = predictions_dict(predictor(read_studies(here), question, show_progress=False))
     return found
-
-
-def assert_same(found, expected):
-    if isinstance(expected, dict):
-        assert found.keys() == expected.keys()
-        for key in expected:
-            assert_same(found[key], expected[key])
-    elif isinstance(expected, list):
-        assert len(found) == len(expected)
-        for one, other in zip(found, expected, strict=True):
-            assert_same(one, other)
-    else:
-        assert found == (pytest.approx(expected, abs=1e-5) if isinstance(expected, float) else expected)
 
 
 def post(server, path, content, name, **options):

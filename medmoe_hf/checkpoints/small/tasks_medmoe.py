@@ -18,18 +18,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils.hub import cached_file
 
 from .configuration_medmoe import attach_to_package
 from .errors_medmoe import ArgumentError
 from .losses_medmoe import cosine_logits
+from .saving_medmoe import file_beside_weights
 
 TASKS_FILE = "tasks.json"
 SCHEMA = 1
 KINDS = ("multi-class", "multi-label")
 TASK_SCORES = ("global", "local", "mean")
 TOKEN_FIELDS = ("input_ids", "word_ids", "token_type_ids")
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "subfolder")
 
 
 @dataclass(frozen=True)
@@ -366,15 +365,7 @@ def load_tasks(name: Any, revision: str | None = None, arguments: Mapping[str, A
     Returns:
         Name -> task; empty where there is no `tasks.json`.
     """
-    given = {key: value for key, value in (arguments or {}).items() if key in _HUB_ARGUMENTS and value is not None}
-    found = cached_file(
-        name,
-        TASKS_FILE,
-        revision=revision,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        **given,
-    )
+    found = file_beside_weights(name, TASKS_FILE, revision, arguments)
     return {} if found is None else read_tasks(found)
 
 

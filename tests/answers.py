@@ -1,0 +1,19 @@
+"""Comparison of the answers of `predict` and of the service."""
+
+from typing import Any
+
+import pytest
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    """Equal but for the last digits of numbers: batches may be cut elsewhere."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for key in expected:
+            assert_same(found[key], expected[key])
+    elif isinstance(expected, list):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert_same(one, other)
+    else:
+        assert found == (pytest.approx(expected, abs=1e-5) if isinstance(expected, float) else expected)
