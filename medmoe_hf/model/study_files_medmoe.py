@@ -318,6 +318,7 @@ def _is_below(uid: str, root: str) -> bool:
     return uid == root or uid.startswith(root + ".")
 
 
+@no_quotes()
 def _listed(path: str) -> list[str]:
     """Returns the files that a DICOMDIR names; names that lead out of its folder are left out."""
     directory = pydicom.dcmread(path, force=True)

@@ -138,6 +138,7 @@ def test_round_trip(images, tmp_path):
         "presets_medmoe.py",
         "processing_medmoe.py",
         "processor_config.json",
+        "saving_medmoe.py",
         "tokenization_medmoe.py",
         "tokenizer.json",
         "tokenizer_config.json",

@@ -392,9 +392,7 @@ def serve(predictor: StudyPredictor, host: str = LOCAL[0], port: int = 8000, lim
     """
     if host not in LOCAL:
         logger.warning("Whoever reaches %s may use the server: there is neither a password nor encryption.", host)
-    # Readers of files quote headers in their warnings.
-    warnings.simplefilter("ignore")
-    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+    warnings.simplefilter("ignore")  # readers of files quote headers in their warnings
     logger.info("http://%s:%d/docs describes the service; Ctrl-C ends it.", f"[{host}]" if ":" in host else host, port)
     app = create_app(predictor, limits, LOCAL if host in LOCAL else ["*"])
     uvicorn.run(app, host=host, port=port, log_config=None, access_log=False, timeout_graceful_shutdown=10)

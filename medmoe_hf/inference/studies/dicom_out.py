@@ -14,12 +14,14 @@ from medmoe_hf import __version__
 from medmoe_hf.errors import ArgumentError, MissingPackageError
 from medmoe_hf.inference.studies.predictions import DISCLAIMER, LabelPrediction, SeriesPrediction, StudyPrediction
 from medmoe_hf.inference.studies.report import heat_colours
+from medmoe_hf.model.dicom_files_medmoe import no_quotes
 
 _SCHEME = "99MEDMOE"  # a private scheme of codes: labels are free text
 _OPACITY = 0.5
 _CAPTURE_SERIES, _REPORT_SERIES = 9001, 9002
 
 
+@no_quotes()
 def write_dicom(study: StudyPrediction, folder: str | Path) -> list[Path]:
     """Writes, for each series that was read from DICOM, a Secondary Capture and a Structured Report.
 
