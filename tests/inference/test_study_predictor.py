@@ -18,7 +18,7 @@ from medmoe_hf.cli import app
 from medmoe_hf.data import phantom_sample
 from medmoe_hf.errors import ArgumentError, EncoderError
 from medmoe_hf.evaluation.rejector import fit_rejector, known_images
-from medmoe_hf.inference.studies import Question, StudyPredictor, predict, write_predictions
+from medmoe_hf.inference.studies import Question, StudyPredictor, predict, summary, write_predictions
 from medmoe_hf.inference.studies.pooling import pool_slices, route_series, softmax
 from medmoe_hf.inference.studies.predictor import plain_reason
 from medmoe_hf.inference.studies.tasks import normal_sentences, task_of_labels
@@ -314,6 +314,40 @@ def test_a_task_is_answered_by_its_score_and_its_calibration(predictor, tmp_path
         later = {label.label: label.slice_scores for label in other.series[0].ask(question).labels}
         for name in prompts:
             np.testing.assert_allclose(later[name], by_label[name].slice_scores, atol=1e-3)
+
+
+@pytest.mark.parametrize(("quantiles", "size"), [((0.9, 0.9), 2), ((0.2, 0.95), 1), ((0.0, 0.0), 0)])
+def test_a_single_image_gets_the_decisions_of_its_task(predictor, tmp_path, monkeypatch, quantiles, size):
+    ct_series(tmp_path, count=1)
+    encoder = predictor.encoder
+    prompts = {"effusion": ["Large pleural effusion.", "Fluid."], "clear": ["Clear lungs."]}
+    half = dict.fromkeys(prompts, 0.5)
+    # The threshold selects the less probable label.
+    thresholds, limits = {"effusion": 0.99, "clear": 0.01}, dict(zip(prompts, quantiles, strict=True))
+    fitted = Calibration(5.0, {"effusion": 1.0, "clear": 0.0}, thresholds, limits, 0.9, "marginal", half)
+    own = encoder.processor.tokenize_task(Task("chest", prompts, calibration=fitted))
+    monkeypatch.setattr(encoder.model, "tasks", {"chest": own}, raising=False)
+    predictions = predict(tmp_path, model=predictor, task="chest", progress=False)
+    (series,), labels = predictions[0].series, predictions[0].labels
+    (decoded,) = read_studies([tmp_path])[0].series
+    pixels = encoder.processor(images=decoded.slice(0), return_tensors="pt")["pixel_values"]
+    answer = encoder.model.classify(pixels, own, modality=series.expert)
+    for found in (series.labels, labels):
+        assert [one.label for one in found if one.selected] == answer.labels[0] == ["clear"]
+        assert sorted(one.label for one in found if one.in_set) == sorted(answer.sets[0])
+    assert len(answer.sets[0]) == size
+    written = write_predictions(predictions, tmp_path / "out")
+    (row, other) = json.loads(written[1].read_text())["studies"][0]["labels"]
+    assert {one["label"] for one in (row, other) if one["in_set"]} == set(answer.sets[0])
+    members = ", ".join(one.label for one in series.labels if one.in_set) or "empty, no label fits well enough"
+    assert series.decision == f"Selected by threshold: clear. 90% prediction set: {members}."
+    assert series.decision in (tmp_path / "out" / "report.html").read_text()
+    assert f"Study 1, series 1. {series.decision}" in summary(predictions)
+    # Calibrations are fitted on single images.
+    ct_series(tmp_path / "more", count=3)
+    (several,) = predict(tmp_path / "more", model=predictor, task="chest", progress=False)
+    assert {label.selected for label in [*several.labels, *several.series[0].labels]} == {None}
+    assert several.series[0].decision == ""
 
 
 def test_models_without_experts_are_refused(tmp_path):

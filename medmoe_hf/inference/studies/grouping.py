@@ -34,6 +34,7 @@ def study_labels(series: Sequence[SeriesPrediction]) -> list[StudyLabel]:
         means = np.array([np.mean([own[name].score for own in by_name]) for name in names])
         chances = probabilities(task, means[None])[0]
         group = []
+        alone = by_name[0] if len(members) == 1 else {}  # several scores are no longer those of a single image
         for name, mean, probability in zip(names, means.tolist(), chances.tolist(), strict=True):
             best = max(range(len(members)), key=lambda index: by_name[index][name].score)
             group.append(
@@ -45,6 +46,8 @@ def study_labels(series: Sequence[SeriesPrediction]) -> list[StudyLabel]:
                     key_slice=by_name[best][name].key_slices[0],
                     slices=sum(one.count for one in members),
                     asked=[one.number for one in members],
+                    selected=alone[name].selected if alone else None,
+                    in_set=alone[name].in_set if alone else None,
                 )
             )
         found += sorted(group, key=lambda label: -label.probability)

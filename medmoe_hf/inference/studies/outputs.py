@@ -171,6 +171,10 @@ def summary(studies: Sequence[StudyPrediction], labels: int = 5) -> str:
             for number, cells in enumerate(shown or [["-", "-", "-"]]):
                 rows.append([*(first if number == 0 else [""] * len(first)), *cells])
     lines = [text_table(rows), ""]
+    for study in studies:
+        for series in study.series:
+            if series.decision:
+                lines.append(f"Study {study.number}, series {series.number}. {series.decision}")
     if any(series.texts for study in studies for series in study.series):
         lines.append("In parentheses: similarity of a text, -1 to 1.")
     every = [(study, series) for study in studies for series in study.series]

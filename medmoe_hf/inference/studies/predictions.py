@@ -47,6 +47,8 @@ CSV_COLUMNS = (
     "model",
     "ood_score",
     "accepted",
+    "selected",
+    "in_set",
 )
 """Columns of prediction.csv, which has a row per study and label."""
 
@@ -70,6 +72,9 @@ class LabelPrediction:
         key_slices: Indices of the slices with the highest probability that are not neighbours, the highest first.
         slice_scores: (N,) logits; NaN where a slice could not be read.
         slice_probabilities: (N,) likewise.
+        selected: Whether the calibration of the task selects the label, by its threshold. None without a calibration,
+            and for more than one slice: calibrations are fitted on single images.
+        in_set: Whether the label is in the prediction set of the image; None likewise.
     """
 
     label: str
@@ -78,6 +83,8 @@ class LabelPrediction:
     key_slices: list[int]
     slice_scores: np.ndarray
     slice_probabilities: np.ndarray
+    selected: bool | None = None
+    in_set: bool | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the entry of prediction.json."""
@@ -85,6 +92,8 @@ class LabelPrediction:
             "label": self.label,
             "probability": _number(self.probability),
             "score": _number(self.score),
+            "selected": self.selected,
+            "in_set": self.in_set,
             "key_slices": list(self.key_slices),
             "slice_scores": _numbers(self.slice_scores),
             "slice_probabilities": _numbers(self.slice_probabilities),
@@ -195,6 +204,19 @@ class SeriesPrediction:
             "accepted up to 1): what is said about them cannot be relied on."
         )
 
+    @property
+    def decision(self) -> str:
+        """What the calibration of the task decides, as a sentence; empty without one, and for several slices."""
+        calibration = self.task and self.task.calibration
+        if not calibration or any(label.in_set is None for label in self.labels):
+            return ""
+        selected = [label.label for label in self.labels if label.selected]
+        members = [label.label for label in self.labels if label.in_set]
+        return (
+            f"Selected by threshold: {', '.join(selected) or 'none'}. "
+            f"{calibration.coverage:.0%} prediction set: {', '.join(members) or 'empty, no label fits well enough'}."
+        )
+
     def to_dict(self, keep_identifiers: bool = False) -> dict[str, Any]:
         """Returns the entry of prediction.json.
 
@@ -238,6 +260,8 @@ class StudyLabel:
         key_slice: Index of that series' first key slice.
         slices: Number of slices of all series that were asked.
         asked: Numbers of these series.
+        selected: As in `LabelPrediction`, for a study of one image.
+        in_set: Likewise.
     """
 
     label: str
@@ -247,6 +271,8 @@ class StudyLabel:
     key_slice: int
     slices: int
     asked: list[int]
+    selected: bool | None = None
+    in_set: bool | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the entry of prediction.json."""
@@ -254,6 +280,8 @@ class StudyLabel:
             "label": self.label,
             "probability": _number(self.probability),
             "score": _number(self.score),
+            "selected": self.selected,
+            "in_set": self.in_set,
             "series": self.series,
             "key_slice": self.key_slice,
             "asked": list(self.asked),
@@ -375,6 +403,8 @@ def csv_rows(studies: Sequence[StudyPrediction]) -> list[dict[str, Any]]:
                 study.model,
                 None if key.ood_score is None else _number(key.ood_score),
                 key.accepted,
+                label.selected,
+                label.in_set,
             )
             rows.append(dict(zip(CSV_COLUMNS, values, strict=True)))
     return rows

@@ -27,7 +27,7 @@ from medmoe_hf.inference.studies.predictions import (
     StudyPredictions,
     TextPrediction,
 )
-from medmoe_hf.inference.studies.tasks import as_task, default_task, probabilities, task_of_labels
+from medmoe_hf.inference.studies.tasks import as_task, decided, default_task, probabilities, task_of_labels
 from medmoe_hf.inference.texts import class_embeddings, flatten_prompts
 from medmoe_hf.model import Task
 from medmoe_hf.model.modalities_medmoe import UNKNOWN_MODALITY, modality_id
@@ -322,6 +322,7 @@ class StudyPredictor:
             logits = local if task.score == "local" else (logits + local) / 2
         pooled = pool_slices(logits, pooling)
         by_slice, of_series = probabilities(task, logits), probabilities(task, pooled[None])[0]
+        decisions = {} if len(logits) > 1 else decided(task, pooled)
         found = [
             LabelPrediction(
                 label,
@@ -330,6 +331,7 @@ class StudyPredictor:
                 key_slices(by_slice[:, column]),
                 logits[:, column],
                 by_slice[:, column],
+                *decisions.get(label, (None, None)),
             )
             for column, label in enumerate(task.prompts)
         ]

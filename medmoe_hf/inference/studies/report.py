@@ -164,6 +164,7 @@ def _series(series: SeriesPrediction) -> dict[str, Any]:
         "labels": [(label.label, label.probability) for label in series.labels],
         "texts": [(text.text, text.score) for text in series.texts],
         "explained": explained(series),
+        "decision": series.decision,
         "routing": sorted(series.routing.items(), key=lambda entry: -entry[1]),
         "expert": series.expert,
         "accepted": series.accepted,

@@ -29,6 +29,20 @@ def probabilities(task: Task, scores: np.ndarray) -> np.ndarray:
     return np.asarray(task.probabilities(torch.from_numpy(np.asarray(scores, dtype=np.float64))).numpy())
 
 
+def decided(task: Task, scores: np.ndarray) -> dict[str, tuple[bool, bool]]:
+    """Returns label -> whether it is selected and whether it is in the prediction set of an image.
+
+    Args:
+        task: A task; without a calibration, there are no decisions.
+        scores: (C,) scores of the image.
+    """
+    if task.calibration is None:
+        return {}
+    selected, sets = task.decide(torch.from_numpy(np.asarray(scores, dtype=np.float64))[None])
+    assert sets is not None
+    return {label: (label in selected[0], label in sets[0]) for label in task.prompts}
+
+
 def reference(task: Task, label: str) -> tuple[str, ...]:
     """Returns the sentences that a heat-map of a label is compared with: its absence, or else the other labels."""
     if task.negative_prompts:
