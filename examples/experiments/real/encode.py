@@ -16,7 +16,7 @@ import timm
 import torch
 from manifest import Row, sha256
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from medmoe_hf.common.files import atomic_write
 from medmoe_hf.errors import EncoderError, SourceError
@@ -205,6 +205,25 @@ def imagenet_weights() -> Path:
         ) from error
 
 
+def imagenet_backbone() -> nn.Module:
+    """Returns the bare ImageNet backbone, EfficientNet-Lite0: images (B, 3, H, W) in -1..1 to (B, 1280).
+
+    Raises:
+        SourceError: If the package with its weights is not installed.
+        EncoderError: If they do not fit.
+    """
+    weights = imagenet_weights()
+    model: nn.Module = timm.create_model(BACKBONE, num_classes=0).eval()
+    state = torch.load(weights, weights_only=True)
+    own = model.state_dict()
+    # The same tensors in the same order under other names; the last two are the ImageNet classifier's.
+    values = list(state.values())[: len(own)]
+    if [value.shape for value in values] != [value.shape for value in own.values()]:
+        raise EncoderError(f"{weights.name} does not hold the tensors of {BACKBONE}.")
+    model.load_state_dict(dict(zip(own, values, strict=True)))
+    return model
+
+
 def imagenet_features(folder: str | Path, rows: Sequence[Row], cache: Path) -> np.ndarray:
     """Computes the pooled features of the bare ImageNet backbone, EfficientNet-Lite0 at 224x224 pixels.
 
@@ -219,14 +238,7 @@ def imagenet_features(folder: str | Path, rows: Sequence[Row], cache: Path) -> n
     weights = imagenet_weights()
 
     def compute() -> Cached:
-        model = timm.create_model(BACKBONE, num_classes=0).eval()
-        state = torch.load(weights, weights_only=True)
-        own = model.state_dict()
-        # The same tensors in the same order under other names; the last two are the ImageNet classifier's.
-        values = list(state.values())[: len(own)]
-        if [value.shape for value in values] != [value.shape for value in own.values()]:
-            raise EncoderError(f"{weights.name} does not hold the tensors of {BACKBONE}.")
-        model.load_state_dict(dict(zip(own, values, strict=True)))
+        model = imagenet_backbone()
 
         def read(some: list[Row]) -> Tensor:
             found: Tensor = model(torch.stack([_imagenet_pixels(Path(folder) / row["file"]) for row in some]))

@@ -4,14 +4,18 @@
 
 For the chest X-rays of children (kermany-cxr) and of adults (nih-cxr14), `train` and `val` only: the AUROC of simple
 statistics of the image, and of logistic regressions on 24x24 gray pixels that are trained on one source and tested on
-the other, on the gray values and on their ranks within the image (which exposure and post-processing do not change).
+the other, on the gray values and on their ranks within the image (which exposure and post-processing do not change);
+and likewise on the pooled features of the bare ImageNet backbone, of images as they are, equalized, or equalized
+without any detail below a 24th of their side.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
+from encode import imagenet_backbone
 from manifest import read_manifest
 from numpy.typing import NDArray
 from PIL import Image
@@ -24,6 +28,7 @@ Pixels = NDArray[np.float64]
 
 SOURCES = {"children": "kermany-cxr", "adults": "nih-cxr14"}
 SIDE = 24
+NETWORK_SIDE = 160
 STRENGTHS = (1e-5, 1e-4, 1e-3)
 
 
@@ -58,6 +63,41 @@ def features(images: Pixels, ranks: bool) -> Pixels:
     return flat.argsort(axis=1).argsort(axis=1) / flat.shape[1] if ranks else flat / 255
 
 
+def network_features(images: Pixels, ranks: bool, coarse: bool) -> Pixels:
+    """Returns (N, 1280) features of the ImageNet backbone.
+
+    Args:
+        images: (N, 224, 224) in [0, 1].
+        ranks: Replace gray values by their ranks within the image.
+        coarse: Remove the detail below a 24th of the side first.
+    """
+    model, found = imagenet_backbone(), []
+    with torch.inference_mode():
+        for image in images:
+            shown = Image.fromarray((255 * image).astype(np.uint8))
+            if coarse:
+                shown = shown.resize((SIDE, SIDE), Image.Resampling.BOX)
+            shown = shown.resize((NETWORK_SIDE, NETWORK_SIDE), Image.Resampling.BICUBIC)
+            gray = np.asarray(shown, dtype=np.float32) / 255
+            if ranks:
+                gray = (gray.argsort(axis=None).argsort() / gray.size).reshape(gray.shape).astype(np.float32)
+            found.append(model((2 * torch.from_numpy(gray) - 1).expand(1, 3, -1, -1))[0].numpy())
+    return np.stack(found).astype(np.float64)
+
+
+def report(name: str, features_of: Mapping[str, Pixels], labels: Mapping[str, NDArray[np.bool_]]) -> None:
+    """Prints how classifiers that are trained on one source fare on the other."""
+    for trained, tested in (("children", "adults"), ("adults", "children")):
+        scores = []
+        for strength in STRENGTHS:
+            model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=500))
+            model.fit(features_of[trained], labels[trained])
+            scores.append(
+                f"C={strength:g} {roc_auc_score(labels[tested], model.decision_function(features_of[tested])):.2f}"
+            )
+        print(f"{f'{name}, {trained} -> {tested}':<50}{', '.join(scores)}", flush=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with manifest.csv")
@@ -68,16 +108,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for statistic in values["children"]:
         scores = [f"{name} {roc_auc_score(found[name][1], values[name][statistic]):.2f}" for name in found]
         print(f"{statistic:<45}{', '.join(scores)}")
+    labels = {name: own for name, (_, own) in found.items()}
     for ranks in (False, True):
-        for trained, tested in (("children", "adults"), ("adults", "children")):
-            own, other = (features(found[name][0], ranks) for name in (trained, tested))
-            scores = []
-            for strength in STRENGTHS:
-                model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=500))
-                model.fit(own, found[trained][1])
-                scores.append(f"C={strength:g} {roc_auc_score(found[tested][1], model.decision_function(other)):.2f}")
-            what = f"{SIDE}x{SIDE} {'ranks' if ranks else 'gray values'}, {trained} -> {tested}"
-            print(f"{what:<45}{', '.join(scores)}")
+        what = f"{SIDE}x{SIDE} {'ranks' if ranks else 'gray values'}"
+        report(what, {name: features(images, ranks) for name, (images, _) in found.items()}, labels)
+    for what, ranks, coarse in (("as it is", False, False), ("equalized", True, False), ("coarse", True, True)):
+        of_source = {name: network_features(images, ranks, coarse) for name, (images, _) in found.items()}
+        report(f"network, {what}", of_source, labels)
 
 
 if __name__ == "__main__":
