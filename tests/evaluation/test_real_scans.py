@@ -619,12 +619,14 @@ def test_twins_are_averaged_over_tasks_per_seed():
     metrics = {name: {"balanced_accuracy": one, "macro_auroc": two} for name, (one, two) in values.items()}
     # Body regions are nearly always right, and do not count.
     metrics |= {"region-xray": {"balanced_accuracy": 1.0, "macro_auroc": 1.0}, "routing": {"balanced_accuracy": 0.99}}
+    metrics["routing-external"] = {"balanced_accuracy": 0.8}
     other = {**metrics, "glaucoma": {"balanced_accuracy": 0.5, "macro_auroc": 0.5}}
     runs = {"routed": {"0": {"metrics": metrics}, "1": {"metrics": other}}}
     found = scripts["twins"].summarize(runs, ["fundus-external"])
     assert found["routed"]["tasks"] == pytest.approx([0.8, 0.7])
     assert found["routed"]["other sources"] == pytest.approx([0.6, 0.6])
     assert found["routed"]["routing"] == [0.99, 0.99]
+    assert found["routed"]["routing-external"] == [0.8, 0.8]
 
 
 # Tables and card

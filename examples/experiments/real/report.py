@@ -241,8 +241,13 @@ def twins_table(run: Run) -> str:
                 *(_mean_and_range(own) for own in values.values()),
             ]
         )
-    header = ("variant", "parameters", "seeds", "tasks", "other sources, AUROC", "routing")
-    return markdown_table(header, rows)
+    header = ("variant", "parameters", "seeds", "tasks", "other sources, AUROC", "routing", "routing, other sources")
+    trained = (
+        f"Trained for {twins['steps']} steps on images of {twins['image_size']} pixels"
+        f"{''.join(f', without {source}' for source in twins['without'])}. "
+        f"Frozen: {', '.join(f'`{name}`' for name in twins['freeze']) or 'nothing'}."
+    )
+    return f"{trained}\n\n{markdown_table(header, rows)}"
 
 
 def _mean_and_range(values: Sequence[float]) -> str:

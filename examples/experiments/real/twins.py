@@ -47,18 +47,20 @@ VARIANTS: dict[str, Variant] = {
 }
 """Names of `variants.py` -> what is said about them, and what of the recipe differs."""
 
-MEASURES = ("tasks", "other sources", "routing")
+MEASURES = ("tasks", "other sources", "routing", "routing-external")
 
 
-def task_metrics(results: Sequence[Result]) -> dict[str, dict[str, float]]:
-    """Returns task or `routing` -> metric -> value, of the global score."""
+def task_metrics(results: Sequence[Result], split: str) -> dict[str, dict[str, float]]:
+    """Returns task, `routing` or `routing-external` -> metric -> value, of the global score."""
     found = {}
     for result in results:
         metrics = result.by_variant()
         if result.protocol == "zero-shot":
             found[result.dataset] = {name: one.value for name, one in metrics["global"].items()}
         elif result.protocol == "routing" and result.dataset == "all sources":
-            found["routing"] = {name: one.value for name, one in metrics["image router"].items()}
+            found["routing-external" if split == "external" else "routing"] = {
+                name: one.value for name, one in metrics["image router"].items()
+            }
     return found
 
 
@@ -71,7 +73,8 @@ def summarize(runs: Mapping[str, Mapping[str, Any]], others: Sequence[str]) -> d
 
     Returns:
         Variant -> measure -> one value per seed. `tasks` is the mean balanced accuracy over the finding tasks of the
-        trained sources, `other sources` the mean AUROC over `others`, `routing` a balanced accuracy.
+        trained sources, `other sources` the mean AUROC over `others`, `routing` and `routing-external` balanced
+        accuracies of the image router.
     """
     table: dict[str, dict[str, list[float]]] = {}
     for variant, by_seed in runs.items():
@@ -82,7 +85,8 @@ def summarize(runs: Mapping[str, Mapping[str, Any]], others: Sequence[str]) -> d
             foreign = [metrics[name]["macro_auroc"] for name in metrics if name in others]
             values["tasks"].append(statistics.fmean(own) if own else float("nan"))
             values["other sources"].append(statistics.fmean(foreign) if foreign else float("nan"))
-            values["routing"].append(metrics.get("routing", {}).get("balanced_accuracy", float("nan")))
+            for routing in MEASURES[2:]:
+                values[routing].append(metrics.get(routing, {}).get("balanced_accuracy", float("nan")))
         table[variant] = values
     return table
 
@@ -102,6 +106,12 @@ def _product(shape: Sequence[int]) -> int:
     for side in shape:
         product *= side
     return product
+
+
+def image_size(folder: Path) -> int:
+    """Returns the side of the images that a checkpoint expects, in pixels."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return int(config["vision_config"]["image_size"])
 
 
 def run(
@@ -136,11 +146,11 @@ def run(
     model: dict[str, Any] = {**dict.fromkeys(recipe["model"]), "from_pretrained": str(starts / name), "overrides": {}}
     train(merged({**recipe, "model": model, "seed": seed}, VARIANTS[name].train), folder)
     # The table shows ranges over seeds, and no intervals.
-    results = [
-        result for split in splits for result in evaluate(folder, data, split, cache=cache, probes=False, resamples=1)
-    ]
+    metrics: dict[str, dict[str, float]] = {}
+    for split in splits:
+        metrics |= task_metrics(evaluate(folder, data, split, cache=cache, probes=False, resamples=1), split)
     seconds = json.loads((folder / "training.json").read_text(encoding="utf-8"))["seconds"]
-    return {"parameters": _parameters(folder), "seconds": seconds, "metrics": task_metrics(results)}
+    return {"parameters": _parameters(folder), "seconds": seconds, "metrics": metrics}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -178,6 +188,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "labels": {key: VARIANTS[key].label for key in runs},
                 "split": given.split,
                 "without": given.without,
+                "steps": recipe["max_steps"],
+                "image_size": image_size(given.start),
+                "freeze": recipe.get("freeze") or [],
                 "others": others,
                 "runs": runs,
                 "table": summarize(runs, others),
