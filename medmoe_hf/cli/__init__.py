@@ -14,7 +14,8 @@ from medmoe_hf.cli import convert, data, evaluate
 from medmoe_hf.cli.errors import errors_of, is_main_process
 from medmoe_hf.cli.options import DEFAULT_MODEL, Force, Out, shares, window_of
 from medmoe_hf.common.console import close_bars, set_up_logging
-from medmoe_hf.errors import ArgumentError, PathExistsError
+from medmoe_hf.common.files import check_output
+from medmoe_hf.errors import ArgumentError
 
 logger = logging.getLogger(__name__)
 app = typer.Typer(
@@ -436,8 +437,8 @@ def predict(
 ) -> None:
     """Predict whole studies: routing, labels, key slices and heat-maps. Prints a table; --out writes a report."""
     with errors_of("predict"):
-        if out is not None and out.exists() and not force:
-            raise PathExistsError(f"{out} exists already; choose another folder by --out, or replace it by --force.")
+        if out is not None:
+            check_output(out, force, "prediction.json", paths)
         if dicom and not (out and keep_identifiers):
             raise ArgumentError(
                 "--dicom needs --out and --keep-identifiers: the files name the patient of the images."

@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -77,6 +77,44 @@ def atomic_dir(target: str | Path, force: bool = False) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def check_output(out: str | Path, force: bool, made: str, inputs: Iterable[str | Path] = ()) -> None:
+    """Checks before minutes of work that a folder may be created, or replaced without loss of anything else.
+
+    What is in a replaced folder is gone, so one that was not made by the same command, or that holds what the command
+    reads, is never replaced.
+
+    Args:
+        out: Folder to create.
+        force: Whether an existing one is replaced.
+        made: Name of a file that all folders have that the command has made.
+        inputs: Files and folders that the command reads.
+
+    Raises:
+        PathExistsError: If `out` exists and `force` is False, or if it must not be replaced.
+
+    Example:
+        ```python
+        check_output("prediction", force=True, made="prediction.json", inputs=["exports/study"])
+        ```
+    """
+    out = Path(out)
+    if not os.path.lexists(out):
+        return
+    if not force:
+        raise PathExistsError(f"{out} exists already; choose another folder, or replace it with --force.")
+    refused = f"{out} is not replaced, since all that is in it would be lost: it"
+    if not out.is_dir():
+        raise PathExistsError(f"{out} is a file: choose another name for the folder to create.")
+    place = out.resolve()
+    if Path.cwd().is_relative_to(place):
+        raise PathExistsError(f"{refused} holds the working directory. Choose another folder.")
+    for path in inputs:
+        if Path(path).exists() and Path(path).resolve().is_relative_to(place):
+            raise PathExistsError(f"{refused} holds {path}, which is read. Choose another folder.")
+    if not (out / made).is_file() and any(out.iterdir()):
+        raise PathExistsError(f"{refused} has no {made}, so it was not made by this command. Choose another folder.")
 
 
 def _umask() -> int:

@@ -19,14 +19,14 @@ import torch
 
 import medmoe_hf.model.tasks_medmoe as model_tasks
 from medmoe_hf.common.console import progress
-from medmoe_hf.common.files import atomic_dir, redact_paths
+from medmoe_hf.common.files import atomic_dir, check_output, redact_paths
 from medmoe_hf.common.loading import explain_loading
 from medmoe_hf.common.packaged import copy_model_code
 from medmoe_hf.data.cells import cell_text, matches
 from medmoe_hf.data.checkpoint_names import find_checkpoint
 from medmoe_hf.data.collate import ContrastiveCollator
 from medmoe_hf.data.stream import SampleStream
-from medmoe_hf.errors import ArgumentError, PathExistsError, SourceError
+from medmoe_hf.errors import ArgumentError, SourceError
 from medmoe_hf.evaluation.calibration import fit_calibration
 from medmoe_hf.inference.batching import BATCH_SIZE, default_device
 from medmoe_hf.inference.task_files import TaskFile
@@ -205,8 +205,8 @@ def places(model: str | Path, out: str | Path | None, force: bool) -> tuple[str,
     target = Path(folder if out is None else out)
     if out is None and (not Path(folder).is_dir() or folder != str(model)):
         raise ArgumentError(f"{model} is no folder of yours: name a new one for the fitted copy by --out.")
-    if out is not None and target.exists() and not force:
-        raise PathExistsError(f"{target} exists already; choose another folder, or replace it with --force.")
+    if out is not None:
+        check_output(target, force, "config.json")
     return folder, target
 
 

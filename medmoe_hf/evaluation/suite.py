@@ -5,7 +5,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from medmoe_hf.errors import ArgumentError, PathExistsError
+from medmoe_hf.common.files import check_output
+from medmoe_hf.errors import ArgumentError
 from medmoe_hf.evaluation.clip_benchmark_results import write_clip_benchmark
 from medmoe_hf.evaluation.dataset import EvaluationSet, joined, test_split
 from medmoe_hf.evaluation.grounding import grounding
@@ -89,8 +90,8 @@ def evaluate(
             print(result.dataset, result.metrics["global/accuracy"])
         ```
     """
-    if output is not None and Path(output).exists() and not force:
-        raise PathExistsError(f"{output} exists already; choose another folder or remove it.")
+    if output is not None:
+        check_output(output, force, "results.json", [data_dir, *models])
     read = load_recipe(recipe)
     chosen = list(read.tasks) if protocols is None else list(protocols)
     for protocol in chosen:

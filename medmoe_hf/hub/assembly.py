@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import BertTokenizer
 
-from medmoe_hf.common.files import atomic_dir, redact_paths
+from medmoe_hf.common.files import atomic_dir, check_output, redact_paths
 from medmoe_hf.data.checkpoint_names import refuse_missing_folder
-from medmoe_hf.errors import ConvertError, PathExistsError
+from medmoe_hf.errors import ConvertError
 from medmoe_hf.hub.weight_mapping import LoadReport, listed
 from medmoe_hf.model import MedMoEImageProcessor, MedMoEModel, MedMoEProcessor, MedMoETokenizer
 from medmoe_hf.model.presets_medmoe import preset_fields
@@ -152,7 +152,7 @@ def refuse_existing(out: str | Path, force: bool) -> None:
     """Refuses an existing output folder before minutes of work.
 
     Raises:
-        PathExistsError: If `out` exists and `force` is `False`.
+        PathExistsError: If `out` exists and `force` is `False`, or if it is no model folder, whose content would be
+            lost.
     """
-    if Path(out).exists() and not force:
-        raise PathExistsError(f"{out} exists already; choose another folder, or replace it with --force.")
+    check_output(out, force, "config.json")

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, normalize
 from transformers.tokenization_utils_base import LARGE_INTEGER
 
-from medmoe_hf.common.files import atomic_dir
+from medmoe_hf.common.files import atomic_dir, check_output
 from medmoe_hf.common.loading import explain_loading
 from medmoe_hf.data.checkpoint_names import find_checkpoint
-from medmoe_hf.errors import ExportError, MissingPackageError, PathExistsError
+from medmoe_hf.errors import ExportError, MissingPackageError
 from medmoe_hf.model import MedMoEConfig, MedMoEModel, MedMoEProcessor, MedMoETokenizer
 
 try:
@@ -173,8 +173,7 @@ def export(
     if int8 and format != "onnx":
         raise ExportError("int8 uses ONNX Runtime's quantisation: leave the format at onnx.")
     # Before minutes of work.
-    if Path(out).exists() and not force:
-        raise PathExistsError(f"{out} exists already; choose another folder, or replace it with --force.")
+    check_output(out, force, "export.json", [folder])
     model, processor = _load(folder, format)
     size = processor.image_processor.size
     pixel_values = _images_for_every_expert(model, (size["height"], size["width"]))

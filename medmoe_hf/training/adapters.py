@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from medmoe_hf.common.files import atomic_dir
+from medmoe_hf.common.files import atomic_dir, check_output
 from medmoe_hf.data.checkpoint_names import find_checkpoint
-from medmoe_hf.errors import ArgumentError, MissingPackageError, PathExistsError
+from medmoe_hf.errors import ArgumentError, MissingPackageError
 from medmoe_hf.model import MedMoEForImageClassification, MedMoEModel, MedMoEProcessor
 from medmoe_hf.training.config import LoraSection
 from medmoe_hf.training.optimizer import nearest_names, split_tower
@@ -151,8 +151,7 @@ def merge_adapter(adapter: str | Path, out: str | Path, base: str | Path | None 
     """
     peft = _peft()
     adapter = Path(adapter)
-    if Path(out).exists() and not force:
-        raise PathExistsError(f"{out} exists already; choose another folder or remove it.")
+    check_output(out, force, "config.json", [adapter])
     missing = [name for name in ("adapter_config.json", WEIGHTS) if not (adapter / name).is_file()]
     if missing:
         raise ArgumentError(f"{adapter} is not the folder of an adapter: it lacks {' and '.join(missing)}.")

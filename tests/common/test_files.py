@@ -2,7 +2,8 @@
 
 import pytest
 
-from medmoe_hf.common.files import atomic_write
+from medmoe_hf.common.files import atomic_write, check_output
+from medmoe_hf.errors import PathExistsError
 
 
 def test_a_file_takes_its_name_when_it_is_whole(tmp_path):
@@ -28,3 +29,27 @@ def test_a_file_that_is_not_finished_leaves_the_old_one_and_nothing_else(tmp_pat
         fail()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_only_a_folder_of_the_same_command_is_replaced(tmp_path, monkeypatch):
+    out, scans = tmp_path / "out", tmp_path / "scans"
+    scans.mkdir()
+    (scans / "one.png").write_text("x")
+    check_output(out, False, "made.json", [scans])
+    with pytest.raises(PathExistsError, match=r"scans exists already.*--force"):
+        check_output(scans, False, "made.json")
+    with pytest.raises(PathExistsError, match=r"it has no made\.json, so it was not made by this command"):
+        check_output(scans, True, "made.json")
+    out.mkdir()
+    check_output(out, True, "made.json", [scans])  # an empty folder has nothing to lose
+    (out / "made.json").write_text("{}")
+    check_output(out, True, "made.json", [scans])
+    (out / "link.png").symlink_to(scans / "one.png")
+    (scans / "made.json").write_text("{}")
+    with pytest.raises(PathExistsError, match=r"it holds .*link\.png, which is read"):
+        check_output(scans, True, "made.json", [out / "link.png"])
+    with pytest.raises(PathExistsError, match="a file: choose another name"):
+        check_output(scans / "one.png", True, "made.json")
+    monkeypatch.chdir(out)
+    with pytest.raises(PathExistsError, match="it holds the working directory"):
+        check_output(".", True, "made.json")

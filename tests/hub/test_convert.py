@@ -674,7 +674,10 @@ def test_an_existing_folder_is_replaced_by_force_only(tmp_path):
     (out / "mine.txt").write_text("x")
     with pytest.raises(FileExistsError, match="--force"):
         convert_official(GOLDEN / "official.ckpt", out, **OPTIONS)
+    with pytest.raises(FileExistsError, match=r"not replaced.*it has no config\.json"):
+        convert_official(GOLDEN / "official.ckpt", out, **OPTIONS, force=True)
     assert [entry.name for entry in out.iterdir()] == ["mine.txt"]
+    (out / "config.json").write_text("{}")
     convert_official(GOLDEN / "official.ckpt", out, **OPTIONS, force=True)
     assert not (out / "mine.txt").exists()
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
@@ -685,6 +688,7 @@ def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("x")
+    (out / "config.json").write_text("{}")
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")

@@ -366,7 +366,8 @@ def test_models_without_experts_are_refused(tmp_path):
         (["{ct}", "--window", "a,b"], "--window a,b: expected a name, CENTRE,WIDTH, or three names"),
         (["{empty}"], "there is no image in"),
         (["{ct}", "--dicom"], "--dicom needs --out and --keep-identifiers"),
-        (["{ct}", "--out", "{empty}"], "exists already; choose another folder by --out, or replace it by --force"),
+        (["{ct}", "--out", "{empty}"], "exists already; choose another folder, or replace it with --force"),
+        (["{ct}", "--out", "{ct}", "--force"], "ct is not replaced, since all that is in it would be lost"),
     ],
 )
 def test_the_command_explains_what_is_wrong(model, tmp_path, arguments, message):

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from medmoe_hf.common.console import text_table
-from medmoe_hf.common.files import atomic_dir
+from medmoe_hf.common.files import atomic_dir, check_output
 from medmoe_hf.errors import ArgumentError
 from medmoe_hf.inference.studies.dicom_out import has_dicom, write_dicom
 from medmoe_hf.inference.studies.predictions import (
@@ -57,7 +57,8 @@ def write_predictions(
 
     Raises:
         ArgumentError: For `dicom` without `keep_identifiers`, or where nothing was read from DICOM.
-        PathExistsError: If `out` exists and `force` is False.
+        PathExistsError: If `out` exists and `force` is False, or if it was not made by this function, or holds files
+            of the studies: those would be lost.
 
     Example:
         ```python
@@ -68,6 +69,8 @@ def write_predictions(
     if dicom and not keep_identifiers:
         raise ArgumentError("DICOM output names the patient of the images: pass `keep_identifiers=True` as well.")
     out = Path(out)
+    read = {source["file"] for study in studies for series in study.series for source in series.sources.values()}
+    check_output(out, force, "prediction.json", read)
     with atomic_dir(out, force) as folder:
         content = predictions_dict(studies, keep_identifiers)
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
