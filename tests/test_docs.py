@@ -289,7 +289,8 @@ def test_python_compiles_and_its_imports_resolve(piece):
 
 
 def test_blocks_state_their_language():
-    assert {piece.kind for piece in EVERYTHING} <= {"bash", "python", "yaml", "span"}
+    assert {piece.kind for piece in EVERYTHING} <= {"bash", "python", "yaml", "json", "span"}
+    assert all(json.loads(piece.text) for piece in of_kind("json"))
     assert len(COMMANDS) > 30
 
 

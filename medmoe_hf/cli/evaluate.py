@@ -22,7 +22,10 @@ _Output = Annotated[Path, typer.Option(help="Folder to create, for results.json,
 _Model = Annotated[
     str, typer.Argument(help="Folder or Hub id of a MedMoE, CLIP or SigLIP; or open_clip:ARCH[:CHECKPOINT].")
 ]
-_Compare = Annotated[list[str] | None, typer.Option(help="Another model to evaluate for comparison; may be repeated.")]
+_Compare = Annotated[
+    list[str] | None,
+    typer.Option(metavar="[NAME=]MODEL", help="Another model, and its name in tables; may be repeated."),
+]
 _Resamples = Annotated[int, typer.Option(min=1, help="Number of bootstrap resamples.")]
 _BatchSize = Annotated[int, typer.Option(min=1, help="Images per batch.")]
 _Force = Annotated[bool, typer.Option("--force", help="Replace OUTPUT if it exists.")]

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -60,14 +61,18 @@ def load_model(folder: str | Path, device: str, kind: type[PreTrainedModel] | No
         The model, in `eval` mode.
 
     Raises:
-        EncoderError: If tensors are missing.
+        EncoderError: If tensors are missing, or a file of weights contains code.
     """
     with explain_loading(folder):
         settings = {"dtype": torch.float32, "output_loading_info": True}
-        if kind is None:
-            model, info = AutoModel.from_pretrained(folder, trust_remote_code=False, **settings)
-        else:
-            model, info = kind.from_pretrained(folder, **settings)
+        try:
+            if kind is None:
+                model, info = AutoModel.from_pretrained(folder, trust_remote_code=False, **settings)
+            else:
+                model, info = kind.from_pretrained(folder, **settings)
+        except UnpicklingError as error:
+            # The original message explains how to run the code in the file.
+            raise EncoderError(f"{folder} contains more than weights and is not loaded; use safetensors.") from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise EncoderError(

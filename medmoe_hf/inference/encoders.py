@@ -3,6 +3,8 @@
 Shapes: N images or texts, M texts, D the size of a model's shared space, K experts.
 """
 
+import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,7 +29,8 @@ from medmoe_hf.inference.batching import (
     short_name,
     unit_length,
 )
-from medmoe_hf.inference.other_encoders import ONNX, OPEN_CLIP, ExportedEncoder, OpenClipEncoder, TransformersEncoder
+from medmoe_hf.inference.open_clip_encoder import CONFIGURATION, OPEN_CLIP, OpenClipEncoder
+from medmoe_hf.inference.other_encoders import ONNX, ExportedEncoder, TransformersEncoder
 from medmoe_hf.inference.texts import encode_texts
 from medmoe_hf.model import MedMoEModel, MedMoEProcessor
 from medmoe_hf.model.image_processing_medmoe import to_rgb
@@ -106,8 +109,9 @@ def load_encoder(name: str | Path, batch_size: int = BATCH_SIZE, device: str | N
     Args:
         name: `small`, the checkpoint of the package; folder or Hub id of a MedMoE or of any transformers model with
             `get_image_features` and `get_text_features` (CLIP, SigLIP), of which no code is run: that of this package
-            and of transformers is; `open_clip:ARCH[:CHECKPOINT]`, see `OpenClipEncoder`; or `onnx:FOLDER`, a MedMoE
-            that `medmoe export` wrote.
+            and of transformers is; a folder of open_clip (BiomedCLIP, CoCa), known by its `open_clip_config.json`;
+            `open_clip:ARCH[:CHECKPOINT]`, see `OpenClipEncoder`; or `onnx:FOLDER`, a MedMoE that `medmoe export`
+            wrote. `NAME=` before any of these is its name in tables.
         batch_size: Images per batch.
         device: Device to run on; None selects a GPU if there is one.
 
@@ -123,6 +127,11 @@ def load_encoder(name: str | Path, batch_size: int = BATCH_SIZE, device: str | N
         similarity = encoder.encode_images(["scan.png"]) @ encoder.encode_texts(["A pleural effusion."]).T
         ```
     """
+    named = _NAMED.fullmatch(str(name))
+    if named is not None and not Path(name).exists():
+        encoder = load_encoder(named[2], batch_size, device)
+        encoder.name = named[1]
+        return encoder
     if str(name).startswith(OPEN_CLIP):
         return OpenClipEncoder(str(name), batch_size, device)
     if str(name).startswith(ONNX):
@@ -131,15 +140,34 @@ def load_encoder(name: str | Path, batch_size: int = BATCH_SIZE, device: str | N
         folder = find_checkpoint(name, bare_ids=True)
     except FileNotFoundError as error:
         raise EncoderError(str(error)) from None
+    if _is_open_clip(Path(folder)):
+        encoder = OpenClipEncoder(f"{OPEN_CLIP}local-dir:{folder}", batch_size, device)
+        encoder.name = short_name(folder)
+        return encoder
     try:
         config, _ = PretrainedConfig.get_config_dict(folder)
     except (OSError, ValueError) as error:
         raise EncoderError(
             f"{name} is neither the folder of a transformers model nor a Hub id that can be reached from here; "
-            "pass one of these, open_clip:ARCH[:CHECKPOINT], or onnx:FOLDER for what `medmoe export` wrote."
+            f"pass one of these, a folder with {CONFIGURATION}, open_clip:ARCH[:CHECKPOINT], or onnx:FOLDER for what "
+            "`medmoe export` wrote."
         ) from error
     kind = MedMoEEncoder if config.get("model_type") == "medmoe" else TransformersEncoder
     return kind(folder, batch_size, device)
+
+
+# The name and the rest; the name may not look like a path or like the prefix of another kind.
+_NAMED = re.compile(r"([^=/\\:]+)=(.+)")
+
+
+def _is_open_clip(folder: Path) -> bool:
+    """Whether a folder is open_clip's. Some have the files of transformers' dual encoder too, which come first."""
+    if not (folder / CONFIGURATION).is_file():
+        return False
+    try:
+        return "vision_config" not in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return True
 
 
 def scores_of(encoder: Encoder, scores: Sequence[str]) -> list[str]:

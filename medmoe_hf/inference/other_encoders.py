@@ -1,9 +1,8 @@
-"""Encoders of models other than a MedMoE in PyTorch: CLIP and its kin, open_clip's models, ONNX exports."""
+"""Encoders of models other than a MedMoE in PyTorch: CLIP and its kin in transformers, and ONNX exports."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -34,13 +33,7 @@ try:
 except ImportError:  # only models named "onnx:..." need it
     onnxruntime = None
 
-try:
-    import open_clip
-except ImportError:  # only models named "open_clip:..." need it
-    open_clip = None
-
-OPEN_CLIP, ONNX = "open_clip:", "onnx:"
-_OPEN_CLIP_SCHEMES = ("local-dir:", "hf-hub:")
+ONNX = "onnx:"
 
 
 class TransformersEncoder:
@@ -74,7 +67,11 @@ class TransformersEncoder:
         scale = getattr(self.model, "logit_scale", None)
         self.logit_scale = 1.0 if scale is None else float(scale.detach().exp())
         config = self.model.config
-        length = getattr(getattr(config, "text_config", None), "max_position_embeddings", None)
+        lengths = (
+            getattr(getattr(config, "text_config", None), "max_position_embeddings", None),
+            self.processor.tokenizer.model_max_length,
+        )
+        length = min(length for length in lengths if length is not None)
         # SigLIP was trained on texts padded to the maximum length.
         padding = "max_length" if config.model_type.startswith("siglip") else True
         self.text_settings = {"padding": padding, "truncation": True, "max_length": length}
@@ -113,109 +110,6 @@ class TransformersEncoder:
             return unit_length(_pooled(self.model.get_text_features(**inputs)))
 
         return encode_by_batch(texts, TEXT_BATCH_SIZE, encode, "texts")
-
-    def features(self, images: Sequence[Any]) -> dict[str, Tensor]:
-        """Computes the features that a linear probe is fitted on.
-
-        Args:
-            images: N images.
-
-        Returns:
-            `embedding` (N, D): the image embeddings.
-        """
-        return {"embedding": self.encode_images(images)}
-
-
-class OpenClipEncoder:
-    """Encoder of an open_clip model.
-
-    Args:
-        name: `open_clip:ARCH`, an architecture that open_clip knows, with random weights; `open_clip:ARCH:CHECKPOINT`,
-            with one of open_clip's tags or a file (safetensors, or read by torch with `weights_only=True`: no code in
-            it is run); `open_clip:local-dir:FOLDER` or `open_clip:hf-hub:ID`, which contain both.
-        batch_size: Images per batch.
-        device: Device to run on; None selects a GPU if there is one.
-
-    Raises:
-        ImportError: Without the open_clip_torch package.
-        EncoderError: For an unknown architecture or checkpoint.
-
-    Example:
-        ```python
-        encoder = OpenClipEncoder("open_clip:ViT-B-32:weights.safetensors")
-        embeds = encoder.encode_images(["scan.png"])
-        ```
-    """
-
-    def __init__(self, name: str, batch_size: int = BATCH_SIZE, device: str | None = None) -> None:
-        if open_clip is None:
-            raise MissingPackageError(
-                'Models named open_clip:... need the package open_clip: pip install "medmoe_hf[compare]"'
-            )
-        self.batch_size, self.device = batch_size, default_device(device)
-        rest = name.removeprefix(OPEN_CLIP)
-        located = rest.startswith(_OPEN_CLIP_SCHEMES)
-        architecture, _, checkpoint = (rest, "", "") if located else rest.partition(":")
-        self.name = OPEN_CLIP + (f"{architecture}:{Path(checkpoint).name}" if checkpoint else short_name(rest))
-        try:
-            # The same random weights in every run, without changing the caller's random state.
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                self.model, _, self.transform = open_clip.create_model_and_transforms(
-                    architecture,
-                    pretrained=checkpoint or None,
-                    device=self.device,
-                    weights_only=True,
-                    # Complete models only: weights of a single tower would be downloaded.
-                    pretrained_text=False,
-                )
-            self.tokenizer = open_clip.get_tokenizer(architecture)
-        except UnpicklingError as error:
-            # The original message explains how to run the code in the file.
-            raise EncoderError(
-                f"{checkpoint} contains more than weights and is not loaded; use a safetensors file."
-            ) from error
-        except (RuntimeError, ValueError, FileNotFoundError) as error:
-            raise EncoderError(
-                f"open_clip cannot create {rest}: {error} Use open_clip:ARCH, open_clip:ARCH:CHECKPOINT "
-                "(a tag or a file), open_clip:local-dir:FOLDER or open_clip:hf-hub:ID."
-            ) from error
-        self.model.eval()
-        self.logit_scale = float(self.model.logit_scale.detach().exp())
-        self.preprocessing = f"{self.transform} {type(self.tokenizer).__name__} {self.tokenizer.context_length}"
-        self.weights = "pretrained" if checkpoint or located else "random"
-
-    def encode_images(self, images: Sequence[Any]) -> Tensor:
-        """Encodes images.
-
-        Args:
-            images: N paths (DICOM and NIfTI too), PIL images or arrays.
-
-        Returns:
-            (N, D) float32 of length 1, on the CPU.
-        """
-
-        def encode(batch: list[Any]) -> Tensor:
-            pixels = torch.stack([self.transform(read_picture(image)) for image in batch]).to(self.device)
-            return unit_length(self.model.encode_image(pixels))
-
-        return encode_by_batch(images, self.batch_size, encode, "images")
-
-    def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        """Encodes texts.
-
-        Args:
-            texts: N texts.
-
-        Returns:
-            (N, D) float32 of length 1, on the CPU.
-        """
-        return encode_by_batch(
-            texts,
-            TEXT_BATCH_SIZE,
-            lambda batch: unit_length(self.model.encode_text(self.tokenizer(batch).to(self.device))),
-            "texts",
-        )
 
     def features(self, images: Sequence[Any]) -> dict[str, Tensor]:
         """Computes the features that a linear probe is fitted on.

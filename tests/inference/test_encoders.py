@@ -17,7 +17,8 @@ from medmoe_hf.data import phantom_sample
 from medmoe_hf.errors import EncoderError
 from medmoe_hf.inference.batching import read_picture
 from medmoe_hf.inference.encoders import MedMoEEncoder, load_encoder, scores_of
-from medmoe_hf.inference.other_encoders import ExportedEncoder, OpenClipEncoder, TransformersEncoder
+from medmoe_hf.inference.open_clip_encoder import OpenClipEncoder
+from medmoe_hf.inference.other_encoders import ExportedEncoder, TransformersEncoder
 
 TEXTS = ["a chest radiograph with effusion", "normal", "axial ct of the abdomen with a cyst of the left kidney"]
 
