@@ -462,6 +462,8 @@ def predict(
         if out is not None:
             files = write_predictions(studies, out, keep_identifiers=keep_identifiers, dicom=dicom, force=force)
             typer.echo(f"Wrote {out}: {', '.join(path.name for path in files)}.")
+            if len(studies) > 1 and not keep_identifiers:
+                typer.echo("Studies have numbers in place of names; --keep-identifiers also writes the files' names.")
 
 
 @app.command()

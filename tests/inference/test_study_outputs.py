@@ -286,6 +286,32 @@ def test_what_is_refused_is_said_everywhere(tmp_path):
     assert "no rejector" not in page + "".join(lines)
 
 
+def test_a_task_for_another_modality_is_said_everywhere(tmp_path):
+    studies = synthetic_studies()
+    assert "ANOTHER MODALITY" not in summary(studies)
+    studies[0].series[1].task = replace(studies[0].series[1].task, modality="fundus")
+    studies[0].series[1].foreign_task = True
+    write_predictions(studies, tmp_path / "out")
+    content = json.loads((tmp_path / "out/prediction.json").read_text())
+    told = "The task is for images of the modality fundus, but these were read as ct: unless that is wrong"
+    assert [one["notes"][0].startswith(told) for one in content["studies"][0]["series"]] == [False, True]
+    assert (tmp_path / "out/report.html").read_text().count(told) == 1
+    assert any(
+        line.startswith(f"ANOTHER MODALITY: study 1, series 2. {told}") for line in summary(studies).splitlines()
+    )
+
+
+def test_the_files_of_rows_are_named_where_identifiers_are_kept(tmp_path):
+    studies = synthetic_studies()
+    (loop,) = studies[1].series
+    loop.sources = {index: {**loop.sources[20], "file": "loop.dcm", "frame": index} for index in range(loop.count)}
+    write_predictions(studies, tmp_path / "out", keep_identifiers=True)
+    with (tmp_path / "out/prediction.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["uid"], row["file"]) for row in rows if row["study"] == "2"} == {("1.2.4", "loop.dcm")}
+    assert "<h2>Study 2: loop.dcm</h2>" in (tmp_path / "out/report.html").read_text()
+
+
 def test_an_image_that_was_not_checked_is_no_accepted_one(written):
     out = written()
     series = json.loads((out / "prediction.json").read_text())["studies"][0]["series"][0]

@@ -350,6 +350,28 @@ def test_a_single_image_gets_the_decisions_of_its_task(predictor, tmp_path, monk
     assert several.series[0].decision == ""
 
 
+def test_a_task_of_another_modality_decides_nothing(predictor, tmp_path, monkeypatch):
+    ct_series(tmp_path / "scans", count=1)
+    prompts = {"effusion": ["Large pleural effusion."], "clear": ["Clear lungs."]}
+    half = dict.fromkeys(prompts, 0.5)
+    fitted = Calibration(5.0, {"effusion": 1.0, "clear": 0.0}, half, half, 0.9, "marginal", half)
+    asked = Question(trust_header=True)
+    found = {}
+    for modality in ("CT", "fundus", None):
+        task = predictor.encoder.processor.tokenize_task(Task("own", prompts, modality=modality, calibration=fitted))
+        (study,) = predictor(read_studies([tmp_path / "scans"]), replace(asked, task=task), show_progress=False)
+        found[modality] = study.series[0]
+    assert {name: series.foreign_task for name, series in found.items()} == {"CT": False, "fundus": True, None: False}
+    assert [series.labels[0].probability for series in found.values()] == [found["CT"].labels[0].probability] * 3
+    assert [bool(series.decision) for series in found.values()] == [True, False, True]
+    # A folder that is called like a task of the model does not hide it.
+    (tmp_path / "own").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(predictor.encoder.model, "tasks", {"own": task}, raising=False)
+    (study,) = predict("scans", model=predictor, task="own", progress=False)
+    assert {label.label for label in study.labels} == set(prompts)
+
+
 def test_models_without_experts_are_refused(tmp_path):
     with pytest.raises(EncoderError):
         StudyPredictor(tmp_path / "missing")

@@ -17,6 +17,7 @@ from medmoe_hf.errors import ArgumentError
 from medmoe_hf.inference.studies.dicom_out import has_dicom, write_dicom
 from medmoe_hf.inference.studies.predictions import (
     CSV_COLUMNS,
+    IDENTIFYING_COLUMNS,
     SeriesPrediction,
     StudyPrediction,
     csv_rows,
@@ -76,9 +77,9 @@ def write_predictions(
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
         (folder / "prediction.json").write_text(text + "\n", encoding="utf-8")
         with (folder / "prediction.csv").open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, CSV_COLUMNS)
+            writer = csv.DictWriter(file, CSV_COLUMNS + (IDENTIFYING_COLUMNS if keep_identifiers else ()))
             writer.writeheader()
-            writer.writerows(csv_rows(studies))
+            writer.writerows(csv_rows(studies, keep_identifiers))
         (folder / "report.html").write_text(report_html(studies, keep_identifiers), encoding="utf-8")
         for study in studies:
             for series in study.series:
@@ -184,6 +185,8 @@ def summary(studies: Sequence[StudyPrediction], labels: int = 5) -> str:
     for study, series in every:
         if series.accepted is False:
             lines.append(f"REFUSED: study {study.number}, series {series.number}. {series.acceptance}")
+        if series.task_warning:
+            lines.append(f"ANOTHER MODALITY: study {study.number}, series {series.number}. {series.task_warning}")
     if any(series.accepted is None for _, series in every):
         lines.append("Not checked whether the images are of a kind that the model knows: it has no rejector.")
     reasons = Counter(

@@ -52,6 +52,9 @@ CSV_COLUMNS = (
 )
 """Columns of prediction.csv, which has a row per study and label."""
 
+IDENTIFYING_COLUMNS = ("uid", "file")
+"""Further columns where identifiers are kept: the UID of the study, and the file of the key slice."""
+
 
 def _number(value: float) -> float | None:
     return None if math.isnan(value) else round(float(value), _DIGITS)
@@ -154,6 +157,7 @@ class SeriesPrediction:
         picture: Function of a slice's index that returns (H, W, 3) uint8.
         heatmaps: Function of a label or text and of indices that yields the index and the (H, W) float32 heat-map of
             each slice, in the pixels of its picture, or with sides of at most `size` if that is given.
+        foreign_task: Whether the task is for images of another modality than that of the expert.
         ask: Function of another `Question` that returns its answer at once: slices are not encoded again, unless its
             task scores regions, and the expert stays.
     """
@@ -180,6 +184,7 @@ class SeriesPrediction:
     heatmaps: Callable[..., Iterator[tuple[int, np.ndarray]]] | None = field(default=None, repr=False)
     ask: "Callable[[Any], SeriesPrediction] | None" = field(default=None, repr=False)
     ood_scores: np.ndarray | None = None
+    foreign_task: bool = False
 
     @property
     def ood_score(self) -> float | None:
@@ -217,6 +222,16 @@ class SeriesPrediction:
             f"{calibration.coverage:.0%} prediction set: {', '.join(members) or 'empty, no label fits well enough'}."
         )
 
+    @property
+    def task_warning(self) -> str:
+        """What `foreign_task` means for a reader, as a sentence; empty if the task suits the images."""
+        if not self.foreign_task or self.task is None:
+            return ""
+        return (
+            f"The task is for images of the modality {self.task.modality}, but these were read as {self.expert}: "
+            "unless that is wrong, the probabilities mean nothing."
+        )
+
     def to_dict(self, keep_identifiers: bool = False) -> dict[str, Any]:
         """Returns the entry of prediction.json.
 
@@ -238,7 +253,7 @@ class SeriesPrediction:
             "slice_ood_scores": None if self.ood_scores is None else _numbers(self.ood_scores),
             "pooling": self.pooling,
             "independent": self.task is not None and self.task.kind == "multi-label",
-            "notes": list(self.notes),
+            "notes": [*filter(None, [self.task_warning]), *self.notes],
             "labels": [label.to_dict() for label in self.labels],
             "texts": [text.to_dict() for text in self.texts],
         }
@@ -383,8 +398,13 @@ def predictions_dict(studies: Sequence[StudyPrediction], keep_identifiers: bool 
     }
 
 
-def csv_rows(studies: Sequence[StudyPrediction]) -> list[dict[str, Any]]:
-    """Returns the rows of prediction.csv: one per study and label, in the order of the study's labels."""
+def csv_rows(studies: Sequence[StudyPrediction], keep_identifiers: bool = False) -> list[dict[str, Any]]:
+    """Returns the rows of prediction.csv: one per study and label, in the order of the study's labels.
+
+    Args:
+        studies: What `predict` returned.
+        keep_identifiers: Include `IDENTIFYING_COLUMNS`.
+    """
     rows = []
     for study in studies:
         by_number = {series.number: series for series in study.series}
@@ -407,4 +427,7 @@ def csv_rows(studies: Sequence[StudyPrediction]) -> list[dict[str, Any]]:
                 label.in_set,
             )
             rows.append(dict(zip(CSV_COLUMNS, values, strict=True)))
+            if keep_identifiers:
+                own = (study.uid, key.sources.get(label.key_slice, {}).get("file"))
+                rows[-1] |= dict(zip(IDENTIFYING_COLUMNS, own, strict=True))
     return rows

@@ -27,7 +27,7 @@ from medmoe_hf.inference.studies.predictions import (
     StudyPredictions,
     TextPrediction,
 )
-from medmoe_hf.inference.studies.tasks import as_task, decided, default_task, probabilities, task_of_labels
+from medmoe_hf.inference.studies.tasks import as_task, decided, default_task, is_foreign, probabilities, task_of_labels
 from medmoe_hf.inference.texts import class_embeddings, flatten_prompts
 from medmoe_hf.model import Task
 from medmoe_hf.model.modalities_medmoe import UNKNOWN_MODALITY, modality_id
@@ -256,7 +256,8 @@ class StudyPredictor:
         modality = self.encoder.modalities[expert]
         task = question.task_for(modality)
         embeds = read_slices.embeds
-        labels = [] if task is None else self._labels(task, read_slices, question.pooling)
+        foreign = is_foreign(task, modality)
+        labels = [] if task is None else self._labels(task, read_slices, question.pooling, decides=not foreign)
         texts = []
         for text in question.texts:
             cosines = (embeds @ self._texts((text,))[0]).numpy().astype(np.float64)
@@ -283,6 +284,7 @@ class StudyPredictor:
             uid=str(series.uid),
             sources={index: _source(series.source(index)) for index in keys},
             notes=list(series.notes),
+            foreign_task=foreign,
             affine=None if series.affine is None else np.asarray(series.affine, dtype=np.float64),
             slots=None if series.slots is None else [int(slot) for slot in series.slots],
             task=task,
@@ -312,7 +314,7 @@ class StudyPredictor:
             None if encoded is None else torch.full((len(series), encoded.members.shape[1]), torch.nan),
         )
 
-    def _labels(self, task: Task, read_slices: _Encoded, pooling: Pooling) -> list[LabelPrediction]:
+    def _labels(self, task: Task, read_slices: _Encoded, pooling: Pooling, decides: bool) -> list[LabelPrediction]:
         logits = self._logits(task.prompts, read_slices.embeds)
         if task.negative_prompts:
             logits = logits - self._logits(task.negative_prompts, read_slices.embeds)
@@ -322,7 +324,7 @@ class StudyPredictor:
             logits = local if task.score == "local" else (logits + local) / 2
         pooled = pool_slices(logits, pooling)
         by_slice, of_series = probabilities(task, logits), probabilities(task, pooled[None])[0]
-        decisions = {} if len(logits) > 1 else decided(task, pooled)
+        decisions = decided(task, pooled) if decides and len(logits) == 1 else {}
         found = [
             LabelPrediction(
                 label,

@@ -39,7 +39,7 @@ def report_html(studies: Sequence[StudyPrediction], keep_identifiers: bool = Fal
 
     Args:
         studies: What `predict` returned; their files are read again, for the pictures of key slices.
-        keep_identifiers: Show the names of files that are left out.
+        keep_identifiers: Show the names of files: those that are left out, and those that are a study of their own.
 
     Returns:
         The HTML.
@@ -139,11 +139,18 @@ def edges(affine: np.ndarray | None) -> tuple[str, str]:
 def _study(study: StudyPrediction, keep_identifiers: bool) -> dict[str, Any]:
     return {
         "number": study.number,
+        "file": _file_name(study) if keep_identifiers else "",
         "labels": [(label.label, label.probability) for label in study.labels],
         "several": len(study.series) > 1,
         "series": [_series(series) for series in study.series],
         "skipped": _reasons(study.skipped, keep_identifiers),
     }
+
+
+def _file_name(study: StudyPrediction) -> str:
+    """The name of the file that a study was read from; empty if there are several."""
+    names = {source["file"] for series in study.series for source in series.sources.values()}
+    return PurePath(names.pop()).name if len(names) == 1 else ""
 
 
 def _series(series: SeriesPrediction) -> dict[str, Any]:
@@ -160,7 +167,7 @@ def _series(series: SeriesPrediction) -> dict[str, Any]:
         "number": series.number,
         "title": series_title(series),
         "facts": " ".join(facts),
-        "notes": series.notes,
+        "notes": [*filter(None, [series.task_warning]), *series.notes],
         "labels": [(label.label, label.probability) for label in series.labels],
         "texts": [(text.text, text.score) for text in series.texts],
         "explained": explained(series),
