@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from medmoe_hf.common.files import atomic_dir, redact_paths
+from medmoe_hf.common.memory import keep_freed_memory
 from medmoe_hf.data.collate import ContrastiveCollator
 from medmoe_hf.data.stream import SampleStream
 from medmoe_hf.errors import PathExistsError, ResumeError, StreamError, TrainingError
@@ -80,6 +81,8 @@ class RunState:
                 DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=bool(config.unfreeze_at))
             ],
         )
+        if accelerator.device.type == "cpu":
+            keep_freed_memory()
         preflight.limit_threads(accelerator, config.data.num_workers)
         preflight.check_strategy(config, accelerator.distributed_type)
         self._check_folders()
