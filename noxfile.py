@@ -92,6 +92,18 @@ def slow(session: nox.Session) -> None:
     session.run("pytest", "-q", "-n", "2", "-m", "slow", "--ignore=tests/browser", *session.posargs)
 
 
+@nox.session
+def fuzz(session: nox.Session) -> None:
+    """Every reader of files on damaged input, for a few seconds each: some two minutes, and the imports.
+
+    For longer, `nox -s fuzz -- --seconds 3600 --harness dicom`. Guided by coverage where Atheris can be installed.
+    """
+    prepare(session, "all,test")
+    if session.virtualenv.venv_backend != "none":
+        session.install("atheris", success_codes=[0, 1])  # there are wheels for some versions of Python only
+    session.run("python", "tests/fuzz/campaign.py", "--seconds", "6", "--out", fresh("fuzz"), *session.posargs)
+
+
 @nox.session(python=["3.10", "3.13"])
 def pythons(session: nox.Session) -> None:
     """The default suite under the oldest and the newest Python that are promised."""

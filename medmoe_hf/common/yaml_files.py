@@ -104,8 +104,8 @@ def _parse(text: str, name: str, error: type[MedMoEError]) -> Any:
         return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, _LimitError) as problem:
         raise error(f"{name} is no valid YAML: {problem}") from problem
-    # Values that look like dates or numbers and are none.
-    except (ValueError, ArithmeticError, AttributeError, RecursionError) as problem:
+    # Values that look like dates or numbers and are none; PyYAML raises many types for them.
+    except (ValueError, ArithmeticError, AttributeError, LookupError, TypeError, RecursionError) as problem:
         raise error(f"{name} has a value that YAML cannot read: {problem}") from problem
 
 
@@ -227,6 +227,9 @@ def _keys(path: Iterable[Any]) -> list[str]:
 
 def _line(problem: Any, sections: Mapping[str, Sequence[str]]) -> str:
     keys = _keys(problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        # An unknown key may look like the name of a type, which is none of the keys.
+        keys = [*_keys(problem["loc"][:-1]), str(problem["loc"][-1])]
     # The path also names the kind of source of a section.
     kinds = [key for key in keys if "kind" in sections.get(key, ())]
     path = ".".join(key for key in keys if key not in kinds)

@@ -121,7 +121,8 @@ _CONTACT_COLUMN = re.compile(
 
 def cells(line: str) -> list[str]:
     """The cells of a line of a table, split by the usual delimiter that results in most cells."""
-    line = line.strip().strip("|").lstrip("\ufeff")
+    # Within a line, csv refuses what ends lines, and before Python 3.11 also zero bytes.
+    line = re.sub(r"[\0\r\n]", " ", line).strip().strip("|").lstrip("\ufeff")
     rows = [next(csv.reader([line], delimiter=delimiter), []) for delimiter in ",;\t|"]
     return [cell.strip() for cell in max(rows, key=len)]
 

@@ -377,7 +377,11 @@ class MedMoETextConfig(PreTrainedConfig):
             config_dict = {key: config_dict[key] for key in (*_TEXT_FIELDS, "dtype") if key in config_dict}
         # Folders saved by earlier versions still load.
         config_dict = {_RENAMED_FIELDS.get(key, key): value for key, value in config_dict.items()}
-        return super().from_dict(config_dict, **kwargs)
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        # transformers' own classes do not check the types of all their values.
+        except (AttributeError, LookupError, TypeError, RecursionError) as error:
+            raise ArgumentError(f"The configuration holds a value of a wrong type: {error}.") from error
 
     def __post_init__(self, **kwargs: Any) -> None:
         for given in (kwargs, self.text_config):

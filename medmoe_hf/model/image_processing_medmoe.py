@@ -107,7 +107,7 @@ def _pil_pixels(image: Image.Image) -> tuple[np.ndarray, bool]:
 def _array_pixels(array: np.ndarray) -> np.ndarray:
     """Returns the array in a form that torch can share, copied where necessary."""
     if array.dtype.kind not in "buif":
-        raise ValueError(f"numpy dtype {array.dtype} is not one of pixel values")
+        raise ImageError(f"numpy dtype {array.dtype} is not one of pixel values")
     if array.dtype.itemsize > 8:
         array = array.astype(np.float64)
     if not array.dtype.isnative:
@@ -121,7 +121,7 @@ def _range(values: torch.Tensor) -> tuple[float, float]:
     low, high = (bound.item() for bound in torch.aminmax(values))
     # aminmax propagates NaN, and the difference is infinite if a bound is, or if it exceeds float64.
     if not math.isfinite(high - low):
-        raise ValueError("the image holds NaN or infinite values")
+        raise ImageError("the image holds NaN or infinite values")
     return low, high
 
 
@@ -158,7 +158,7 @@ def _opacity(alpha: torch.Tensor) -> torch.Tensor:
     if scale == 1 and high > 1:
         scale = 255
     if low < 0 or high > scale:
-        raise ValueError(f"the alpha channel spans {low}..{high}; it must lie within 0..{scale}")
+        raise ImageError(f"the alpha channel spans {low}..{high}; it must lie within 0..{scale}")
     return alpha / scale
 
 
@@ -182,7 +182,8 @@ def to_rgb(
         `(3, H, W)`, uint8 if the image has 8 bits (or 1) per channel, float32 otherwise.
 
     Raises:
-        ValueError: There are NaN or infinite values, no pixels, no channel axis, or values that are not pixels.
+        ImageError: There are NaN or infinite values, no pixels, or values that are not pixels.
+        ValueError: There is no channel axis, or the object is no image.
     """
     stretch = False
     channels_last: bool | None = None
@@ -193,14 +194,14 @@ def to_rgb(
         pixels = torch.from_numpy(_array_pixels(image))
     elif isinstance(image, torch.Tensor):
         if image.is_complex():
-            raise ValueError(f"tensor dtype {image.dtype} is not one of pixel values")
+            raise ImageError(f"tensor dtype {image.dtype} is not one of pixel values")
         pixels = image
     else:
         raise ValueError(f"{type(image).__name__} is not a PIL image, numpy array or torch tensor")
     if device is not None:
         pixels = pixels.to(device)
     if pixels.numel() == 0:
-        raise ValueError(f"shape {tuple(pixels.shape)} holds no pixels")
+        raise ImageError(f"shape {tuple(pixels.shape)} holds no pixels")
 
     if pixels.ndim == 2:
         pixels = pixels.unsqueeze(0)

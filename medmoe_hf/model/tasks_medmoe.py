@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -117,19 +118,41 @@ class Task:
             raise self._error(f"a {self.kind} task needs {'one class' if multi_label else 'two classes'} or more")
         if self.negative_prompts and (not multi_label or list(self.negative_prompts) != list(self.prompts)):
             raise self._error("`negative_prompts` are for multi-label tasks, with the classes of `prompts` in order")
+        for key, text in (("title", self.title), ("modality", self.modality or "")):
+            if not isinstance(text, str):
+                raise self._error(f"`{key}` must be text, got {text!r}")
+        self._check_tokens()
         if self.calibration is not None:
             self._check_calibration(self.calibration)
+
+    def _check_tokens(self) -> None:
+        rows = list(self.tokens.values()) if isinstance(self.tokens, Mapping) else [None]
+        for row in rows:
+            if not isinstance(row, Mapping) or "input_ids" not in row or not set(row) <= set(TOKEN_FIELDS):
+                raise self._error("`tokens` must be sentences with `input_ids` and the other outputs of a tokenizer")
+            lists = [list(numbers) if isinstance(numbers, Sequence) else [None] for numbers in row.values()]
+            if not all(isinstance(one, int) and abs(one) < 2**31 for numbers in lists for one in numbers):
+                raise self._error("`tokens` must be lists of whole numbers")
+            if len({len(numbers) for numbers in lists}) > 1 or set(row) != set(rows[0]):
+                raise self._error("`tokens` must be equally long lists, the same ones for each sentence")
 
     def _error(self, problem: str) -> ArgumentError:
         return ArgumentError(f'Task "{self.name}": {problem}.')
 
     def _check_calibration(self, found: Calibration) -> None:
+        for key in ("bias", "thresholds", "quantiles", "prior", "prevalence", "fitted_on", "measured"):
+            if not isinstance(getattr(found, key), Mapping):
+                raise self._error(f"`calibration.{key}` must be a mapping, got {getattr(found, key)!r}")
         for key in ("bias", "thresholds", "quantiles", "prior", *(("prevalence",) if found.prevalence else ())):
             if set(getattr(found, key)) != set(self.prompts):
                 raise self._error(f"`calibration.{key}` must have a number for each class and no other")
-            if not all(math.isfinite(value) for value in getattr(found, key).values()):
-                raise self._error(f"`calibration.{key}` must be finite")
-        if not (math.isfinite(found.temperature) and found.temperature > 0):
+            if not all(map(_is_finite, getattr(found, key).values())):
+                raise self._error(f"`calibration.{key}` must be finite numbers")
+        if not _is_finite(found.coverage) or not isinstance(found.conformal, str):
+            raise self._error("`calibration.coverage` must be a number, and `calibration.conformal` text")
+        if not all(isinstance(ends, Sequence) and all(map(_is_finite, ends)) for ends in found.measured.values()):
+            raise self._error("`calibration.measured` must be lists of finite numbers")
+        if not (_is_finite(found.temperature) and found.temperature > 0):
             raise self._error(f"`calibration.temperature` must be above 0, got {found.temperature}")
         for key in ("thresholds", "prior", *(("prevalence",) if found.prevalence else ())):
             if not all(0 < value < 1 for value in getattr(found, key).values()):
@@ -258,6 +281,13 @@ class TaskAnswer:
     calibrated: bool
 
 
+def _is_finite(value: Any) -> bool:
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        return False
+
+
 def _row(task: Task, values: Mapping[str, float], like: Tensor) -> Tensor:
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     return torch.tensor([[values[name] for name in task.classes]], dtype=dtype, device=like.device)
@@ -316,7 +346,9 @@ def read_tasks(path: str | Path) -> dict[str, Task]:
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+        # What could not be written again: NaN, numbers beyond those of float64, halves of characters.
+        json.dumps(content, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:
         raise ArgumentError(f"{path} is no valid JSON: {error}.") from error
     if not isinstance(content, dict) or not isinstance(content.get("tasks"), dict):
         raise ArgumentError(f'{path} must hold {{"schema": {SCHEMA}, "tasks": {{...}}}}.')

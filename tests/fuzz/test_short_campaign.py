@@ -1,0 +1,108 @@
+"""A short, deterministic fuzzing of every reader, inputs that once were findings, and the guard that finds them."""
+
+import random
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import campaign
+from findings import FINDINGS
+from harnesses import HARNESSES, Harness
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of libraries, about what is damaged
+# Executions that take about half a second, less where each of them is slow.
+EXECUTIONS = {
+    "studies": 40,
+    "words": 60,
+    "picture": 150,
+    "dicom": 80,
+    "nifti": 80,
+    "parquet": 60,
+    "config": 60,
+    "tar": 40,
+    "csv": 100,
+}
+
+
+@pytest.mark.parametrize("name", HARNESSES)
+def test_a_few_hundred_inputs(name):
+    harness = HARNESSES[name]
+    guard = campaign.Guard(harness)
+    campaign.deterministic(harness, guard, EXECUTIONS.get(name, 200), None, seed=5)
+    assert guard.executions >= len(harness.seeds())
+
+
+@pytest.mark.parametrize(("name", "what", "content"), FINDINGS, ids=[f"{one[0]}: {one[1]}" for one in FINDINGS])
+def test_what_once_was_a_finding(name, what, content):
+    assert len(content) < 4096
+    campaign.Guard(HARNESSES[name]).run(content)
+
+
+def test_a_checkpoint_leaves_functions_as_they_are():
+    before = torch._utils._rebuild_tensor_v2.__defaults__
+    (content,) = [content for _, what, content in FINDINGS if "defaults" in what]
+    campaign.Guard(HARNESSES["checkpoint"]).run(content)
+    assert torch._utils._rebuild_tensor_v2.__defaults__ == before
+
+
+@pytest.mark.parametrize("name", HARNESSES)
+def test_mutators_are_deterministic_and_bounded(name):
+    harness = HARNESSES[name]
+    first = harness.seeds()
+    assert first == harness.seeds()
+    assert all(len(content) <= 4096 for content in first if name != "tar")
+    made = [
+        [harness.mutate(content, random.Random(index), 1000) for index, content in enumerate(first * 3)] for _ in "ab"
+    ]
+    assert made[0] == made[1]
+    assert all(len(content) <= 1000 for content in made[0])
+    assert len(set(made[0])) > len(set(first))
+
+
+def harness_of(run):
+    return Harness(run, lambda: [b"seed"], lambda content, rng, maximum: content + b"!", ())
+
+
+def fails(content):
+    if len(content) > 4:
+        raise KeyError("x")
+
+
+def answers(content):
+    from medmoe_hf.errors import ImageError
+
+    raise ImageError("damaged")
+
+
+def takes_long(content):
+    until = time.process_time() + 0.2
+    while time.process_time() < until:
+        pass
+
+
+def grows(content):
+    bytearray(b"x" * 300 * 2**20)
+
+
+def test_the_guard_finds_other_errors_and_lets_ours_pass(tmp_path):
+    guard = campaign.Guard(harness_of(answers), tmp_path / "passed")
+    campaign.deterministic(guard.harness, guard, 10, None, 0)
+    assert not (tmp_path / "passed").exists()
+    guard = campaign.Guard(harness_of(fails), tmp_path)
+    campaign.deterministic(guard.harness, guard, 10, None, 0)
+    assert min(path.read_bytes() for path in tmp_path.glob("*.bin")) == b"seed!"
+    assert "KeyError" in next(tmp_path.glob("*.txt")).read_text()
+
+
+@pytest.mark.parametrize(("run", "kind"), [(takes_long, "time"), (grows, "memory")])
+def test_the_guard_finds_time_and_memory(tmp_path, monkeypatch, run, kind):
+    monkeypatch.setattr(campaign, "SECONDS_PER_EXECUTION", 0.1 if kind == "time" else 60)
+    campaign._reset_peak_memory()
+    guard = campaign.Guard(harness_of(run), tmp_path)
+    guard.run(b"seed")
+    assert [path.read_text().split()[0] for path in tmp_path.glob("*.txt")] == [kind]
