@@ -11,7 +11,7 @@ from medmoe_hf.common.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from medmoe_hf.common.packaged import pretrained as pretrained
-    from medmoe_hf.inference.studies.predictor import predict as predict
+    from medmoe_hf.inference.studies.paths import predict as predict
     from medmoe_hf.model import MedMoEConfig as MedMoEConfig
     from medmoe_hf.model import MedMoEForImageClassification as MedMoEForImageClassification
     from medmoe_hf.model import MedMoEImageProcessor as MedMoEImageProcessor
@@ -26,7 +26,7 @@ __getattr__, __all__ = lazy_attributes(
     __name__,
     {
         "medmoe_hf.common.packaged": ["pretrained"],
-        "medmoe_hf.inference.studies.predictor": ["predict"],
+        "medmoe_hf.inference.studies.paths": ["predict"],
         "medmoe_hf.model": [
             "MedMoEConfig",
             "MedMoEForImageClassification",

@@ -52,6 +52,10 @@ class EncoderError(MedMoEError, ValueError):
     """A model that cannot be loaded or scored; the message says why and what would work."""
 
 
+class DicomWebError(MedMoEError, RuntimeError):
+    """A DICOMweb server that does not give what an address names; the message says why, without UIDs."""
+
+
 class RecipeError(MedMoEError, ValueError):
     """An evaluation recipe, or a copy of its data, that cannot be used; the message says what to fix."""
 
@@ -114,6 +118,7 @@ __all__ = [
     "CardError",
     "ConfigError",
     "ConvertError",
+    "DicomWebError",
     "EncodeError",
     "EncoderError",
     "ExportError",

@@ -12,9 +12,9 @@ import typer
 from medmoe_hf import __version__
 from medmoe_hf.cli import convert, data, evaluate
 from medmoe_hf.cli.errors import errors_of, is_main_process
-from medmoe_hf.cli.options import DEFAULT_MODEL, Force, Out, shares, window_of
+from medmoe_hf.cli.options import DEFAULT_MODEL, Force, Out, shares
+from medmoe_hf.cli.predict import predict
 from medmoe_hf.common.console import close_bars, set_up_logging
-from medmoe_hf.common.files import check_output
 from medmoe_hf.errors import ArgumentError
 
 logger = logging.getLogger(__name__)
@@ -391,79 +391,7 @@ def card(
     typer.echo(f"Wrote {path}.")
 
 
-@app.command()
-def predict(
-    paths: Annotated[
-        list[Path], typer.Argument(help="Files and folders: DICOM, NIfTI and pictures; folders with their subfolders.")
-    ],
-    model: Annotated[str, typer.Option(help="Folder or Hub id. Its Python files are not run.")] = DEFAULT_MODEL,
-    labels: Annotated[
-        str | None,
-        typer.Option(help='Labels to compare, separated by commas: "no finding, pneumonia"; by default by modality.'),
-    ] = None,
-    task: Annotated[
-        str | None,
-        typer.Option(help="Instead of --labels: YAML or JSON file of labels and sentences, or a task of the model."),
-    ] = None,
-    text: Annotated[
-        list[str] | None, typer.Option(help="Phrase to look for, with a heat-map; may be repeated.")
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Folder to create, for prediction.json, prediction.csv, report.html and heat-maps."),
-    ] = None,
-    trust_header: Annotated[
-        bool, typer.Option("--trust-header", help="Select the expert by the header's modality, not by the router.")
-    ] = False,
-    pooling: Annotated[
-        Literal["attention", "top-k", "mean"], typer.Option(help="How scores of slices are pooled.")
-    ] = "attention",
-    plane: Annotated[
-        Literal["axial", "coronal", "sagittal"] | None, typer.Option(help="Plane of the slices of NIfTI volumes.")
-    ] = None,
-    window: Annotated[
-        str | None,
-        typer.Option(help="For CT and NIfTI: a name such as lung, CENTRE,WIDTH, or three names separated by commas."),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Slices per batch.")] = 16,
-    keep_identifiers: Annotated[
-        bool, typer.Option("--keep-identifiers", help="Write UIDs and names of files. They may identify a person.")
-    ] = False,
-    dicom: Annotated[
-        bool,
-        typer.Option("--dicom", help="Also write Secondary Captures and Structured Reports; with --keep-identifiers."),
-    ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace the folder of --out if it exists.")] = False,
-) -> None:
-    """Predict whole studies: routing, labels, key slices and heat-maps. Prints a table; --out writes a report."""
-    with errors_of("predict"):
-        if out is not None:
-            check_output(out, force, "prediction.json", paths)
-        if dicom and not (out and keep_identifiers):
-            raise ArgumentError(
-                "--dicom needs --out and --keep-identifiers: the files name the patient of the images."
-            )
-        from medmoe_hf.inference.studies import predict as run
-        from medmoe_hf.inference.studies import summary, write_predictions
-
-        studies = run(
-            paths,
-            model=model,
-            labels=None if labels is None else [label.strip() for label in labels.split(",")],
-            task=task,
-            text=text,
-            trust_header=trust_header,
-            pooling=pooling,
-            plane=plane,
-            window=window_of(window),
-            batch_size=batch_size,
-        )
-        typer.echo(summary(studies))
-        if out is not None:
-            files = write_predictions(studies, out, keep_identifiers=keep_identifiers, dicom=dicom, force=force)
-            typer.echo(f"Wrote {out}: {', '.join(path.name for path in files)}.")
-            if len(studies) > 1 and not keep_identifiers:
-                typer.echo("Studies have numbers in place of names; --keep-identifiers also writes the files' names.")
+app.command()(predict)
 
 
 @app.command()

@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 
 import medmoe_hf
 from medmoe_hf.cli import app
-from medmoe_hf.data import phantom_sample
 from medmoe_hf.errors import ArgumentError, EncoderError
 from medmoe_hf.evaluation.rejector import fit_rejector, known_images
 from medmoe_hf.inference.studies import Question, StudyPredictor, predict, summary, write_predictions
@@ -26,13 +25,10 @@ from medmoe_hf.model import Calibration, Task
 from medmoe_hf.model.rejection_medmoe import sample_weights
 from medmoe_hf.model.studies_medmoe import read_studies
 
-pydicom = pytest.importorskip("pydicom")
-from pydicom.dataset import Dataset, FileMetaDataset  # noqa: E402
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian  # noqa: E402
+pytest.importorskip("pydicom")
+from ct_series import COUNT, NAME, SIZE, ct_series, gray
 
-NAME = "DOE^JANE"
 LABELS = ["no finding", "pneumonia", "effusion"]
-COUNT, SIZE = 11, (40, 56)
 
 
 @pytest.fixture(scope="module")
@@ -43,36 +39,6 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def predictor(model):
     return StudyPredictor(model, batch_size=4)
-
-
-def gray(index):
-    """Slices that differ from each other and send a model to different experts."""
-    drawn = phantom_sample(5, index, image_size=64)["image"].convert("L").resize(SIZE[::-1])
-    return np.asarray(drawn).astype(np.int16) * 4 - 400
-
-
-def ct_series(folder, names=None, series="1.2.3.1", count=COUNT, modality="CT"):
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for index in range(count):
-        dataset = Dataset()
-        dataset.file_meta = FileMetaDataset()
-        dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        dataset.SOPClassUID, dataset.SOPInstanceUID = CTImageStorage, f"{series}.{index + 1}"
-        dataset.StudyInstanceUID, dataset.SeriesInstanceUID = "1.2.3", series
-        dataset.PatientName, dataset.PatientID, dataset.StudyDate = NAME, "ID-4711", "19700102"
-        dataset.Modality, dataset.InstanceNumber = modality, index + 1
-        dataset.ImagePositionPatient = [0, 0, 2.5 * index]
-        dataset.ImageOrientationPatient, dataset.PixelSpacing = [1, 0, 0, 0, 1, 0], [0.8, 0.7]
-        dataset.Rows, dataset.Columns = SIZE
-        dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
-        dataset.BitsAllocated = dataset.BitsStored = 16
-        dataset.HighBit, dataset.PixelRepresentation = 15, 1
-        dataset.RescaleSlope, dataset.RescaleIntercept = 1, 0
-        dataset.PixelData = gray(index).tobytes()
-        paths.append(folder / (names[index] if names else f"{index}.dcm"))
-        dataset.save_as(paths[-1], enforce_file_format=True)
-    return paths
 
 
 def slice_by_slice(predictor, path, expert, **kwargs):

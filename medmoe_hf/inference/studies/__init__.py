@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from medmoe_hf.inference.studies.outputs import summary as summary
     from medmoe_hf.inference.studies.outputs import write_heatmap as write_heatmap
     from medmoe_hf.inference.studies.outputs import write_predictions as write_predictions
+    from medmoe_hf.inference.studies.paths import predict as predict
     from medmoe_hf.inference.studies.pooling import POOLINGS as POOLINGS
     from medmoe_hf.inference.studies.pooling import pool_slices as pool_slices
     from medmoe_hf.inference.studies.predictions import LabelPrediction as LabelPrediction
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from medmoe_hf.inference.studies.predictions import TextPrediction as TextPrediction
     from medmoe_hf.inference.studies.predictor import Question as Question
     from medmoe_hf.inference.studies.predictor import StudyPredictor as StudyPredictor
-    from medmoe_hf.inference.studies.predictor import predict as predict
 
 __getattr__, __all__ = lazy_attributes(
     __name__,
@@ -35,6 +35,7 @@ __getattr__, __all__ = lazy_attributes(
             "TextPrediction",
         ],
         "medmoe_hf.inference.studies.pooling": ["POOLINGS", "pool_slices"],
-        "medmoe_hf.inference.studies.predictor": ["Question", "StudyPredictor", "predict"],
+        "medmoe_hf.inference.studies.paths": ["predict"],
+        "medmoe_hf.inference.studies.predictor": ["Question", "StudyPredictor"],
     },
 )

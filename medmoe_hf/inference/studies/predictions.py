@@ -370,9 +370,16 @@ class StudyPrediction:
 class StudyPredictions(list[StudyPrediction]):
     """A list of predictions; `skipped` lists the files that belong to no study."""
 
+    on_close: Callable[[], None] | None = None
+
     def __init__(self, studies: Iterable[StudyPrediction], skipped: Iterable[SkippedFile] = ()) -> None:
         super().__init__(studies)
         self.skipped = list(skipped)
+
+    def close(self) -> None:
+        """Deletes what was downloaded from addresses: pictures and heat-maps cannot be drawn any more."""
+        if self.on_close is not None:
+            self.on_close()
 
 
 def skipped_of(studies: Sequence[StudyPrediction]) -> list[SkippedFile]:

@@ -31,7 +31,7 @@ from medmoe_hf.inference.studies.tasks import as_task, decided, default_task, is
 from medmoe_hf.inference.texts import class_embeddings, flatten_prompts
 from medmoe_hf.model import Task
 from medmoe_hf.model.modalities_medmoe import UNKNOWN_MODALITY, modality_id
-from medmoe_hf.model.studies_medmoe import Series, Study, read_studies
+from medmoe_hf.model.studies_medmoe import Series, Study
 from medmoe_hf.model.study_files_medmoe import Skipped
 from medmoe_hf.model.tasks_medmoe import EncodedTask, encode_task
 
@@ -473,74 +473,6 @@ class StudyPredictor:
         if expert == votes.header:
             return f"By the header, which states {header}; {router}, not clearly enough to overrule it."
         return f"By the router: {router}, clearly enough to overrule the header, which states {header}."
-
-
-def predict(
-    paths: str | Path | Sequence[str | Path],
-    *,
-    model: str | Path | MedMoEEncoder | StudyPredictor = "small",
-    labels: Sequence[str] | None = None,
-    task: Any = None,
-    text: str | Sequence[str] | None = None,
-    trust_header: bool = False,
-    pooling: Pooling = POOLINGS[0],
-    plane: str | None = None,
-    window: Any = None,
-    batch_size: int = BATCH_SIZE,
-    device: str | None = None,
-    progress: bool = True,
-) -> StudyPredictions:
-    """Reads files and folders of any kind as studies, and predicts each study.
-
-    Slices are decoded and encoded batch by batch. All slices of a series vote for its expert, and the modality in the
-    header is a prior of these votes.
-
-    Args:
-        paths: Files and folders: DICOM, NIfTI and pictures; folders are read with their subfolders. Names and order do
-            not matter.
-        model: `small`, the checkpoint of the package; the folder or Hub id of a MedMoE; or a loaded
-            encoder or `StudyPredictor`.
-        labels: Labels to compare, at least two; by default those of the modality, see `default_labels.yaml`.
-        task: A YAML or JSON file, or a dictionary, of labels and their sentences: `{"effusion": ["There is ..."]}`; a
-            `Task`; or the name of a task of the model. A file may hold `prompts` and `negative_prompts`, as an
-            evaluation recipe does. Its score and its calibration are used.
-        text: A phrase to look for in all slices, or several.
-        trust_header: Whether the modality in a header selects the expert, whatever the router votes for.
-        pooling: `attention`, `top-k` or `mean`, see `pool_slices`.
-        plane: Plane of the slices of a NIfTI volume: `axial` (default), `coronal` or `sagittal`.
-        window: Window of CT and NIfTI by name (`lung`), as (centre, width), or three of these for three channels.
-        batch_size: Slices per batch.
-        device: Device to run on; None selects a GPU if there is one.
-        progress: Whether to show a progress bar.
-
-    Returns:
-        The studies, in the order of reading: a list that also has `skipped`, the files of no study. Names and UIDs of
-        files are only written if asked for.
-
-    Raises:
-        ArgumentError: If an argument cannot be used, or no slice can be read.
-        PathNotFoundError: If a path does not exist.
-        EncoderError: If there is no such model.
-
-    Example:
-        ```python
-        import medmoe_hf
-        from medmoe_hf.inference.studies import write_predictions
-
-        studies = medmoe_hf.predict(["exports/study"], labels=["no finding", "pneumonia"], text="opacity")
-        write_predictions(studies, "prediction")
-        ```
-    """
-    question = Question(labels, task, text, trust_header, pooling)
-    listed = [paths] if isinstance(paths, str | Path) else list(paths)
-    if not listed:
-        raise ArgumentError("There are no paths to read: name files or folders.")
-    studies = read_studies(listed, plane=plane, window=window)
-    predictor = model if isinstance(model, StudyPredictor) else None
-    if not isinstance(model, StudyPredictor):
-        predictor = StudyPredictor(model, batch_size=batch_size, device=device)
-    assert predictor is not None
-    return predictor(studies, question, show_progress=progress)
 
 
 def checked(indices: Iterable[int], check: Callable[[], None] | None) -> Iterator[int]:
