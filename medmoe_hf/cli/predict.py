@@ -90,7 +90,10 @@ def predict(
         from medmoe_hf.inference.dicomweb import DownloadLimits
         from medmoe_hf.inference.studies import predict as run
         from medmoe_hf.inference.studies import summary, write_predictions
+        from medmoe_hf.inference.studies.dicom_out import need_highdicom
 
+        if dicom:
+            need_highdicom()
         studies = run(
             paths,
             model=model,

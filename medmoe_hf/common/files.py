@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from medmoe_hf.errors import PathExistsError
+from medmoe_hf.errors import ArgumentError, PathExistsError
 
 
 @contextmanager
@@ -92,6 +92,7 @@ def check_output(out: str | Path, force: bool, made: str, inputs: Iterable[str |
         inputs: Files and folders that the command reads.
 
     Raises:
+        ArgumentError: If `out` cannot be created.
         PathExistsError: If `out` exists and `force` is False, or if it must not be replaced.
 
     Example:
@@ -100,6 +101,9 @@ def check_output(out: str | Path, force: bool, made: str, inputs: Iterable[str |
         ```
     """
     out = Path(out)
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise ArgumentError(f"{out} cannot be created: {above} is no folder that you may write to.")
     if not os.path.lexists(out):
         return
     if not force:

@@ -27,7 +27,7 @@ from medmoe_hf.data.checkpoint_names import find_checkpoint
 from medmoe_hf.data.collate import ContrastiveCollator
 from medmoe_hf.data.stream import SampleStream
 from medmoe_hf.errors import ArgumentError, SourceError
-from medmoe_hf.evaluation.calibration import fit_calibration
+from medmoe_hf.evaluation.calibration import check_shares, fit_calibration
 from medmoe_hf.inference.batching import BATCH_SIZE, default_device
 from medmoe_hf.inference.task_files import TaskFile
 from medmoe_hf.model import MedMoEModel, MedMoEProcessor, Task
@@ -144,6 +144,7 @@ def calibrate(
         unknown = [name for name in named or {} if not any(name in task.prompts for task in tasks)]
         if unknown:
             raise ArgumentError(f'`{what}`: "{unknown[0]}" is no class of {", ".join(task.name for task in tasks)}.')
+    check_shares(coverage, sensitivity or {})
     chosen = [_selected(sources, task.where, split) for task in tasks]
     streams = {}
     for task, own in zip(tasks, chosen, strict=True):

@@ -110,8 +110,7 @@ def fit_calibration(
             f"Expected finite scores (N, {len(classes)}) and labels {'(N, C)' if multi_label else '(N,)'}, got "
             f"{table.shape} and {truth.shape}."
         )
-    if not 0.5 <= coverage < 1:
-        raise ArgumentError(f"`coverage` is a share of at least 0.5 and below 1, got {coverage}.")
+    check_shares(coverage, sensitivity or {})
     known = (truth != UNKNOWN_LABEL).any(axis=1) if multi_label else truth != UNKNOWN_LABEL
     groups = np.array([str(row) for row in range(len(table))] if subjects is None else list(map(str, subjects)))
     if len(groups) != len(table):
@@ -278,13 +277,28 @@ def _refuse_too_few(task: Task, truth: np.ndarray, groups: np.ndarray, known: bo
     return found
 
 
+def check_shares(coverage: float, sensitivity: Mapping[str, float]) -> None:
+    """Checks what a calibration is wanted to reach, before images are scored.
+
+    Args:
+        coverage: Share of images whose prediction set holds their class.
+        sensitivity: Class -> share of its images that are found.
+
+    Raises:
+        ArgumentError: For a percentage, or another number that is no such share.
+    """
+    if not 0.5 <= coverage < 1:
+        raise ArgumentError(f"`coverage` is a share of at least 0.5 and below 1, got {coverage}.")
+    for name, value in sensitivity.items():
+        if not 0 < value < 1:
+            raise ArgumentError(f'`sensitivity` of "{name}" must lie between 0 and 1, got {value}.')
+
+
 def _wanted(task: Task, truth: np.ndarray, sensitivity: Mapping[str, float]) -> dict[int, float]:
     """The wanted sensitivities by the index of the class."""
     for name, value in sensitivity.items():
         if name not in task.classes:
             raise ArgumentError(f'`sensitivity`: "{name}" is none of the classes {", ".join(task.classes)}.')
-        if not 0 < value < 1:
-            raise ArgumentError(f'`sensitivity` of "{name}" must lie between 0 and 1, got {value}.')
         index = task.classes.index(name)
         count = int(((truth[:, index] if truth.ndim == 2 else truth == index) == 1).sum())
         if math.ceil(value * (count + 1)) > count:

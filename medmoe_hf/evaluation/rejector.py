@@ -82,12 +82,12 @@ def fit_rejector(
         >>> int((scores <= 1).sum()), bool(rejector.scores(torch.full((1, 8), 9.0), torch.tensor([0])) > 1)
         (96, True)
     """
+    if min(len(features), len(held_features)) < LEAST:
+        raise ArgumentError(
+            f"A rejector needs {LEAST} images to be fitted on and {LEAST} others that set its limits, got "
+            f"{len(features)} and {len(held_features)}."
+        )
     for what, values in (("features", features), ("held_features", held_features)):
-        if len(values) < LEAST:
-            raise ArgumentError(
-                f"A rejector needs {LEAST} images to be fitted on and {LEAST} that set its limits; "
-                f"`{what}` has {len(values)}."
-            )
         if not np.isfinite(values).all():
             raise ArgumentError(f"`{what}` must be finite; check the weights of the model.")
     if not 0 < accept < 1:

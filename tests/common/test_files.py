@@ -3,7 +3,7 @@
 import pytest
 
 from medmoe_hf.common.files import atomic_write, check_output
-from medmoe_hf.errors import PathExistsError
+from medmoe_hf.errors import ArgumentError, PathExistsError
 
 
 def test_a_file_takes_its_name_when_it_is_whole(tmp_path):
@@ -53,3 +53,13 @@ def test_only_a_folder_of_the_same_command_is_replaced(tmp_path, monkeypatch):
     monkeypatch.chdir(out)
     with pytest.raises(PathExistsError, match="it holds the working directory"):
         check_output(".", True, "made.json")
+
+
+def test_a_folder_that_cannot_be_created_is_told_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ArgumentError, match=r"file/out cannot be created: .*file is no folder"):
+        check_output(tmp_path / "file" / "out", False, "made.json")
+    check_output(tmp_path / "new" / "out", False, "made.json")
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    with pytest.raises(ArgumentError, match=r"new/out cannot be created: .* is no folder that you may write to"):
+        check_output(tmp_path / "new" / "out", False, "made.json")

@@ -9,6 +9,7 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
+import medmoe_hf.evaluation.calibrate as calibrate_module
 from medmoe_hf.cli import app
 from medmoe_hf.data.sources import load_sources
 from medmoe_hf.evaluation.calibrate import calibrate
@@ -125,7 +126,7 @@ def test_test_data_are_refused(place, tmp_path):
     assert 'The file or folder is called "scans_test.csv"' in str(out.exception) + out.output
 
 
-def test_what_is_wrong_is_said(place, tmp_path):
+def test_what_is_wrong_is_said(place, tmp_path, monkeypatch):
     sources = load_sources(place / "sources.yaml")
 
     def refused(changes, match, **arguments):
@@ -142,6 +143,10 @@ def test_what_is_wrong_is_said(place, tmp_path):
     refused({"prompt": {}}, "prompt.*prompts")
     refused({"kind": "multi"}, "kind")
     refused({}, '"grey" is no class', sensitivity={"grey": 0.9})
+    with monkeypatch.context() as patched:  # before a model is loaded
+        patched.setattr(calibrate_module, "MedMoEModel", None)
+        refused({}, r"`sensitivity` of \"dark\" must lie between 0 and 1, got 90", sensitivity={"dark": 90})
+        refused({}, "`coverage` is a share of at least 0.5", coverage=90)
     sources = [sources[0].model_copy(update={"where": {"site": ["[12]"]}})]
     refused({"where": {"site": [0, 3]}}, "`where` of the task leaves none of scans, by `site`")
     refused({"where": {"site": [0, 1]}}, r"has \d cases, \d+ more")  # site 1 alone has one kind

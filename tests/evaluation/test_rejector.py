@@ -55,7 +55,7 @@ def test_a_fit_is_that_of_a_plain_formulation():
 def test_what_cannot_be_fitted_is_said():
     features, ids = np.random.default_rng(0).normal(size=(60, 4)), np.zeros(60, dtype=int)
     options = {"experts": 1, "weights": torch.zeros(1)}
-    with pytest.raises(ValueError, match=r"needs 50 images .* `held_features` has 20"):
+    with pytest.raises(ValueError, match=r"needs 50 images .* got 60 and 20\."):
         fit_rejector(features, ids, features[:20], ids[:20], **options)
     with pytest.raises(ValueError, match="`features` must be finite"):
         fit_rejector(features * np.nan, ids, features, ids, **options)
@@ -127,7 +127,7 @@ def test_a_folder_gets_a_rejector_that_is_dropped_by_training(place, tmp_path, c
 def test_a_fifth_of_few_subjects_cannot_set_limits(place, tmp_path):
     out = run(place, "--split", "train", "--out", tmp_path / "made", "--max-images", 100)
     assert out.exit_code == 1  # 20 images cannot set limits
-    assert "`held_features` has " in str(out.exception) + out.output
+    assert "and 50 others that set its limits, got " in str(out.exception) + out.output
     assert not (tmp_path / "made").exists()
 
 

@@ -13,10 +13,11 @@ import pytest
 from synthetic_studies import AFFINE, FOLDER, LABELS, NAME, blob, synthetic_series, synthetic_studies
 
 import medmoe_hf.inference.studies.predictions as predictions
-from medmoe_hf.errors import ArgumentError, PathExistsError
+from medmoe_hf.errors import ArgumentError, ImageError, PathExistsError
 from medmoe_hf.inference.studies import summary, write_heatmap, write_predictions
 from medmoe_hf.inference.studies.grouping import study_labels
 from medmoe_hf.inference.studies.report import heat_colours, percent, report_html
+from medmoe_hf.model.studies_medmoe import read_studies
 
 SCHEMA = json.loads((Path(predictions.__file__).parent / "prediction.schema.json").read_text())
 TYPES = {
@@ -227,6 +228,8 @@ def test_heatmap_is_a_volume_in_the_space_of_the_series(tmp_path):
     series = synthetic_series(count=5, unreadable=[3])
     series.slots = [0, 1, 2, 3, 6]  # two slices are missing
     write_heatmap(series, "pneumonia", tmp_path / "heat.nii.gz")
+    with pytest.raises(ImageError, match="1 x it is a heat-map of a prediction"):
+        read_studies(tmp_path)
     volume = nibabel.load(tmp_path / "heat.nii.gz")
     assert volume.shape == (48, 64, 7)
     np.testing.assert_allclose(volume.affine, AFFINE, atol=1e-5)
@@ -279,6 +282,10 @@ def test_what_is_refused_is_said_everywhere(tmp_path):
     page = (tmp_path / "out/report.html").read_text()
     assert page.count("<strong>Refused.</strong>") == 1
     told = "24 of 39 refused; score 2.00, accepted up to 1"
+    loop = studies[1].series[0]
+    loop.ood_scores = np.full(loop.count, 9e7)
+    assert "(12 of 12 refused; score above 1000, accepted" in loop.acceptance
+    loop.ood_scores = np.full(loop.count, 0.5)
     assert told in page
     lines = summary(studies).splitlines()
     assert re.search(r"ct +NO +pneumonia", lines[1])

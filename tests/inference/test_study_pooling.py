@@ -187,5 +187,6 @@ def test_default_labels_exist_for_every_modality():
         assert task is not None
         assert 3 <= len(task.prompts) <= 6
         assert normal_sentences(modality)
+    assert "not a chest" in default_task("xray").prompts  # or knees are given findings of the chest
     assert default_task("thermography") is None
     assert normal_sentences("thermography") == ()

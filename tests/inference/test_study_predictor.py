@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -336,6 +337,13 @@ def test_a_task_of_another_modality_decides_nothing(predictor, tmp_path, monkeyp
     monkeypatch.setattr(predictor.encoder.model, "tasks", {"own": task}, raising=False)
     (study,) = predict("scans", model=predictor, task="own", progress=False)
     assert {label.label for label in study.labels} == set(prompts)
+
+
+def test_dicom_files_are_not_promised_where_they_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "highdicom", None)
+    options = ["--dicom", "--keep-identifiers", "--out", str(tmp_path / "out"), "--model", str(tmp_path / "no-model")]
+    result = CliRunner().invoke(app, ["predict", str(tmp_path), *options])
+    assert 'needs highdicom: pip install "medmoe_hf[dicom-out]"' in str(result.exception)
 
 
 def test_models_without_experts_are_refused(tmp_path):

@@ -626,6 +626,9 @@ def test_a_directory_of_a_disc(tmp_path):
     studies = read_studies(tmp_path / "disc" / "DICOMDIR")
     assert [len(study) for study in studies] == [2]
     assert [skipped.reason for skipped in studies.skipped] == ["a DICOMDIR names this file, which does not exist"]
+    (tmp_path / "disc" / "link.dcm").symlink_to(tmp_path / "gone.dcm")
+    found = {Path(skipped.path).name: skipped.reason for skipped in read_studies(tmp_path / "disc").skipped}
+    assert found["link.dcm"] == "it is a link to nothing"
     studies = read_studies(tmp_path / "disc")
     assert [len(study) for study in studies] == [3]
 

@@ -1,8 +1,10 @@
 """Files of studies: which there are, and what their headers say about images; no pixels are read here."""
 
+import gzip
 import hashlib
 import os
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +22,9 @@ try:
     import pydicom
 except ImportError:  # only DICOM needs it
     pydicom = None
+
+HEATMAP = b"medmoe_hf: heat-map"
+"""The description (`descrip`) in the header of a NIfTI file that is a heat-map, and so no image to read."""
 
 _DIRECTORY = "1.2.840.10008.1.3.10"  # the class of a DICOMDIR
 _SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"
@@ -200,7 +205,7 @@ def read_file(path: str, max_pixels: int) -> Instance | list[str] | tuple[str, s
     try:
         kind = kind_of(path)
         if kind == "nifti":
-            return "nifti", ""
+            return "it is a heat-map of a prediction" if _is_heatmap(path) else ("nifti", "")
         if kind != "dicom":
             return _picture(path)
         if pydicom is None:
@@ -213,6 +218,17 @@ def read_file(path: str, max_pixels: int) -> Instance | list[str] | tuple[str, s
         return reason_of(error, path)
     except Exception as error:  # parsers raise many types, and their messages quote the header
         return f"it cannot be read ({type(error).__name__}): damaged, cut off or not accessible"
+
+
+def _is_heatmap(path: str) -> bool:
+    """Whether a NIfTI file is a heat-map that was written beside a prediction."""
+    try:
+        with open(path, "rb") as file:
+            zipped = file.read(2) == b"\x1f\x8b"
+        with gzip.open(path) if zipped else open(path, "rb") as file:
+            return file.read(228)[148:].rstrip(b"\0") == HEATMAP
+    except (OSError, EOFError, zlib.error):
+        return False  # whoever decodes it says why
 
 
 def reason_of(error: Exception, path: str) -> str:
@@ -358,7 +374,9 @@ def read_files(
             continue
         seen.add(real)
         if not os.path.exists(path):
-            skip(Skipped(path, "a DICOMDIR names this file, which does not exist"), "")
+            link = os.path.islink(path)
+            reason = "it is a link to nothing" if link else "a DICOMDIR names this file, which does not exist"
+            skip(Skipped(path, reason), "")
             continue
         found = read_file(path, max_pixels)
         if isinstance(found, list):

@@ -46,10 +46,7 @@ def write_dicom(study: StudyPrediction, folder: str | Path) -> list[Path]:
         write_dicom(study, "prediction")
         ```
     """
-    try:
-        import highdicom  # noqa: F401
-    except ImportError as error:
-        raise MissingPackageError('DICOM output needs highdicom: pip install "medmoe_hf[dicom-out]"') from error
+    need_highdicom()
     files = []
     for series in study.series:
         if not _is_dicom(series):
@@ -61,6 +58,18 @@ def write_dicom(study: StudyPrediction, folder: str | Path) -> list[Path]:
     if not files:
         raise ArgumentError(f"No series of study {study.number} with labels was read from DICOM files.")
     return files
+
+
+def need_highdicom() -> None:
+    """Checks that DICOM files can be written.
+
+    Raises:
+        MissingPackageError: Without highdicom.
+    """
+    try:
+        import highdicom  # noqa: F401
+    except ImportError as error:
+        raise MissingPackageError('DICOM output needs highdicom: pip install "medmoe_hf[dicom-out]"') from error
 
 
 def has_dicom(study: StudyPrediction) -> bool:

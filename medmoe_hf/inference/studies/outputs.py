@@ -25,6 +25,7 @@ from medmoe_hf.inference.studies.predictions import (
     skipped_of,
 )
 from medmoe_hf.inference.studies.report import percent, report_html, series_title
+from medmoe_hf.model.study_files_medmoe import HEATMAP
 
 _MAP_SIDE = 64  # sides at which maps are kept until their range is known; models have 20 to 56 cells
 _INT16 = 4  # NIfTI's code
@@ -151,6 +152,7 @@ def _header(shape: tuple[int, int, int], affine: np.ndarray, scale: float) -> by
     struct.pack_into("<8f", header, 76, 1.0, *sides, 0.0, 0.0, 0.0, 0.0)
     struct.pack_into("<3f", header, 108, 352.0, scale, 0.0)
     header[123] = 2  # millimetres
+    struct.pack_into("80s", header, 148, HEATMAP)
     struct.pack_into("<2h", header, 252, 0, 1)  # the sform is set: "scanner"
     struct.pack_into("<12f", header, 280, *affine[:3].ravel().tolist())
     header[344:348] = b"n+1\0"

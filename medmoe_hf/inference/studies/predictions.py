@@ -204,8 +204,11 @@ class SeriesPrediction:
         refused, count = int((self.ood_scores > 1).sum()), int((~np.isnan(self.ood_scores)).sum())
         if self.accepted:
             return f"Like the images that the model knows ({count - refused} of {count} accepted)."
+        # Images of an expert without any to compare with are infinitely far, in effect.
+        median = float(np.nanmedian(self.ood_scores))
+        score = f"{median:.2f}" if median < 1000 else "above 1000"
         return (
-            f"Unlike the images that the model knows ({refused} of {count} refused; score {self.ood_score:.2f}, "
+            f"Unlike the images that the model knows ({refused} of {count} refused; score {score}, "
             "accepted up to 1): what is said about them cannot be relied on."
         )
 

@@ -496,12 +496,14 @@ def plain_reason(reason: object, path: str | Path) -> str:
     Example:
         >>> plain_reason("DOE^JOHN.dcm is damaged", "/exports/DOE^JOHN.dcm")
         'the file is damaged'
+        >>> plain_reason("cannot read the image one.png: cut off", "one.png")
+        'cannot read the image: cut off'
     """
     text = " ".join(str(reason).split()).removeprefix("image 0 of the batch: ")
     names = [str(path), Path(path).name, *(part for part in Path(path).parts[:-1] if len(part) > 2)]
     for name in sorted(filter(None, names), key=len, reverse=True):
         text = text.replace(name, "the file")
-    return text[:300]
+    return text.replace("the image the file", "the image")[:300]
 
 
 def _left_out(one: Skipped, number: int | None = None) -> SkippedFile:
