@@ -180,6 +180,15 @@ def benchmarks(session: nox.Session) -> None:
 
 
 @nox.session
+def gpu(session: nox.Session) -> None:
+    """The check on a GPU as a dry run on a CPU, with small shapes, and the folder of the kernels."""
+    prepare(session, "all,dev")
+    check = ("--device", "cpu", "--limit-factor", "3")
+    example(session, "experiments/gpu/check", *check, "--out", OUTPUT / "gpu.json")
+    example(session, "experiments/gpu/kernel_package", fresh("medmoe-local-loss"))
+
+
+@nox.session
 def docs(session: nox.Session) -> None:
     """The pages; warnings are errors."""
     prepare(session, "all,docs")

@@ -248,18 +248,18 @@ def local_terms(
     local_embeds: Tensor,
     word_embeds: Tensor,
     word_mask: Tensor,
-    gather: Callable[[Tensor], Tensor] | None = None,
+    exchange: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """Computes the terms of the local loss for the images of one process; caption i belongs to image i.
-
-    Words are gathered from all processes, local maps never are: a map is a hundred times as large as a caption.
 
     Args:
         config: A `MedMoEConfig`.
         local_embeds: Local maps, `(b, D, H', W')`.
         word_embeds: Word embeddings, `(b, W, D)`.
         word_mask: `(b, W)` bool, True where there is a word.
-        gather: As in `training_losses`.
+        exchange: Called with a function of regions, words and mask, and with these of this process: the function's
+            result for the regions of this process and the words of all processes, in the order of `gather`. Its
+            backward is the sum of their gradients. None: N = b.
 
     Returns:
         `gloria`: similarities `(b, B)` with the captions of all processes; `token`: the losses `(b,)` of the reports
@@ -267,9 +267,12 @@ def local_terms(
     """
     if config.local_loss == "token":
         return token_losses(contrasted_regions(config, local_embeds), word_embeds, word_mask, config.temp3)
-    if gather is not None:
-        word_embeds, word_mask = gather(word_embeds), gather(word_mask)
-    return local_logits(config, local_embeds, word_embeds, word_mask)
+    if exchange is None:
+        return local_logits(config, local_embeds, word_embeds, word_mask)
+    # Pooled before they are sent.
+    return exchange(
+        lambda *inputs: local_logits(config, *inputs), contrasted_regions(config, local_embeds), word_embeds, word_mask
+    )
 
 
 def _loss_of_terms(config: Any, terms: Tensor, has_words: Tensor, targets: Tensor | None = None) -> Tensor:

@@ -567,8 +567,10 @@ class MedMoETimmBackbone(MedMoEPreTrainedModel):
             output_hidden_states: Which maps to return as hidden states, see `selected_states`.
             **kwargs: Ignored.
         """
-        if self._convolutional and pixel_values.device.type == "cpu" and not torch.compiler.is_compiling():
-            # A CPU computes depthwise and 1x1 convolutions, and BatchNorm, twice as fast in this format.
+        on_cpu = pixel_values.device.type == "cpu" and not torch.compiler.is_compiling()
+        if self._convolutional and (on_cpu or _in_half_on_cuda(pixel_values)):
+            # A CPU computes depthwise and 1x1 convolutions, and BatchNorm, twice as fast in this format; the matrix
+            # units of a GPU read it without conversion.
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         maps = self.features(pixel_values)
         if getattr(self.features, "output_fmt", "NCHW") == "NHWC":
@@ -580,6 +582,11 @@ class MedMoETimmBackbone(MedMoEPreTrainedModel):
             feature_maps=tuple(maps),
             hidden_states=selected_states(maps, output_hidden_states),
         )
+
+
+def _in_half_on_cuda(values: Tensor) -> bool:
+    """Returns whether convolutions of a tensor run on CUDA in 16 bits."""
+    return values.is_cuda and (values.dtype.itemsize == 2 or torch.is_autocast_enabled("cuda"))
 
 
 def _concatenate(parts: Sequence[MedMoEBackboneOutput]) -> MedMoEBackboneOutput:
@@ -636,26 +643,27 @@ class MedMoEBatchNorm(nn.BatchNorm2d):
         if not self.training or not in_process_group():
             return super().forward(hidden_states)
         normalised, mean, variance, count = _SharedBatchNorm.apply(hidden_states, self.weight, self.bias, self.eps)
-        self.update_statistics(mean, variance, int(count))
+        self.update_statistics(mean, variance, count)
         return normalised
 
     @torch.no_grad()
-    def update_statistics(self, mean: Tensor, variance: Tensor, count: int) -> None:
-        """Updates the running statistics with those of a batch.
+    def update_statistics(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+        """Updates the running statistics with those of a batch, without waiting for a GPU.
 
         Args:
             mean: `(C,)`.
             variance: `(C,)`, biased.
-            count: Values per channel; with 0 the statistics do not change.
+            count: A scalar, values per channel; with 0 the statistics do not change.
         """
-        if not count or self.running_mean is None or self.running_var is None:
+        if self.running_mean is None or self.running_var is None:
             return
-        unbiased = variance * (count / max(1, count - 1))
+        some = count > 0
+        unbiased = variance * (count / (count - 1).clamp_min(1))
         if self.num_batches_tracked is not None:
-            self.num_batches_tracked += 1
+            self.num_batches_tracked += some
         momentum = 0.1 if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean.to(self.running_mean), momentum)
-        self.running_var.lerp_(unbiased.to(self.running_var), momentum)
+        for running, found in ((self.running_mean, mean), (self.running_var, unbiased)):
+            running.copy_(torch.where(some, running.lerp(found.to(running), momentum), running))
 
 
 class _SharedBatchNorm(torch.autograd.Function):
@@ -1147,7 +1155,7 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
         selected = router_logits.argmax(dim=-1)
         if modality is None:
             return selected
-        ids = torch.tensor(self.config.modality_ids(modality, len(selected)), device=selected.device)
+        ids = torch.tensor(self.config.modality_ids(modality, len(selected))).to(selected.device, non_blocking=True)
         ids = ids.view(-1, *[1] * (selected.dim() - 1))
         return torch.where(ids == UNKNOWN_MODALITY, selected, ids)
 
@@ -1170,7 +1178,8 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
         weights = router_logits.softmax(dim=-1)
         if modality is None:
             return weights
-        ids = torch.tensor(self.config.modality_ids(modality, len(weights)), device=weights.device).unsqueeze(1)
+        ids = torch.tensor(self.config.modality_ids(modality, len(weights))).to(weights.device, non_blocking=True)
+        ids = ids.unsqueeze(1)
         named = torch.zeros_like(weights).scatter(1, ids.clamp_min(0), 1.0)
         return torch.where(ids == UNKNOWN_MODALITY, weights, named)
 
@@ -1181,7 +1190,11 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
         return (height, width) if side is None else (side, side)
 
     def fuse(
-        self, feature_maps: Sequence[Tensor], expert_ids: Tensor, mixture: Tensor | None = None
+        self,
+        feature_maps: Sequence[Tensor],
+        expert_ids: Tensor,
+        mixture: Tensor | None = None,
+        modality: Any = None,
     ) -> tuple[Tensor, Tensor]:
         """Sends each image through its expert; experts without images are not computed.
 
@@ -1192,6 +1205,8 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
             feature_maps: S maps `(B, C_s, H_s, W_s)`.
             expert_ids: `(B,)`.
             mixture: `(B, K)` from `mixture_weights`; all experts are then computed and averaged with these weights.
+            modality: What `select_experts` was called with. If it names the expert of each image, the host does not
+                wait for a GPU to find out.
 
         Returns:
             Local maps `(B, D, H_1, W_1)` and scale weights `(B, S, H_1, W_1)`, in the order of the batch.
@@ -1201,16 +1216,23 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
             everything = [expert(feature_maps, size) for expert in self.experts]
             local, weights = (torch.stack(parts, dim=1) for parts in zip(*everything, strict=True))
             return torch.einsum("bk,bkdhw->bdhw", mixture, local), torch.einsum("bk,bkshw->bshw", mixture, weights)
-        local, weights = self._dispatch(feature_maps, expert_ids, size)
+        local, weights = self._dispatch(feature_maps, expert_ids, size, modality=modality)
         return local, weights
 
-    def mean_embeds(self, feature_maps: Sequence[Tensor], expert_ids: Tensor, mixture: Tensor | None = None) -> Tensor:
+    def mean_embeds(
+        self,
+        feature_maps: Sequence[Tensor],
+        expert_ids: Tensor,
+        mixture: Tensor | None = None,
+        modality: Any = None,
+    ) -> Tensor:
         """Computes the mean of the local map of `fuse` without computing the map.
 
         Args:
             feature_maps: S maps `(B, C_s, H_s, W_s)`.
             expert_ids: `(B,)`.
             mixture: As in `fuse`.
+            modality: As in `fuse`.
 
         Returns:
             `(B, D)`.
@@ -1219,10 +1241,15 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
         if mixture is not None:
             everything = torch.stack([expert(feature_maps, size, mean_only=True)[0] for expert in self.experts], dim=1)
             return (mixture.unsqueeze(1).to(everything.dtype) @ everything).squeeze(1)
-        return self._dispatch(feature_maps, expert_ids, size, mean_only=True)[0]
+        return self._dispatch(feature_maps, expert_ids, size, mean_only=True, modality=modality)[0]
 
     def _dispatch(
-        self, feature_maps: Sequence[Tensor], expert_ids: Tensor, size: Sequence[int], mean_only: bool = False
+        self,
+        feature_maps: Sequence[Tensor],
+        expert_ids: Tensor,
+        size: Sequence[int],
+        mean_only: bool = False,
+        modality: Any = None,
     ) -> tuple[Tensor, ...]:
         """Runs each image's own expert; the results are in the order of the batch.
 
@@ -1240,8 +1267,7 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
             return self.experts[0](feature_maps, size, mean_only)
         if self._on_cpu_for_inference(expert_ids):
             return self._dispatch_per_sample(feature_maps, expert_ids, size, mean_only)
-        order = expert_ids.argsort(stable=True)
-        counts = torch.bincount(expert_ids, minlength=len(self.experts)).tolist()
+        order, counts = self._grouping(expert_ids, modality)
         together = in_process_group()
         groups = [
             (expert, rows)
@@ -1258,6 +1284,18 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
         return tuple(
             torch.cat([value.to(order.device) for value in values])[back] for values in zip(*parts, strict=True)
         )
+
+    def _grouping(self, expert_ids: Tensor, modality: Any) -> tuple[Tensor, list[int]]:
+        """Returns the images in the order of their experts (B,), and how many each expert has."""
+        named = [] if modality is None else self.config.modality_ids(modality, len(expert_ids))
+        if modality is None or UNKNOWN_MODALITY in named:
+            order = expert_ids.argsort(stable=True)
+            return order, torch.bincount(expert_ids, minlength=len(self.experts)).tolist()
+        if self.config.shared_expert:
+            named = [0] * len(named)
+        order = torch.tensor(sorted(range(len(named)), key=named.__getitem__))
+        counts = [named.count(expert) for expert in range(len(self.experts))]
+        return order.to(expert_ids.device, non_blocking=True), counts
 
     def apply_expert(self, expert: int, feature_maps: Sequence[Tensor], size: Sequence[int]) -> tuple[Tensor, ...]:
         """Runs one expert on all images.
@@ -1337,7 +1375,7 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
             router_logits = self.router(backbone_output.pooler_output)
             expert_ids = self.select_experts(router_logits, modality)
             mixture = self.mixture_weights(router_logits, modality)
-            mean = self.mean_embeds(backbone_output.feature_maps, expert_ids, mixture)
+            mean = self.mean_embeds(backbone_output.feature_maps, expert_ids, mixture, modality)
         return self.global_embeds(backbone_output, mean, kind)
 
     @can_return_tuple
@@ -1360,7 +1398,7 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
         router_logits = self.router(backbone_output.pooler_output)
         expert_ids = self.select_experts(router_logits, modality)
         local_embeds = scale_weights = expert_output = None
-        routed = backbone_output.feature_maps, expert_ids, self.mixture_weights(router_logits, modality)
+        routed = backbone_output.feature_maps, expert_ids, self.mixture_weights(router_logits, modality), modality
         if local:
             local_embeds, scale_weights = self.fuse(*routed)
             expert_output = local_embeds
@@ -2224,6 +2262,7 @@ class MedMoEModel(MedMoEPreTrainedModel):
         modality: Any = None,
         return_loss: bool | None = None,
         gather: Callable[[Tensor], Tensor] | None = None,
+        exchange: Callable[..., Tensor] | None = None,
         positive_groups: Tensor | None = None,
         **kwargs: Any,
     ) -> MedMoEOutput | MedMoEVisionOutput | MedMoETextOutput:
@@ -2244,6 +2283,8 @@ class MedMoEModel(MedMoEPreTrainedModel):
             return_loss: Whether to compute the losses.
             gather: Concatenates the rows `(b, ...)` of all processes to `(B, ...)`, differentiably; the losses then
                 contrast over all of them. None contrasts within this batch.
+            exchange: Compares images with the words of all processes, see `losses_medmoe.local_terms`; GLoRIA's local
+                loss needs it where there is `gather`.
             positive_groups: `(B,)` integers, equal for pairs with the same meaning: they are positives of each other
                 in the losses (see `losses_medmoe.contrastive_loss`). -1 is unknown: its own only positive. None: every
                 pair is, unless `config.positives` is `"text_similarity"`.
@@ -2291,6 +2332,10 @@ class MedMoEModel(MedMoEPreTrainedModel):
                 "`return_loss` needs images, and one text for each; "
                 f"got {len(pixel_values)} images, {len(input_ids)} texts."
             )
+        if return_loss and (gather is None) != (exchange is None):
+            raise ValueError(
+                "`gather` and `exchange` are passed together, so that all losses contrast the same pairs."
+            )
         if return_loss and positive_groups is not None and positive_groups.shape != input_ids.shape[:1]:
             raise ValueError(
                 f"`positive_groups` needs one id for each of {len(input_ids)} pairs, got the shape "
@@ -2309,9 +2354,8 @@ class MedMoEModel(MedMoEPreTrainedModel):
                 backbone_output, [text], pair_ids, expert_ids
             )
         else:
-            local, scale_weights = vision.fuse(
-                backbone_output.feature_maps, expert_ids, vision.mixture_weights(router_logits, modality)
-            )
+            mixture = vision.mixture_weights(router_logits, modality)
+            local, scale_weights = vision.fuse(backbone_output.feature_maps, expert_ids, mixture, modality)
         image_embeds, local = self._project_image(vision.global_embeds(backbone_output, local), local)
         if logits_per_image is None:
             logits_per_image = self.similarity(image_embeds, local, text)
@@ -2324,7 +2368,7 @@ class MedMoEModel(MedMoEPreTrainedModel):
                 image_embeds,
                 text.pooler_output,
                 report_embeds,
-                local_terms(config, local, text.word_embeds, text.word_mask, gather),
+                local_terms(config, local, text.word_embeds, text.word_mask, exchange),
                 text.word_mask.any(dim=1),
                 [logits for logits in (router_logits, report_logits) if logits is not None],
                 modality_labels,

@@ -27,6 +27,7 @@ from torch import Tensor, distributed, nn
 from medmoe_hf.model import MedMoEModel
 from medmoe_hf.model.losses_medmoe import local_terms, training_losses
 from medmoe_hf.model.modeling_medmoe import MedMoEBackboneOutput, MedMoEBatchNorm, in_process_group
+from medmoe_hf.training.exchange import exchanged_logits
 from medmoe_hf.training.negatives import average_gradients, gather_rows, summed
 
 
@@ -109,13 +110,12 @@ def cached_step(
     used = [index for index, count in enumerate(counts.tolist()) if count]
     with _step_norms(vision, parts, used, autocast) as norms:
         mask = _joined([part.word_mask for part in parts])
-        # Detached here: the gradient of a word is complete only after all images, and goes back to its process then.
-        gathered = gather_rows(_joined([part.outputs["words"] for part in parts]))
-        all_words = gathered.detach().requires_grad_()
-        every = {"words": all_words, "mask": gather_rows(mask)}
+        # Detached here: the gradient of a word is complete only after all images.
+        own_words = _joined([part.outputs["words"] for part in parts])
+        words = {"embeds": own_words.detach().requires_grad_(), "mask": mask}
         with torch.no_grad(), autocast():
             for part in parts:
-                image, terms = _experts(model, part, every)
+                image, terms = _experts(model, part, words)
                 part.outputs |= {"image": image.detach().requires_grad_(), "terms": terms.detach().requires_grad_()}
         column = {
             name: _joined([part.outputs[name] for part in parts]) for name in parts[0].outputs if name != "words"
@@ -134,9 +134,9 @@ def cached_step(
             torch.cat([batch["positive_groups"] for batch in batches]) if "positive_groups" in batches[0] else None,
         )
         backward(losses["loss"])
-        _back_through_experts(model, parts, every, norms, autocast)
-    if all_words.grad is not None:
-        torch.autograd.backward([gathered], [all_words.grad])
+        _back_through_experts(model, parts, words, norms, autocast)
+    if words["embeds"].grad is not None:
+        torch.autograd.backward([own_words], [words["embeds"].grad])
     _back_through_towers(model, parts, autocast)
     average_gradients([parameter for parameter in model.parameters() if parameter.requires_grad])
     return {name: value.detach() for name, value in losses.items()} | {"expert_counts": counts}
@@ -179,19 +179,19 @@ def _text_outputs(model: MedMoEModel, texts: dict[str, Any]) -> tuple[dict[str, 
     return outputs | {"text": text.pooler_output, "words": text.word_embeds}, text.word_mask, report_embeds
 
 
-def _experts(model: MedMoEModel, part: _Part, every: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _experts(model: MedMoEModel, part: _Part, words: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Global image embeddings (b, D) and the terms of the local loss, from the pyramid of a micro-batch."""
     vision = model.vision_model
     mixture = part.mixture
     if mixture is not None and torch.is_grad_enabled():
         # Computed again, since gradients flow through the weights.
         mixture = vision.mixture_weights(vision.router(part.pooled), part.modality)
-    local, _ = vision.fuse(part.maps, part.expert_ids, mixture)
+    local, _ = vision.fuse(part.maps, part.expert_ids, mixture, part.modality)
     backbone = MedMoEBackboneOutput(pooler_output=part.pooled)
     image, local = model._project_image(vision.global_embeds(backbone, local), local)
     if model.config.local_loss == "token":
         return image, local_terms(model.config, local, part.outputs["words"], part.word_mask)
-    return image, local_terms(model.config, local, every["words"], every["mask"])
+    return image, local_terms(model.config, local, words["embeds"], words["mask"], exchanged_logits)
 
 
 def _expert_counts(parts: list[_Part], experts: int) -> Tensor:
@@ -232,7 +232,7 @@ class _StepNorm:
         self.count = total[-1].item()
         mean, square = (total[:-1] / self.count).view(2, -1)
         variance = (square - mean.square()).clamp_min(0)
-        layer.update_statistics(mean.float(), variance.float(), int(self.count))
+        layer.update_statistics(mean.float(), variance.float(), total[-1])
         self.mean = mean.float().view(-1, 1, 1)
         self.inverse = (variance.float() + layer.eps).rsqrt().view(-1, 1, 1)
         self.sums = total.new_zeros(parts, 2, layer.num_features)
@@ -337,7 +337,7 @@ def _before_norm(vision: Any, part: _Part, expert: int, scale: int, depth: int) 
 def _back_through_experts(
     model: MedMoEModel,
     parts: list[_Part],
-    every: dict[str, Tensor],
+    words: dict[str, Tensor],
     norms: list[_StepNorm],
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> None:
@@ -346,7 +346,7 @@ def _back_through_experts(
     for number, part in enumerate(parts):
         _select(norms, number)
         with autocast():
-            image, terms = _experts(model, part, every)
+            image, terms = _experts(model, part, words)
             logits = vision.router(part.pooled)
         _backward([image, terms, logits], [part.outputs[name].grad for name in ("image", "terms", "router")])
     for depth in sorted({norm.depth for norm in norms}, reverse=True):

@@ -302,7 +302,8 @@ class TrainConfig(BaseModel):
             0. The average is then evaluated and saved instead of the weights. `None` for no average.
         mixed_precision: Accelerate's mixed precision: `"no"`, `"bf16"` or `"fp16"`.
         gradient_checkpointing: Whether to recompute activations of the towers in the backward pass.
-        compile_towers: Whether to `torch.compile` the image backbone and the text encoder.
+        compile_towers: Whether to `torch.compile` the image backbone and the text encoder, and in a single process
+            without gradient caching the experts.
         freeze: Parameters to freeze, by name, by the name of their module, or by pattern: `text_model`,
             `*.experts.2.*`. Frozen modules have no dropout and keep their running statistics.
         unfreeze_at: Parts that are frozen at first: names or patterns as in `freeze` to the number of steps after

@@ -23,6 +23,7 @@ from medmoe_hf.model.modeling_medmoe import in_process_group
 from medmoe_hf.training import checkpoints, preflight
 from medmoe_hf.training.cached import cached_step
 from medmoe_hf.training.config import TrainConfig
+from medmoe_hf.training.exchange import exchanged_logits
 from medmoe_hf.training.held_out import to_device
 from medmoe_hf.training.negatives import gather_rows, max_over_processes
 from medmoe_hf.training.optimizer import train_mode
@@ -272,14 +273,16 @@ class TrainingRun(RunState):
         if self.config.caches_gradients:
             losses = cached_step(self.inner, batches, accelerator.backward, accelerator.autocast)
             return losses, losses["expert_counts"]
-        gather = None if self.config.negatives == "micro_batch" else gather_rows
+        together: dict[str, Any] = {}
+        if self.config.negatives != "micro_batch":
+            together = {"gather": gather_rows, "exchange": exchanged_logits}
         sums: dict[str, Tensor] = {}
         counts = torch.zeros(experts, dtype=torch.long, device=accelerator.device)
         for number, batch in enumerate(batches, start=1):
             last = number == len(batches)
             no_sync: AbstractContextManager[Any] = nullcontext() if last else accelerator.no_sync(self.model)
             with no_sync:
-                output = self.model(**batch, gather=gather)
+                output = self.model(**batch, **together)
                 accelerator.backward(output.loss / len(batches))
             counts += torch.bincount(self.inner.vision_model.expert_index(output.expert_ids), minlength=experts)
             for name in LOSS_PARTS:

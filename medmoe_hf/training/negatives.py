@@ -3,13 +3,13 @@
 | `negatives` | a pair is contrasted with | communication besides gradients | memory besides a micro-batch |
 |---|---|---|---|
 | `micro_batch` | the pairs of its own micro-batch | BatchNorm's sums | none |
-| `ranks` | the current micro-batches of all processes | + B (2 D + W D + B) numbers | B W D |
-| `global` | all pairs of a step, over processes and accumulation | the same, once per step | + 4.5 MB per image |
+| `ranks` | the current micro-batches of all processes | + B (2 D + X + B) numbers | see `medmoe_hf.training.memory` |
+| `global` | all pairs of a step, over processes and accumulation | the same per micro-batch | + 4.5 MB per image |
 
-B is the number of pairs, W their words, D the embedding size; 4.5 MB are one pyramid with gradients at 224 pixels.
-Local maps are never sent: each process compares its own with all words. With `gradient_accumulation_steps: 1`,
-`global` is the same as `ranks`. With more, it caches gradients: the towers run forward twice, the experts' layers
-about five times; see `medmoe_hf.training.cached`.
+B is the number of pairs, D the embedding size, X the words or the regions of a pair, whichever is smaller (see
+`medmoe_hf.training.exchange`); 4.5 MB are one pyramid with gradients at 224 pixels. With
+`gradient_accumulation_steps: 1`, `global` is the same as `ranks`. With more, it caches gradients: the towers run
+forward twice, the experts' layers about five times; see `medmoe_hf.training.cached`.
 """
 
 from typing import Any

@@ -116,6 +116,10 @@ class RunState:
         if config.compile_towers:
             model.vision_model.backbone.compile()
             model.text_model.encoder.compile()
+            if accelerator.num_processes == 1 and not config.caches_gradients:
+                # Elsewhere their BatchNorm exchanges statistics, at which a graph would break.
+                for expert in model.vision_model.experts:
+                    expert.compile()
         optimizer = torch.optim.AdamW(
             # fused: one pass over all parameters; experts have hundreds of small ones
             parameter_groups(

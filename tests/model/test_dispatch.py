@@ -170,6 +170,46 @@ def test_processes_that_work_together_call_every_module_once(tower, monkeypatch)
     assert calls == [tower.backbone, *tower.experts]
 
 
+def test_images_with_named_experts_are_grouped_without_a_look_at_the_device(tower, monkeypatch):
+    """On a GPU each look would wait for all that has been launched before."""
+    maps = tower.encode(torch.randn(len(SIX_AND_TWO_ALIKE), 3, 64, 96)).feature_maps
+    ids = torch.tensor(SIX_AND_TWO_ALIKE)
+    expected = tower.fuse(maps, ids)
+
+    def looked(tensor, *arguments):
+        raise AssertionError("read on the host")
+
+    for name in ("tolist", "item", "__bool__", "__int__", "nonzero"):
+        monkeypatch.setattr(torch.Tensor, name, looked)
+    found = tower.fuse(maps, tower.select_experts(torch.zeros(7, 6), SIX_AND_TWO_ALIKE), None, SIX_AND_TWO_ALIKE)
+    with pytest.raises(AssertionError, match="read on the host"):
+        tower.fuse(maps, ids, None, [3, 0, 5, None, 1, 2, 4])
+    monkeypatch.undo()
+    for value, right in zip(found, expected, strict=True):
+        assert torch.equal(value, right)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", ["swin", "timm/resnet18"])
+def test_backbone_and_experts_are_graphs_with_gradients(small_config, lived_in, backbone):
+    """Without a break, in training, and the same as uncompiled."""
+    torch._dynamo.reset()
+    tower = lived_in(MedMoEVisionModel(small_config(vision_config={"backbone": backbone}).vision_config)).train()
+    pixels = torch.randn(3, 3, 64, 64)
+    maps = [feature_map.detach() for feature_map in tower.encode(pixels).feature_maps]
+    runs = {tower.backbone: lambda part: part(pixels).pooler_output, tower.experts[0]: lambda part: part(maps)[0]}
+    for part, run in runs.items():
+        found = []
+        for module in (part, torch.compile(part, backend="aot_eager", fullgraph=True)):
+            part.zero_grad(set_to_none=True)
+            torch.manual_seed(0)
+            value = run(module)
+            value.square().sum().backward()
+            found.append([value, *(weight.grad for weight in part.parameters() if weight.grad is not None)])
+        for value, right in zip(*found, strict=True):
+            torch.testing.assert_close(value, right, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("backbone", ["swin", "timm/resnet18", "timm/convnext_atto"])

@@ -40,6 +40,21 @@ def config(output_dir, **changes):
     return TrainConfig.from_dict(content | changes)
 
 
+@pytest.mark.slow
+def test_a_compiled_run_has_the_same_losses(tmp_path, monkeypatch):
+    """Through a backend that needs no C compiler; every compiled module is one graph."""
+    compiled = []
+
+    def compile_module(module):
+        compiled.append(module)
+        module._compiled_call_impl = torch.compile(module._call_impl, backend="aot_eager", fullgraph=True)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_module)
+    plain, graphs = (train(config(tmp_path / str(way), compile_towers=way)).log for way in (False, True))
+    assert len(compiled) == 2 + 6
+    assert [entry["loss"] for entry in graphs] == pytest.approx([entry["loss"] for entry in plain], rel=1e-4)
+
+
 def test_a_run_equals_plain_steps_on_the_same_samples(tmp_path):
     """Against a loop written out here: same seed, samples 0, 1, 2, ... of the stream, AdamW, cosine with warm-up."""
     run = config(tmp_path / "out")

@@ -16,6 +16,7 @@ from medmoe_hf.evaluation.validation import LOSS_PARTS
 from medmoe_hf.training import build_model, train
 from medmoe_hf.training.cached import cached_step
 from medmoe_hf.training.config import ModelSection
+from medmoe_hf.training.exchange import exchanged_logits
 from medmoe_hf.training.negatives import gather_rows
 
 # What differs between the losses and towers that must come out the same.
@@ -55,6 +56,15 @@ def computing_in(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(default)
 
 
+def multiplying_in(dtype, config):
+    """The configuration for products of this dtype, which it refuses for float64.
+
+    Otherwise products are rounded, and to which sums they belong depends on who computes them.
+    """
+    object.__setattr__(config, "local_loss_matmul_dtype", str(dtype).removeprefix("torch."))
+    return config
+
+
 def model_of(case, dtype=torch.float32):
     preset, overrides = CASES[case]
     torch.manual_seed(0)
@@ -62,6 +72,7 @@ def model_of(case, dtype=torch.float32):
     if preset == "official":
         small["vision_config"] = {**small["vision_config"], "mixture": "hard"}
     model, processor = build_model(ModelSection(preset=preset, overrides=small))
+    multiplying_in(dtype, model.config)
     return model.train().to(dtype), ContrastiveCollator(processor, model.config.positives)
 
 
@@ -103,7 +114,7 @@ def both(rank, folder, case, name):
     wrapped = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
     batch = batch_of(collator, rows, dtype)
     with computing_in(dtype):
-        output = wrapped(**batch, gather=gather_rows)
+        output = wrapped(**batch, gather=gather_rows, exchange=exchanged_logits)
         output.loss.backward()
     save_file(outcome(model, output), Path(folder) / f"ranks {case} {name} {rank}.safetensors")
     model, collator = model_of(case, dtype)
