@@ -52,6 +52,14 @@ class EncoderError(MedMoEError, ValueError):
     """A model that cannot be loaded or scored; the message says why and what would work."""
 
 
+class DecodingError(ImageError):
+    """A file whose decoder crashed or exceeded a limit, in a process of its own; the message says which."""
+
+
+class IsolationError(MedMoEError, RuntimeError):
+    """Files cannot be decoded in a process of their own, or too many of them ended theirs; the message says why."""
+
+
 class DicomWebError(MedMoEError, RuntimeError):
     """A DICOMweb server that does not give what an address names; the message says why, without UIDs."""
 
@@ -118,6 +126,7 @@ __all__ = [
     "CardError",
     "ConfigError",
     "ConvertError",
+    "DecodingError",
     "DicomWebError",
     "EncodeError",
     "EncoderError",
@@ -127,6 +136,7 @@ __all__ = [
     "ImageError",
     "ImageTooLargeError",
     "Interrupted",
+    "IsolationError",
     "MedMoEError",
     "MedicalImageError",
     "MissingPackageError",

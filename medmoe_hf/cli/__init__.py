@@ -4,6 +4,7 @@ Commands import what they need when they are called, so that `--help` does not l
 """
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -410,21 +411,27 @@ def serve(
     max_seconds: Annotated[int, typer.Option(min=1, help="Longest time of an upload, and of a prediction.")] = 300,
     max_requests: Annotated[int, typer.Option(min=1, help="Number of requests at a time; one is computed.")] = 16,
     batch_size: Annotated[int, typer.Option(min=1, help="Slices per batch.")] = 16,
+    isolate: Annotated[bool, typer.Option(help="Decode files in processes of their own, with limits.")] = True,
 ) -> None:
     """Serve predictions of whole studies over HTTP, for this machine only unless --host says otherwise."""
     with errors_of("serve"):
+        from medmoe_hf.inference.isolation import DecodingLimits, IsolatedReader
         from medmoe_hf.inference.serving import Limits
         from medmoe_hf.inference.serving import serve as run
         from medmoe_hf.inference.studies import StudyPredictor
 
         limits = Limits(max_megabytes, max_files, max_seconds, max_requests)
-        run(StudyPredictor(model, batch_size=batch_size), host, port, limits)
+        seconds = min(max_seconds, DecodingLimits().seconds)
+        # Before the model, beside which its process imports the libraries.
+        with IsolatedReader(DecodingLimits(seconds=seconds)) if isolate else nullcontext() as reader:
+            run(StudyPredictor(model, batch_size=batch_size), host, port, limits, reader)
 
 
 @app.command()
 def demo(
     checkpoint: Annotated[str, typer.Argument(envvar="MEDMOE_MODEL", help="Folder or Hub id.")] = DEFAULT_MODEL,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 7860,
+    isolate: Annotated[bool, typer.Option(help="Decode files in processes of their own, with limits.")] = True,
 ) -> None:
     """Show a checkpoint in the browser. Its Python files are not run."""
     logger.info("Loading the libraries ...")
@@ -433,7 +440,7 @@ def demo(
         from medmoe_hf.hub.space.app import launch
 
         try:
-            launch(packaged_folder(checkpoint), port)
+            launch(packaged_folder(checkpoint), port, isolate)
         except ValueError as error:  # the page's code runs without this package, so it has no errors of ours
             raise ArgumentError(str(error)) from error
 

@@ -77,6 +77,9 @@ def predict(
     max_files: Annotated[int, typer.Option(min=1, help="Greatest number of files from addresses.")] = 5000,
     max_megabytes: Annotated[int, typer.Option(min=1, help="Greatest size of these files.")] = 4096,
     max_seconds: Annotated[int, typer.Option(min=1, help="Longest time of their download.")] = 3600,
+    isolate: Annotated[
+        bool, typer.Option("--isolate", help="Decode files in a process of its own, with limits: for untrusted files.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder of --out if it exists.")] = False,
 ) -> None:
     """Predict whole studies: routing, labels, key slices and heat-maps. Prints a table; --out writes a report."""
@@ -106,6 +109,7 @@ def predict(
             window=window_of(window),
             batch_size=batch_size,
             limits=DownloadLimits(max_files, max_megabytes, max_seconds),
+            isolate=isolate,
         )
         try:
             typer.echo(summary(studies))

@@ -284,7 +284,7 @@ def texts_of(blocks):
 def test_nothing_is_kept_or_sent_elsewhere(checkpoint, monkeypatch, folder):
     seen = {}
     monkeypatch.setattr(gr.Blocks, "launch", lambda self, **options: seen.update(options, blocks=self))
-    app.launch(str(folder), 7861)
+    app.launch(str(folder), 7861, isolate=False)
     assert seen["blocks"].analytics_enabled is False
     assert seen["blocks"].delete_cache == (60, 60)
     assert (seen["share"], seen["server_port"]) == (False, 7861)
@@ -316,7 +316,7 @@ def test_the_packaged_checkpoint_is_shown_where_none_is_named(monkeypatch):
     monkeypatch.delenv("MEDMOE_MODEL", raising=False)
     monkeypatch.setattr(app, "Checkpoint", load)
     with pytest.raises(Loaded, match=re.escape(medmoe_hf.pretrained("small"))):
-        app.launch()
+        app.launch(isolate=False)
 
 
 @pytest.fixture(scope="module")
@@ -444,7 +444,7 @@ def test_a_port_in_use_is_said_before_anything_is_loaded(monkeypatch):
 
 def test_the_start_says_what_it_is_doing(folder, monkeypatch, capsys):
     monkeypatch.setattr(gr.Blocks, "launch", lambda self, **options: None)
-    app.launch(str(folder))
+    app.launch(str(folder), isolate=False)
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line.endswith("...")] == [
         f"Loading {folder.parent.name}/tiny ...",

@@ -455,8 +455,8 @@ def test_the_command_listens_on_this_machine_only(predictor, monkeypatch, caplog
     monkeypatch.setattr("warnings.simplefilter", lambda *args, **options: None)
     monkeypatch.setattr("medmoe_hf.inference.studies.StudyPredictor", lambda *args, **options: predictor)
 
-    def made(predictor, limits, hosts):
-        started.update(limits=limits, hosts=hosts)
+    def made(predictor, limits, hosts, reader):
+        started.update(limits=limits, hosts=hosts, reader=reader)
 
     monkeypatch.setattr("medmoe_hf.inference.serving.app.create_app", made)
     limits = ["--max-megabytes", "2", "--max-files", "3", "--max-seconds", "4", "--max-requests", "5"]
@@ -465,6 +465,9 @@ def test_the_command_listens_on_this_machine_only(predictor, monkeypatch, caplog
     assert (started["host"], started["port"], started["access_log"]) == ("127.0.0.1", 8123, False)
     assert started["limits"] == Limits(megabytes=2, files=3, seconds=4, requests=5)
     assert "*" not in started["hosts"]
+    assert started["reader"].limits.seconds == 4  # not longer than a prediction
+    result = CliRunner().invoke(app, ["serve", "--no-isolate"])
+    assert (result.exit_code, started["reader"]) == (0, None)
     serve(predictor)
     assert (started["host"], started["limits"]) == ("127.0.0.1", None)
     assert "password" not in caplog.text

@@ -137,6 +137,8 @@ class Checkpoint:
         name: A folder or Hub id. Warning: without `load`, its code is run, so it must be one that you trust.
         say: Called with progress messages.
         load: Function of the name that returns a `StudyPredictor`, whose model is used; None without medmoe_hf.
+        reader: An `IsolatedReader` of medmoe_hf, which decodes files in processes of their own; None to decode them in
+            this one.
 
     Attributes:
         predictor: What `load` returned; None without it.
@@ -147,7 +149,11 @@ class Checkpoint:
     """
 
     def __init__(
-        self, name: str, say: Callable[[str], None] = lambda text: None, load: Callable[[str], Any] | None = None
+        self,
+        name: str,
+        say: Callable[[str], None] = lambda text: None,
+        load: Callable[[str], Any] | None = None,
+        reader: Any = None,
     ) -> None:
         local = name.count("/") != 1 or name.startswith((".", "/", "~")) or Path(name).parent.is_dir()
         if local and not Path(name).is_dir():
@@ -156,6 +162,7 @@ class Checkpoint:
         self.name = "/".join(Path(name).resolve().parts[-2:]) if Path(name).is_dir() else name
         say(f"Loading {self.name}" + ("" if Path(name).is_dir() else ", which is downloaded the first time") + " ...")
         self.predictor = None if load is None else load(name)
+        self.reader = reader
         own = None if self.predictor is None else self.predictor.encoder
         self.model = AutoModel.from_pretrained(name, trust_remote_code=True).eval() if own is None else own.model
         if self.model.config.model_type != "medmoe":
@@ -189,13 +196,17 @@ class Checkpoint:
             ValueError: If it is no picture, or too large.
             ImportError: If a package for its format is missing.
         """
-        check_picture(path)
+        source: Any = path
+        if self.reader is None:
+            check_picture(path)
+        else:
+            source = self.reader.picture(path, MAX_PIXELS)
         plain = self.processor.image_processor(
-            path, do_resize=False, do_normalize=False, pad_to_square=False, return_modality=True, return_tensors="pt"
+            source, do_resize=False, do_normalize=False, pad_to_square=False, return_modality=True, return_tensors="pt"
         )
         shown = Image.fromarray((plain["pixel_values"][0].movedim(0, -1) * 255).round().to(torch.uint8).numpy())
         shown.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
-        pixel_values = self.processor(images=path, return_tensors="pt")["pixel_values"]
+        pixel_values = self.processor(images=source, return_tensors="pt")["pixel_values"]
         routing = self.model.route(pixel_values=pixel_values)
         # A checkpoint brings its own code, which may be older than rejectors.
         accepted = getattr(routing, "accepted", None)
@@ -511,7 +522,8 @@ def build(checkpoint: Checkpoint) -> gr.Blocks:
             from medmoe_hf.hub.study_demo.tab import build_tab
 
             with gr.Tab("Study"):
-                build_tab(StudyPage(checkpoint.predictor), uploads_only, SECONDS_KEPT, SET_OPACITY, COLUMN)
+                page = StudyPage(checkpoint.predictor, reader=checkpoint.reader)
+                build_tab(page, uploads_only, SECONDS_KEPT, SET_OPACITY, COLUMN)
             with gr.Tab("Picture and model"):
                 build_picture(checkpoint)
         gr.Markdown(PRIVACY)
@@ -577,6 +589,15 @@ def study_loader() -> Callable[[str], Any] | None:
     return lambda name: StudyPredictor(name, device="cpu")
 
 
+def isolated_reader() -> Any:
+    """Returns what decodes files in processes of their own; None where medmoe_hf is not installed."""
+    try:
+        from medmoe_hf.inference.isolation import IsolatedReader
+    except ImportError:
+        return None
+    return IsolatedReader(kept=2)
+
+
 def packaged() -> str | None:
     """Returns the folder of the checkpoint that medmoe_hf contains; None without it."""
     try:
@@ -613,13 +634,14 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def launch(name: str | None = None, port: int | None = None) -> None:
+def launch(name: str | None = None, port: int | None = None, isolate: bool = True) -> None:
     """Serves a checkpoint until interrupted, on 127.0.0.1 unless GRADIO_SERVER_NAME is set.
 
     Args:
         name: A folder or Hub id; `None` for the variable MEDMOE_MODEL, and then for the checkpoint that medmoe_hf
             contains. Without all of them, the page explains what to specify.
         port: A port; `None` for the first free one from 7860.
+        isolate: Whether files are decoded in processes of their own, with limits, where medmoe_hf is installed.
 
     Raises:
         OSError: If the checkpoint does not exist or cannot be reached, or if the port is in use.
@@ -630,8 +652,9 @@ def launch(name: str | None = None, port: int | None = None) -> None:
     name = name or os.environ.get("MEDMOE_MODEL") or packaged()
     css = CSS
     if name:
+        reader = isolated_reader() if isolate else None  # which imports the libraries meanwhile
         load = study_loader()
-        checkpoint = Checkpoint(name, say, load)
+        checkpoint = Checkpoint(name, say, load, reader)
         if load is not None:
             from medmoe_hf.hub.study_demo.tab import STUDY_CSS
 
@@ -657,9 +680,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A MedMoE checkpoint in the browser.")
     parser.add_argument("checkpoint", nargs="?", help="folder or Hub id; default: MEDMOE_MODEL, or medmoe_hf's")
     parser.add_argument("--port", type=int, help="port; default: the first free one from 7860")
+    parser.add_argument("--no-isolate", action="store_true", help="decode files in this process, whatever they are")
     arguments = parser.parse_args()
     try:
-        launch(arguments.checkpoint, arguments.port)
+        launch(arguments.checkpoint, arguments.port, not arguments.no_isolate)
     except (OSError, ValueError) as error:
         raise SystemExit(f"app.py: {error}") from error
 

@@ -10,12 +10,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from medmoe_hf.errors import MedMoEError
+from medmoe_hf.inference.isolation import IsolatedReader
 from medmoe_hf.inference.serving.archives import Limits, UploadError, plain_suffix, unpack
 from medmoe_hf.inference.studies.grouping import study_labels
 from medmoe_hf.inference.studies.pictures import UNREADABLE
@@ -84,12 +86,14 @@ class View:
         folder: Where their files are, which are read again for pictures.
         reading: How they were read.
         holder: Removes the folder; None for examples, which all pages share.
+        reader: What decodes the files in a process of its own; None where this process does.
     """
 
     studies: StudyPredictions
     folder: Path
     reading: Reading
     holder: "tempfile.TemporaryDirectory[str] | None" = None
+    reader: IsolatedReader | None = None
 
     @property
     def places(self) -> list[tuple[StudyPrediction, SeriesPrediction]]:
@@ -108,7 +112,9 @@ class View:
         ]
 
     def close(self) -> None:
-        """Removes the files."""
+        """Removes the files, and ends the process that has some of them open."""
+        if self.reader is not None:
+            self.reader.release()
         if self.holder is not None:
             self.holder.cleanup()
 
@@ -119,10 +125,13 @@ class StudyPage:
     Args:
         predictor: The model.
         limits: What a study may cost.
+        reader: What decodes files in processes of their own; None to decode them in this one.
     """
 
-    def __init__(self, predictor: StudyPredictor, limits: Limits = UPLOAD_LIMITS) -> None:
-        self.predictor, self.limits = predictor, limits
+    def __init__(
+        self, predictor: StudyPredictor, limits: Limits = UPLOAD_LIMITS, reader: IsolatedReader | None = None
+    ) -> None:
+        self.predictor, self.limits, self.reader = predictor, limits, reader
 
     def upload(
         self,
@@ -152,7 +161,7 @@ class StudyPage:
                 files = self._adopt(uploads, folder)
                 check = self._timer()
                 unpack(files, self.limits, check)
-            return View(self._predict(folder, reading, asked, on_slice), folder, reading, holder)
+            return View(self._predict(folder, reading, asked, on_slice), folder, reading, holder, self.reader)
         except BaseException:
             holder.cleanup()
             raise
@@ -170,7 +179,7 @@ class StudyPage:
     ) -> View:
         """Reads a folder of the server as studies, which stays; arguments as for `upload`."""
         asked = question(labels, phrase, reading.trust_header)
-        return View(self._predict(folder, reading, asked, on_slice), folder, reading)
+        return View(self._predict(folder, reading, asked, on_slice), folder, reading, reader=self.reader)
 
     def again(
         self,
@@ -249,7 +258,8 @@ class StudyPage:
                 on_slice(min(done, total), total)
 
         with _sentences(folder):
-            studies = read_studies(
+            read = read_studies if self.reader is None else partial(self.reader.read_studies, check=in_time)
+            studies = read(
                 folder,
                 plane=reading.plane,
                 window=reading.window,

@@ -16,6 +16,7 @@ import torch
 
 from medmoe_hf import __version__
 from medmoe_hf.errors import ArgumentError, ImageTooLargeError, MedMoEError, MissingPackageError
+from medmoe_hf.inference.isolation import IsolatedReader
 from medmoe_hf.inference.serving.archives import Limits, UploadError, unpack
 from medmoe_hf.inference.serving.uploads import Form, receive
 from medmoe_hf.inference.studies.predictions import predictions_dict
@@ -58,8 +59,8 @@ class _Gone(Exception):
 class _Service:
     """What the endpoints share."""
 
-    def __init__(self, predictor: StudyPredictor, limits: Limits) -> None:
-        self.predictor, self.limits = predictor, limits
+    def __init__(self, predictor: StudyPredictor, limits: Limits, reader: IsolatedReader | None) -> None:
+        self.predictor, self.limits, self.reader = predictor, limits, reader
         self.lock = threading.Lock()  # the model, and the readers, whose warnings are switched off by process
         self.requests = 0
 
@@ -168,12 +169,19 @@ class _Service:
             unpack(form.files, self.limits, check)
             return compute(form.fields, folder, bool(form.files), check)
         finally:
+            if self.reader is not None:
+                self.reader.release()  # nothing of this request is there at the next one
             self.lock.release()
 
-    def _studies(self, fields: dict[str, list[str]], folder: Path) -> Sequence[Study]:
-        return read_studies(
-            folder, plane=_single(fields, "plane"), window=_window(fields), max_slices=self.limits.files
-        )
+    def _studies(self, fields: dict[str, list[str]], folder: Path, check: Callable[[], None]) -> Sequence[Study]:
+        asked: dict[str, Any] = {
+            "plane": _single(fields, "plane"),
+            "window": _window(fields),
+            "max_slices": self.limits.files,
+        }
+        if self.reader is None:
+            return read_studies(folder, **asked)
+        return self.reader.read_studies(folder, **asked, check=check)
 
     def _predict(
         self, fields: dict[str, list[str]], folder: Path, files: bool, check: Callable[[], None]
@@ -181,7 +189,7 @@ class _Service:
         question = self._question(fields)
         if not files:
             raise UploadError(422, 'There are no files: send at least one in the field "files".')
-        studies = self._studies(fields, folder)
+        studies = self._studies(fields, folder, check)
         return predictions_dict(self.predictor(studies, question, show_progress=False, check=check))
 
     def _question(self, fields: dict[str, list[str]]) -> Question:
@@ -210,7 +218,7 @@ class _Service:
             raise UploadError(422, 'There is nothing to embed: send "files", "text" or both.')
         series: list[dict[str, Any]] = []
         if files:
-            for number, study in enumerate(self._studies(fields, folder), start=1):
+            for number, study in enumerate(self._studies(fields, folder, check), start=1):
                 for place, one in enumerate(study.series, start=1):
                     check()
                     found = self._embed_series(one, check)
@@ -328,7 +336,12 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(predictor: StudyPredictor, limits: Limits | None = None, hosts: Sequence[str] = LOCAL) -> Any:
+def create_app(
+    predictor: StudyPredictor,
+    limits: Limits | None = None,
+    hosts: Sequence[str] = LOCAL,
+    reader: IsolatedReader | None = None,
+) -> Any:
     """Makes the service: `/predict`, `/embed`, `/health`, and its description at `/docs` and `/openapi.json`.
 
     Args:
@@ -336,6 +349,7 @@ def create_app(predictor: StudyPredictor, limits: Limits | None = None, hosts: S
         limits: What a request may cost.
         hosts: Names that clients may call the server by; others are refused, so that web pages that a user visits
             cannot reach it by a name of their own. `["*"]` allows all.
+        reader: What decodes files in processes of their own; None to decode them in this one.
 
     Returns:
         A FastAPI application.
@@ -343,13 +357,16 @@ def create_app(predictor: StudyPredictor, limits: Limits | None = None, hosts: S
     Example:
         ```python
         import uvicorn
+        from medmoe_hf.inference.isolation import IsolatedReader
         from medmoe_hf.inference.serving import Limits, create_app
         from medmoe_hf.inference.studies import StudyPredictor
 
-        uvicorn.run(create_app(StudyPredictor("small"), Limits(megabytes=200)), access_log=False)
+        with IsolatedReader() as reader:
+            app = create_app(StudyPredictor("small"), Limits(megabytes=200), reader=reader)
+            uvicorn.run(app, access_log=False)
         ```
     """
-    service = _Service(predictor, limits or Limits())
+    service = _Service(predictor, limits or Limits(), reader)
     app = FastAPI(
         title="MedMoE",
         version=__version__,
@@ -381,7 +398,13 @@ def create_app(predictor: StudyPredictor, limits: Limits | None = None, hosts: S
     return app
 
 
-def serve(predictor: StudyPredictor, host: str = LOCAL[0], port: int = 8000, limits: Limits | None = None) -> None:
+def serve(
+    predictor: StudyPredictor,
+    host: str = LOCAL[0],
+    port: int = 8000,
+    limits: Limits | None = None,
+    reader: IsolatedReader | None = None,
+) -> None:
     """Serves a model until it is interrupted. Log messages hold no addresses, names of files or contents.
 
     Args:
@@ -389,10 +412,11 @@ def serve(predictor: StudyPredictor, host: str = LOCAL[0], port: int = 8000, lim
         host: Address to listen on. Whoever reaches it may use the server: there are no passwords.
         port: Port to listen on.
         limits: What a request may cost.
+        reader: As for `create_app`.
     """
     if host not in LOCAL:
         logger.warning("Whoever reaches %s may use the server: there is neither a password nor encryption.", host)
     warnings.simplefilter("ignore")  # readers of files quote headers in their warnings
     logger.info("http://%s:%d/docs describes the service; Ctrl-C ends it.", f"[{host}]" if ":" in host else host, port)
-    app = create_app(predictor, limits, LOCAL if host in LOCAL else ["*"])
+    app = create_app(predictor, limits, LOCAL if host in LOCAL else ["*"], reader)
     uvicorn.run(app, host=host, port=port, log_config=None, access_log=False, timeout_graceful_shutdown=10)

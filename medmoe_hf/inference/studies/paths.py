@@ -8,6 +8,7 @@ from medmoe_hf.errors import ArgumentError
 from medmoe_hf.inference.dicomweb.downloads import Downloads
 from medmoe_hf.inference.dicomweb.service import DownloadLimits
 from medmoe_hf.inference.encoders import MedMoEEncoder
+from medmoe_hf.inference.isolation import IsolatedReader
 from medmoe_hf.inference.studies.pooling import POOLINGS, Pooling
 from medmoe_hf.inference.studies.predictions import StudyPredictions
 from medmoe_hf.inference.studies.predictor import BATCH_SIZE, Question, StudyPredictor
@@ -29,6 +30,7 @@ def predict(
     device: str | None = None,
     progress: bool = True,
     limits: DownloadLimits | None = None,
+    isolate: bool = False,
 ) -> StudyPredictions:
     """Reads files, folders and DICOMweb addresses as studies, and predicts each study.
 
@@ -53,6 +55,7 @@ def predict(
         device: Device to run on; None selects a GPU if there is one.
         progress: Whether to show a progress bar.
         limits: What may be downloaded from addresses; by default 5000 files, 4096 MB and an hour.
+        isolate: Whether files are decoded in a process of its own, see `IsolatedReader`.
 
     Returns:
         The studies, in the order of reading: a list that also has `skipped`, the files of no study. Names and UIDs of
@@ -80,7 +83,8 @@ def predict(
         raise ArgumentError("There are no paths to read: name files, folders or addresses.")
     downloads = Downloads(listed, limits or DownloadLimits(), progress)
     try:
-        studies = read_studies(downloads.paths, plane=plane, window=window, on_skip=downloads.keep)
+        read = IsolatedReader().read_studies if isolate else read_studies
+        studies = read(downloads.paths, plane=plane, window=window, on_skip=downloads.keep)
         predictor = model if isinstance(model, StudyPredictor) else None
         if not isinstance(model, StudyPredictor):
             predictor = StudyPredictor(model, batch_size=batch_size, device=device)
