@@ -2,6 +2,7 @@
 
 import io
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -125,6 +126,15 @@ def test_auto_classes_load_a_folder_without_trusting_its_code(order, modules):
 def test_errors_that_a_user_can_fix_are_messages(error, message):
     with pytest.raises(SystemExit, match=f"medmoe train: .*{message}"), errors_of("train"):
         raise error
+
+
+def test_of_many_files_that_could_not_be_copied_one_is_named():
+    failed = [("a", "b", "[Errno 28] No space left on device: 'a' -> 'b'"), ("c", "d", "[Errno 28] ... 'c' -> 'd'")]
+    with pytest.raises(SystemExit) as caught, errors_of("calibrate"):
+        raise shutil.Error(failed)
+    assert str(caught.value) == (
+        "medmoe calibrate: [Errno 28] No space left on device: 'a' -> 'b' (and 1 other files)"
+    )
 
 
 @pytest.mark.parametrize(

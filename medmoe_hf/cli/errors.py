@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -38,4 +39,12 @@ def errors_of(command: str) -> Iterator[None]:
             raise
         close_bars()
         logger.debug("traceback of the error below", exc_info=True)
-        raise SystemExit(f"medmoe {command}: {error}") from error
+        raise SystemExit(f"medmoe {command}: {_told(error)}") from error
+
+
+def _told(error: Exception) -> str:
+    """The message; of many files that could not be copied, the first one's, since most are for the same reason."""
+    if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list) and error.args[0]:
+        failed = error.args[0]
+        return f"{failed[0][-1]}" + (f" (and {len(failed) - 1} other files)" if len(failed) > 1 else "")
+    return str(error)

@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from medmoe_hf.data.reading import Sample
 from medmoe_hf.data.stream import SampleStream
 from medmoe_hf.errors import ArgumentError, MissingPackageError
 
@@ -121,8 +122,14 @@ def find_overlap(first: Sequence[Any], second: Sequence[Any], distance: int = 4,
 
 def _read(sources: Sequence[Any], num_workers: int) -> tuple[list[_Seen], int]:
     stream = SampleStream(sources, shuffle=False, max_bad_fraction=1.0, num_workers=num_workers, prepare=_Hashes())
-    seen = [_Seen(f"{stream.names[sample['source']]}:{sample['key']}", *sample["image"]) for sample in stream]
+    seen = [_Seen(f"{stream.names[sample['source']]}:{_place(stream, sample)}", *sample["image"]) for sample in stream]
     return seen, stream.faults.bad
+
+
+def _place(stream: SampleStream, sample: Sample) -> str:
+    """The image's file or key; or the file that holds it and its row, from 1: no two images have the same name."""
+    held = sample["key"] == stream.shards[sample["source"]][sample["shard"]].name
+    return f"{sample['key']}, row {sample['row'] + 1}" if held else str(sample["key"])
 
 
 def _pairs(left: Iterable[_Seen], right: Iterable[_Seen], keys: Any) -> list[tuple[_Seen, _Seen]]:

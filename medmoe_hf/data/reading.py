@@ -181,7 +181,7 @@ class Reader(Dataset[Sample | Fault | Excluded]):
             "subject": subject,
             "label": label_of(row, source.label),
             "origin": label_of(row, "source"),
-            "key": _key(row, shard),
+            "key": _key(row, shard, source.image),
             "position": index.position,
         }
 
@@ -283,10 +283,11 @@ def _where(progress: _Progress, shard: Shard) -> tuple[str, str]:
     return (f"{shard.name}/{key}" if key is not None else shard.name), shard.name
 
 
-def _key(row: dict[str, Any], shard: Shard) -> str:
-    """Returns the name of a sample: its key in a tar, its image's path in a table, else its shard."""
+def _key(row: dict[str, Any], shard: Shard, image: str | None) -> str:
+    """Returns the name of a sample: its key in a tar, the path of its `image` in a table, else its shard."""
     if "__key__" in row:
         return f"{shard.name}/{row['__key__']}"
     named = row.get("id")
-    path = next((row[name] for name in IMAGE_FIELDS if isinstance(row.get(name), str)), None)
+    fields = IMAGE_FIELDS if image is None else (image, *IMAGE_FIELDS)
+    path = next((row[name] for name in fields if isinstance(row.get(name), str)), None)
     return str(path or named or shard.name)

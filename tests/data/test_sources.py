@@ -591,6 +591,26 @@ def test_overlap_finds_equal_and_similar_images(tmp_path):
     assert [line.split()[1] for line in lines if "/7.png" in line and "smaller.jpg" in line] == ["bits"]
 
 
+def test_overlap_names_the_images_of_tables(tmp_path):
+    import pyarrow.parquet
+
+    from medmoe_hf.data import phantom_sample
+    from medmoe_hf.data.overlap import find_overlap
+
+    for index in range(3):
+        phantom_sample(3, index, image_size=64)["image"].save(tmp_path / f"{index}.png")
+    (tmp_path / "table.csv").write_text("Scan,Words\n" + "".join(f"{index}.png,text {index}\n" for index in range(3)))
+    files = [(tmp_path / f"{index}.png").read_bytes() for index in range(3)]
+    pyarrow.parquet.write_table(pyarrow.table({"Scan": files, "Words": ["a", "b", "c"]}), tmp_path / "t.parquet")
+    kinds = {kind: f"- {{kind: {kind}, files: [{tmp_path}/{file}], image: Scan, caption: Words, name: n}}"
+             for kind, file in (("csv", "table.csv"), ("parquet", "t.parquet"))}  # fmt: skip
+    found = find_overlap(*(load_sources_of(text, tmp_path) for text in kinds.values()))
+    assert found.exact == [
+        (f"n:{tmp_path}/{index}.png", f"n:{tmp_path}/t.parquet, row {index + 1}") for index in range(3)
+    ]
+    assert "3 images of the second list are affected" in str(found)
+
+
 def test_overlap_equals_comparing_every_pair(tmp_path):
     """The lookup by pieces of hashes, compared with a loop over all pairs."""
     import imagehash
