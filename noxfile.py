@@ -104,6 +104,13 @@ def fuzz(session: nox.Session) -> None:
     session.run("python", "tests/fuzz/campaign.py", "--seconds", "6", "--out", fresh("fuzz"), *session.posargs)
 
 
+@nox.session
+def neighbours(session: nox.Session) -> None:
+    """Checkpoints in other libraries, also in those that no other session installs."""
+    prepare(session, "all,test,mteb,eva")
+    session.run("pytest", "-q", "-m", "slow or not slow", "tests/neighbours", *session.posargs)
+
+
 @nox.session(python=["3.10", "3.13"])
 def pythons(session: nox.Session) -> None:
     """The default suite under the oldest and the newest Python that are promised."""
