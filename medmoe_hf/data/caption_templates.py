@@ -3,6 +3,7 @@
 import random
 import re
 from collections.abc import Mapping, Sequence
+from string import Formatter
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -97,6 +98,8 @@ def check_template(template: str, key: str) -> None:
     """
     try:
         template_fields(template)
+        if any(re.search(r"\d{5}|\{", form or "") for _, _, form, _ in Formatter().parse(template)):
+            raise ValueError("a width is in braces, or above 9999")
     except ValueError as error:
         raise ValueError(f"`{key}`: {error}; write fields as `{{label}}`, braces as `{{{{`") from None
 
@@ -165,7 +168,7 @@ def fill_template(
         raise SampleError("empty caption", f"every field of the template is empty ({', '.join(names)})", min(names))
     try:
         return tidy(template.format(**values))
-    except (KeyError, IndexError, ValueError, AttributeError, TypeError):
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError, OverflowError, MemoryError):
         raise SampleError(
             "caption template does not fit", f"the row's values do not fit the template {template!r}"
         ) from None

@@ -7,6 +7,7 @@ MRI") are ignored. Only if no technique is named, words decide that are specific
 
 import re
 from collections.abc import Iterator
+from itertools import islice
 
 # Techniques other than the six modalities: if one is named, the modality is unknown, as for a tie.
 _OTHER = "other"
@@ -185,6 +186,9 @@ _EVIDENCE = tuple(
     ({modality: _any_of(words) for modality, words in table.items()}, re.compile("|".join(elsewhere), re.IGNORECASE))
     for table, elsewhere in ((_NAMED, _ANOTHER + _NOT_MADE), (_SHOWN, _ANOTHER))
 )
+# Of a sentence that mentions modalities very often or is very long: beyond what people write, and never slow.
+_MOST_MENTIONS = 50
+_REACH = 500  # characters before and after a mention
 _SENTENCE_END = re.compile(r"(?<=[.;!?])\s+|\n+")
 
 
@@ -217,7 +221,8 @@ def modality_from_text(text: str) -> str | None:
 
 
 def _marked(sentences: list[str], pattern: re.Pattern[str]) -> Iterator[str]:
-    """Yields each sentence once per match of `pattern`, with the match replaced by §."""
+    """Yields each sentence, or the part of a long one, once per match of `pattern`, with the match replaced by §."""
     for sentence in sentences:
-        for match in pattern.finditer(sentence):
-            yield f"{sentence[: match.start()]}§{sentence[match.end() :]}"
+        for match in islice(pattern.finditer(sentence), _MOST_MENTIONS):
+            start, end = match.span()
+            yield f"{sentence[max(0, start - _REACH) : start]}§{sentence[end : end + _REACH]}"

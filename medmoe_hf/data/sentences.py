@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 # between lines; at a bar, as in lists of questions. An answer stays with its question ("Is the heart large? A: No").
 _NOT_AFTER = r"(?<!\b\w[.])(?<!\b\d\d[.])(?<!\bDr[.])(?<!\bvs[.])"
 _BOUNDARY = re.compile(
-    rf"(?:(?<=[.!?]){_NOT_AFTER}|(?<=[.!?][\"')\]]))\s+(?!A:)|\s*\n\s*|\s*\|\s*",
+    # White space is tried from its beginning only, or long runs of it would take ages.
+    rf"(?:(?<=[.!?]){_NOT_AFTER}|(?<=[.!?][\"')\]]))\s+(?!A:)|(?<!\s)\s*[\n|]\s*|[\n|]\s*",
 )
 
 

@@ -351,7 +351,8 @@ class SampleStream:
             )
         else:
             chunks = ([reader[index] for index in chunk] for chunk in self._own_chunks())
-        before = self.faults.good
+        # Of a resumed epoch, only faulty samples may be left.
+        complete, before = self._next == self.rank, self.faults.good
         for chunk in _detect_dead_workers(chunks):
             for item in chunk:
                 if isinstance(item, dict):
@@ -364,7 +365,7 @@ class SampleStream:
                     self.record_fault(item)
                     self._check_faults()
         self._check_faults(at_end=True)
-        if self.faults.good == before and self.faults.bad:
+        if complete and self.faults.good == before and self.faults.bad:
             raise StreamError(f"No sample of the epoch could be read: {self.faults}")
         self.epoch += 1
         self._next = self.rank

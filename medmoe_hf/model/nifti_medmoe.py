@@ -105,8 +105,8 @@ class _Slices:
 
     def __init__(self, image: Any, name: str, plane: str | None) -> None:
         shape = (*image.shape[:3], 1, 1)[:3]
-        if 0 in image.shape:
-            raise MedicalImageError(f"{name} holds no voxels")
+        if min(image.shape, default=0) < 1:
+            raise MedicalImageError(f"{name} holds no voxels: its header states the shape {image.shape}")
         # For each stored axis the axis of the patient (0 right, 1 front, 2 head), and -1 where it is reversed.
         axes, signs = nibabel.io_orientation(image.affine).T
         if not np.isfinite(axes).all():

@@ -185,8 +185,16 @@ def _with_atheris(harness: Harness, guard: Guard, corpus: Path, seconds: int, se
     corpus.mkdir(parents=True, exist_ok=True)
     for content in harness.seeds():
         (corpus / hashlib.sha1(content).hexdigest()).write_bytes(content)
-    options = (f"-max_total_time={seconds}", f"-max_len={MAX_BYTES}", f"-seed={seed}", "-rss_limit_mb=0", "-timeout=0")
-    quiet = ("-print_final_stats=0", "-verbosity=0", "-detect_leaks=0", f"-artifact_prefix={corpus.parent}/native-")
+    options = (f"-max_total_time={seconds}", f"-max_len={MAX_BYTES}", f"-seed={seed}")
+    # Time and memory are measured by the guard and the parent process.
+    quiet = (
+        "-rss_limit_mb=0",
+        "-timeout=600",
+        "-print_final_stats=0",
+        "-verbosity=0",
+        "-detect_leaks=0",
+        f"-artifact_prefix={corpus.parent}/native-",
+    )
     atheris.Setup([sys.argv[0], *options, *quiet, str(corpus)], lambda data: guard.run(data) and None,
                   custom_mutator=mutate)  # fmt: skip
     atheris.Fuzz()
@@ -279,7 +287,7 @@ def run(name: str, seconds: float, out: Path, seed: int, own: bool = False) -> t
                     command, stdout=log, stderr=log, env={**os.environ, "MEDMOE_FUZZ_FOLDER": folder}
                 )
                 try:
-                    spent += _watch(process, page, out)
+                    spent += _watch(process, page, out, seconds - spent)
                 finally:
                     if process.poll() is None:
                         process.kill()
@@ -291,13 +299,17 @@ def run(name: str, seconds: float, out: Path, seed: int, own: bool = False) -> t
     return executions, len(kinds), spent
 
 
-def _watch(process: Any, page: Any, out: Path) -> float:
-    """Waits for a child; returns the seconds in which it fuzzed."""
+def _watch(process: Any, page: Any, out: Path, seconds: float) -> float:
+    """Waits for a child, which ends by itself after some seconds; returns those in which it fuzzed."""
     begun = None
     while process.poll() is None:
         time.sleep(0.2)
         if begun is None and page[25]:
             begun = time.monotonic()
+        if begun is not None and not page[24] and time.monotonic() > begun + seconds + 60:
+            process.kill()
+            process.wait()
+            raise SystemExit(f"the fuzzing does not end: see {out / 'log.txt'}")
         worked = _processor_time(process.pid) - int.from_bytes(page[32:40], "little") / 1e9
         waited = (time.monotonic_ns() - int.from_bytes(page[8:16], "little")) / 1e9
         if page[24] and max(worked, waited / _WAITING) > 2 * SECONDS_PER_EXECUTION:

@@ -1,5 +1,6 @@
 """Inputs that once were findings: each by the name of its harness, in the smallest form, with what went wrong."""
 
+import gzip
 import io
 import json
 import pickle
@@ -47,6 +48,22 @@ def _compressed_zeros() -> bytes:
     return file.getvalue()
 
 
+def _negative_nifti() -> bytes:
+    content = bytearray(seeds.nifti()[0])
+    struct.pack_into("<hhhh", content, 40, 3, 4, 5, -2)
+    return bytes(content)
+
+
+def million_slices() -> bytes:
+    """A compressed NIfTI-2 of four million slices of one voxel, in some four kilobytes."""
+    import nibabel
+
+    image = nibabel.Nifti2Image(np.zeros((1, 1, 2), np.uint8), np.eye(4))
+    content = bytearray(image.to_bytes())
+    struct.pack_into("<q", content, 16 + 3 * 8, 2**22)
+    return gzip.compress(bytes(content) + bytes(2**22), mtime=0)
+
+
 FINDINGS: list[tuple[str, str, bytes]] = [
     ("training", "an unknown key with a bracket: IndexError", b"'[e]': 2\noutput_dir: x\n"),
     ("task", "an unknown key with a bracket: IndexError", b'[{"name": "a", "prompts": {"x": ["X."]}, "n[": 1}]'),
@@ -65,6 +82,12 @@ FINDINGS: list[tuple[str, str, bytes]] = [
     ("identifiers", "a carriage return within a line: csv.Error", b"a [\r b"),
     ("picture", "a picture of NaN: ValueError of no class of ours", _float_picture(float("nan"))),
     ("picture", "a picture of infinity: ValueError of no class of ours", _float_picture(float("inf"))),
+    ("nifti", "minus two slices: an image of none", _negative_nifti()),
+    ("studies", "a volume of minus two slices", _negative_nifti()),
+    ("caption", "a sentence of mentions: time grows with the cube of its length", b"no x-ray " * 450),
+    ("caption", "a run of white space: time grows with the square of its length", b"a" + b" " * 4000 + b"b"),
+    ("caption", "the width of a field: a text of ten gigabytes", b"{x:>9999999999}"),
+    ("caption", "a width that a row states", b"{x:>{label}}"),
     ("checkpoint", "a frame beyond the address space: OverflowError", b"\x80\x04\x95" + b"\xff" * 8),
     ("checkpoint", "the number of an object, 2 ** 31: 32 GiB", _legacy(b"\x80\x02}r\xff\xff\xff\x7f.")),
     ("checkpoint", "the size of a bytearray: MemoryError", _legacy(b"cbuiltins\nbytearray\n(I99999999999\ntR.")),

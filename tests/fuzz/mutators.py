@@ -443,6 +443,8 @@ def nifti(content: bytes, rng: random.Random, maximum: int) -> bytes:
         for _ in range(rng.choice((1, 1, 2, 3))):
             code, at = rng.choice((*fields, *more) if first else second)
             at += struct.calcsize(f"<{code}") * rng.choice((0, 1, 2, 3, 4))
+            if at + struct.calcsize(f"<{code}") > len(data):
+                continue
             if code in "fd":
                 number: Any = rng.choice((0.0, 1.0, -1.0, math.nan, math.inf, 352.0, 1e-30, 1e30, 1e9))
             else:

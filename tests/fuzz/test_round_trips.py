@@ -15,7 +15,7 @@ import torch
 import yaml
 
 hypothesis = pytest.importorskip("hypothesis")
-from hypothesis import given, settings  # noqa: E402
+from hypothesis import Phase, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from medmoe_hf.data.shards import ParquetShard, TarShard  # noqa: E402
@@ -26,7 +26,9 @@ from medmoe_hf.training.config import TrainConfig  # noqa: E402
 
 
 def few(count):
-    return settings(derandomize=True, database=None, deadline=None, max_examples=count)
+    """A few examples, always the same ones; a failing one is not made smaller, which can take minutes."""
+    phases = (Phase.explicit, Phase.generate)
+    return settings(derandomize=True, database=None, deadline=None, max_examples=count, phases=phases)
 
 
 # No half of a surrogate pair, which no encoding writes.
@@ -204,14 +206,11 @@ def test_csv(tmp_path_factory, rows, delimiter, encoding):
     assert read_table(str(path), delimiter=delimiter, keep_faulty=True) == wanted
 
 
-@few(40)
-@given(
-    rows=st.lists(
-        st.dictionaries(TEXT, st.recursive(st.none() | TEXT | st.booleans() | st.integers() | NUMBER, st.lists)),
-        max_size=5,
-    ),
-    ascii_only=st.booleans(),
-)
+VALUES = st.none() | TEXT | st.booleans() | st.integers(-(10**12), 10**12) | NUMBER | st.lists(TEXT, max_size=2)
+
+
+@few(25)
+@given(rows=st.lists(st.dictionaries(TEXT, VALUES, max_size=3), max_size=4), ascii_only=st.booleans())
 def test_jsonl(tmp_path_factory, rows, ascii_only):
     path = Path(tmp_path_factory.mktemp("jsonl") / "a.jsonl")
     path.write_text("\n".join(json.dumps(row, ensure_ascii=ascii_only) for row in rows), "utf-8", newline="")

@@ -11,8 +11,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 import campaign
-from findings import FINDINGS
+import seeds
+from findings import FINDINGS, million_slices
 from harnesses import HARNESSES, Harness
+
+from medmoe_hf.data.modality_words import modality_from_text
+from medmoe_hf.data.sentences import sentence_spans
+from medmoe_hf.errors import MedicalImageError
+from medmoe_hf.model import read_studies, study_files_medmoe
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of libraries, about what is damaged
 # Executions that take about half a second, less where each of them is slow.
@@ -41,6 +47,37 @@ def test_a_few_hundred_inputs(name):
 def test_what_once_was_a_finding(name, what, content):
     assert len(content) < 4096
     campaign.Guard(HARNESSES[name]).run(content)
+
+
+def test_a_small_file_that_states_millions_of_slices(tmp_path):
+    content = million_slices()
+    assert len(content) < 8192
+    (tmp_path / "x.nii.gz").write_bytes(content)
+    with pytest.raises(MedicalImageError, match="at most 100000 are listed"):
+        read_studies(tmp_path)
+
+
+def test_texts_of_reports_are_read_in_linear_time():
+    """A text that is four times as long takes some four times as long; it was sixty times."""
+
+    def seconds(text):
+        started = time.process_time()
+        modality_from_text(text)
+        sentence_spans(text)
+        return time.process_time() - started
+
+    for text in ("no x-ray " * 2000, "compared with ct " * 1000, "a" + " " * 16_000 + "b"):
+        assert seconds(text) < 1
+
+
+def test_a_file_beyond_memory_is_left_out_alone(tmp_path, monkeypatch):
+    (tmp_path / "a.dcm").write_bytes(seeds.dicom()[0])
+
+    def reading(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(study_files_medmoe, "read_header", reading)
+    assert "more memory" in study_files_medmoe.read_file(str(tmp_path / "a.dcm"), 10**6)
 
 
 def test_a_checkpoint_leaves_functions_as_they_are():

@@ -26,6 +26,7 @@ _GAPS_NAMED = 5  # in notes
 _SPARSE = 10  # places of a grid for each slice; where there are more, a position is wrong
 _UNEVEN = 0.2  # greatest deviation of a position from an even grid, in steps
 _OPEN_FILES = 2  # headers of multi-frame files that are kept
+_MOST_SLICES = 100_000  # of a volume, of which a compressed file can state millions in a few kilobytes
 _MOST_INFLATED = 1032  # bytes that gzip makes of one
 _TO_RAS = np.array([-1.0, -1.0, 1.0])
 
@@ -545,6 +546,8 @@ def _volume(path: str, plane: str | None, volume: int | None, max_pixels: int, c
     count(nifti.count)
     if nifti.count > _MOST_INFLATED * os.path.getsize(path):
         raise MedicalImageError(f"{path!r} states more slices than it has bytes: it is damaged or cut off")
+    if nifti.count > _MOST_SLICES:
+        raise MedicalImageError(f"{path!r} states {nifti.count} slices, and at most {_MOST_SLICES} are listed")
     notes = []
     if nifti.volumes > 1:
         notes.append(f"volume {(volume or 0) + 1} of {nifti.volumes}; the others are not read")

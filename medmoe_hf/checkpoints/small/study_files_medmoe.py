@@ -87,6 +87,9 @@ _KEYWORDS = (
 )
 
 
+_MOST_FRAMES = 1_000_000
+
+
 @dataclass(frozen=True)
 class Skipped:
     """A file, or a slice, that is left out.
@@ -212,8 +215,10 @@ def read_file(path: str, max_pixels: int) -> Instance | list[str] | tuple[str, s
             raise MissingPackageError(missing_package("DICOM", "pydicom"))
         with no_quotes():
             return _dicom(path, max_pixels)
-    except (ImportError, MemoryError):
+    except ImportError:
         raise
+    except MemoryError:  # mostly a damaged length, which is reserved before it is read
+        return "it needs more memory than there is: damaged, or too large"
     except ImageError as error:
         return reason_of(error, path)
     except Exception as error:  # parsers raise many types, and their messages quote the header
@@ -264,6 +269,8 @@ def _dicom(path: str, max_pixels: int) -> Instance | list[str] | str:
     frames = max(int(first_number(header_numbers(header, "NumberOfFrames", 0)) or 1), 1)
     if frames > pixel_bytes:  # a list of so many frames might not fit into memory
         return "it states more frames than it has bytes: it is damaged or cut off"
+    if frames > _MOST_FRAMES:
+        return f"it states {frames} frames, and at most {_MOST_FRAMES} are listed"
     syntax = meta.get("TransferSyntaxUID")
     compression = 0
     if syntax and syntax.is_encapsulated:
@@ -300,10 +307,13 @@ def _number(header: Any, keyword: str) -> float:
 
 def _vectors(header: Any, keyword: str, length: int, frames: range) -> np.ndarray:
     result = np.full((len(frames), length), np.nan)
-    for frame in frames:
+    own = len(header.get("PerFrameFunctionalGroupsSequence") or ())
+    for frame in frames[: own + 1]:
         numbers = header_numbers(header, keyword, frame)
         if len(numbers) == length and np.isfinite(numbers).all():
             result[frame] = numbers
+    # The frames without groups of their own are all alike.
+    result[own + 1 :] = result[own : own + 1]
     return result
 
 
