@@ -258,14 +258,14 @@ def _installed(session: nox.Session, tool: str) -> list[str]:
 
 @nox.session
 def browser(session: nox.Session) -> None:
-    """The demo page in Chromium; gradio requires an older Pillow than the other sessions use."""
-    prepare(session, "dicom,demo,test")
+    """The demo page in Chromium, and its tools; gradio requires an older Pillow than the other sessions use."""
+    prepare(session, "dicom,mcp,test")
     if session.virtualenv.venv_backend != "none":
         session.install("playwright")
     if (SCRATCH / "model").is_dir():
         session.env["MEDMOE_MODEL"] = str(SCRATCH / "model")
     session.env["MEDMOE_SCREENSHOTS"] = str(fresh("screenshots"))
-    session.run("pytest", "-q", "tests/hub/test_space.py")
+    session.run("pytest", "-q", "tests/hub/test_space.py", "tests/neighbours/test_mcp.py")
     session.run("pytest", "-q", "-m", "slow", "tests/browser")
 
 

@@ -432,15 +432,26 @@ def demo(
     checkpoint: Annotated[str, typer.Argument(envvar="MEDMOE_MODEL", help="Folder or Hub id.")] = DEFAULT_MODEL,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 7860,
     isolate: Annotated[bool, typer.Option(help="Decode files in processes of their own, with limits.")] = True,
+    mcp: Annotated[
+        bool, typer.Option("--mcp", help="Also offer tools to assistants, by the Model Context Protocol.")
+    ] = False,
+    images: Annotated[Path, typer.Option(help="With --mcp: the folder whose pictures assistants may ask about.")] = (
+        Path()
+    ),
 ) -> None:
-    """Show a checkpoint in the browser. Its Python files are not run."""
+    """Show a checkpoint in the browser, and to assistants. Its Python files are not run."""
     logger.info("Loading the libraries ...")
     with errors_of("demo"):
         from medmoe_hf.common.packaged import packaged_folder
         from medmoe_hf.hub.space.app import launch
 
         try:
-            launch(packaged_folder(checkpoint), port, isolate)
+            extend = None
+            if mcp:
+                from medmoe_hf.hub.mcp_tools import offer
+
+                extend = offer(images)
+            launch(packaged_folder(checkpoint), port, isolate, extend)
         except ValueError as error:  # the page's code runs without this package, so it has no errors of ours
             raise ArgumentError(str(error)) from error
 

@@ -287,7 +287,7 @@ def test_nothing_is_kept_or_sent_elsewhere(checkpoint, monkeypatch, folder):
     app.launch(str(folder), 7861, isolate=False)
     assert seen["blocks"].analytics_enabled is False
     assert seen["blocks"].delete_cache == (60, 60)
-    assert (seen["share"], seen["server_port"]) == (False, 7861)
+    assert (seen["share"], seen["server_port"], seen["run_history"]) == (False, 7861, False)
     assert (seen["max_file_size"], seen["state_session_capacity"]) == ("200mb", 100)
     assert "http" not in json.dumps([str(font) for font in (*seen["theme"]._font, *seen["theme"]._font_mono)])
     assert "not a medical device" in texts_of(seen["blocks"])

@@ -177,9 +177,7 @@ class Checkpoint:
         self.modalities: list[str] = list(self.model.config.modalities.values())
         self.reports = [(modality, text) for modality, texts in TEXTS.items() for text in texts["reports"]]
         say(f"Encoding {len(self.reports)} reports to search in ...")
-        with torch.inference_mode():
-            embeds = self.model.get_text_features(**self._tokens([text for _, text in self.reports])).pooler_output
-        self.report_embeds = torch.nn.functional.normalize(embeds, dim=-1)
+        self.report_embeds = self.embed_texts([text for _, text in self.reports])
 
     def _tokens(self, texts: Sequence[str]) -> Any:
         return self.processor(text=list(texts), return_tensors="pt")
@@ -226,6 +224,19 @@ class Checkpoint:
         """The `modality` to pass to the model: usually the expert's name, as a report might select another expert."""
         mixes = wish == AUTOMATIC and self.model.config.vision_config.mixture == "soft"
         return None if mixes else self.expert(picture, wish)
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """Embeddings (N, D) of length 1."""
+        embeds = self.model.get_text_features(**self._tokens(texts)).pooler_output
+        return torch.nn.functional.normalize(embeds, dim=-1)
+
+    @torch.inference_mode()
+    def embed_picture(self, picture: Picture, wish: str) -> torch.Tensor:
+        """The embedding (1, D), of any length."""
+        features = self.model.get_image_features(picture.pixel_values, modality=self._modality(picture, wish))
+        embed: torch.Tensor = features.pooler_output
+        return embed
 
     @torch.inference_mode()
     def compare(self, picture: Picture, wish: str, labels: Sequence[str]) -> dict[str, float]:
@@ -634,7 +645,12 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def launch(name: str | None = None, port: int | None = None, isolate: bool = True) -> None:
+def launch(
+    name: str | None = None,
+    port: int | None = None,
+    isolate: bool = True,
+    extend: Callable[[gr.Blocks, Checkpoint], dict[str, Any]] | None = None,
+) -> None:
     """Serves a checkpoint until interrupted, on 127.0.0.1 unless GRADIO_SERVER_NAME is set.
 
     Args:
@@ -642,6 +658,7 @@ def launch(name: str | None = None, port: int | None = None, isolate: bool = Tru
             contains. Without all of them, the page explains what to specify.
         port: A port; `None` for the first free one from 7860.
         isolate: Whether files are decoded in processes of their own, with limits, where medmoe_hf is installed.
+        extend: Function that adds to the page of a checkpoint, and returns arguments of gradio's `launch`.
 
     Raises:
         OSError: If the checkpoint does not exist or cannot be reached, or if the port is in use.
@@ -650,7 +667,7 @@ def launch(name: str | None = None, port: int | None = None, isolate: bool = Tru
     if port is not None:
         check_port(port)
     name = name or os.environ.get("MEDMOE_MODEL") or packaged()
-    css = CSS
+    css, options = CSS, {}
     if name:
         reader = isolated_reader() if isolate else None  # which imports the libraries meanwhile
         load = study_loader()
@@ -661,6 +678,8 @@ def launch(name: str | None = None, port: int | None = None, isolate: bool = Tru
             css += STUDY_CSS
         say("Starting the page ...")
         blocks = build(checkpoint)
+        if extend is not None:
+            options = extend(blocks, checkpoint)
     else:
         with gr.Blocks(title="MedMoE", analytics_enabled=False) as blocks:
             gr.Markdown(NO_CHECKPOINT)
@@ -671,8 +690,10 @@ def launch(name: str | None = None, port: int | None = None, isolate: bool = Tru
         footer_links=[],
         max_file_size=MAX_FILE_SIZE,
         state_session_capacity=SESSIONS_KEPT,
+        run_history=False,  # which browsers keep
         theme=THEME,
         css=css,
+        **options,
     )
 
 
