@@ -3,6 +3,7 @@
 MEDMOE_MODEL names the checkpoint, by default an untrained one; MEDMOE_SCREENSHOTS a folder for screenshots.
 """
 
+import importlib.util
 import io
 import os
 import shutil
@@ -355,6 +356,8 @@ def test_the_command_shows_whole_studies(chromium, tmp_path):
     (tmp_path / "broken.zip").write_bytes(Path(archive).read_bytes()[:500])
     port = free_port()
     command = [sys.executable, "-m", "medmoe_hf.cli", "demo", str(model), "--port", str(port)]
+    if importlib.util.find_spec("mcp") is not None:  # the page is the same with the tools for assistants
+        command.append("--mcp")
     asked = []
     with running(command, port, tmp_path / "log", env=os.environ | {"TMPDIR": str(temporary)}):
         for width, size in ((1280, DESKTOP), (390, PHONE)):
