@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -73,13 +73,43 @@ def _run(protocol: str | None, models: list[str], recipe: str, data: Path, *, ou
 
 for _protocol, _help in {
     "zero-shot": "Classify images by text prompts.",
-    "linear-probe": "Train linear classifiers on frozen features of 1 %, 10 % and 100 % of the training split.",
     "retrieval": "Retrieve reports by image, and images by report.",
     "grounding": "Compare heatmaps of phrases with bounding boxes, and with heatmaps of a made-up word.",
     "routing": "Compare the routers' choices with the known modalities.",
     "all": "Run all protocols that the recipe supports.",
 }.items():
     app.command(_protocol, help=_help)(_evaluation_command(None if _protocol == "all" else _protocol))
+
+
+@app.command("linear-probe")
+def linear_probe_command(
+    recipe: Annotated[str, typer.Option(help=_Recipe)],
+    data: _Data,
+    output: _Output,
+    model: _Model = DEFAULT_MODEL,
+    compare: _Compare = None,
+    by: Annotated[
+        Literal["image", "case"],
+        typer.Option(help="What is classified: images, or cases (subjects), whose images' features are averaged."),
+    ] = "image",
+    resamples: _Resamples = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the bootstrap and of the training subsets.")] = 0,
+    batch_size: _BatchSize = 32,
+    force: _Force = False,
+) -> None:
+    """Train linear classifiers on frozen features of 1 %, 10 % and 100 % of the training split."""
+    _run(
+        "linear-probe",
+        [model, *(compare or [])],
+        recipe,
+        data,
+        output=output,
+        probe_by=by,
+        resamples=resamples,
+        seed=seed,
+        batch_size=batch_size,
+        force=force,
+    )
 
 
 @app.command("robustness")

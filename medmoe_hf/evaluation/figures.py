@@ -168,12 +168,13 @@ def draw_probes(results: Sequence[Result], path: Path) -> None:
         axis.set_ylim(0, 1.02)
         axis.tick_params(axis="y", labelsize=8)
         axis.grid(axis="y", linewidth=0.4, alpha=0.6)
-        axis.set_xlabel("training images", fontsize=8)
+        units = {result.facts.get("unit", "image") for result in results if result.dataset == dataset}
+        axis.set_xlabel(f"training {' and '.join(f'{unit}s' for unit in sorted(units))}", fontsize=8)
         axis.set_ylabel(metric_name(metric), fontsize=8)
         axis.set_title(dataset, fontsize=9)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), fontsize=8, frameon=False)
-    figure.suptitle("Linear probes: mean with 95 % interval over test images; dots are single draws", fontsize=10)
+    figure.suptitle("Linear probes: mean with 95 % interval over what is tested; dots are single draws", fontsize=10)
     _save(figure, path)
 
 

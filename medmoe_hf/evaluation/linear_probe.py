@@ -1,15 +1,16 @@
 """Linear probe: linear classifiers on the features of a frozen image tower, with few and with many images."""
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
 from medmoe_hf.common.console import progress
 from medmoe_hf.errors import ArgumentError, MissingPackageError
-from medmoe_hf.evaluation.dataset import EvaluationSet, test_split
+from medmoe_hf.evaluation.dataset import UNKNOWN_LABEL, EvaluationSet, test_split
 from medmoe_hf.evaluation.intervals import bootstrap
 from medmoe_hf.evaluation.metrics import classification_metrics, multilabel_metrics
 from medmoe_hf.evaluation.results import Result, common_facts, count_by_class, known_by_class
@@ -28,6 +29,8 @@ FRACTIONS = (0.01, 0.1, 1.0)
 SEEDS = 5
 STRENGTHS = tuple(10.0**power for power in range(-4, 3))
 """Values of C, the inverse of the penalty, from which the validation split selects."""
+Unit = Literal["image", "case"]
+"""What a probe classifies: single images, or cases, whose images' features are averaged."""
 _ITERATIONS = 2000
 _OWN_SPLITS = "no training split; split here by subject into a half for training, a fifth for validation and the rest"
 
@@ -40,6 +43,7 @@ def linear_probe(
     resamples: int = 1000,
     seed: int = 0,
     strengths: Sequence[float] = STRENGTHS,
+    by: Unit = "image",
 ) -> Result:
     """Fits logistic regression (L-BFGS) on cached features of the image tower, on parts of the training split.
 
@@ -54,6 +58,11 @@ def linear_probe(
     its own. `<features> <share>` has the means over findings and `<features> <share>, <finding>` the metrics of one;
     `facts["seeds"]` has the macro AUROC per seed.
 
+    By case, the features of all images of a subject (a patient or a study, as the recipe's `subject` says) are
+    averaged before anything is fitted; parts, C and intervals are over cases. A finding is present in a case if it is
+    in one of its images, else absent if it is in one of them. `facts["units"]` has the numbers of images and cases of
+    each split.
+
     Args:
         encoder: See `load_encoder`.
         data: A set with labels.
@@ -62,12 +71,14 @@ def linear_probe(
         resamples: Number of bootstrap resamples; subjects are resampled where they are known.
         seed: Seed of the bootstrap; the parts' seeds are `seed`, `seed + 1`, ...
         strengths: Values of C, the inverse of the penalty. With one value no validation split is needed.
+        by: Whether single images or whole cases are classified.
 
     Returns:
         The result, with protocol `linear-probe`.
 
     Raises:
-        ValueError: For a set without labels or one of the splits, or a class without training images.
+        ValueError: For a set without labels or one of the splits, or a class without training images. By case also for
+            a set without subjects, a case in two splits, or a case whose images are of different classes.
 
     Example:
         ```python
@@ -78,6 +89,8 @@ def linear_probe(
     """
     if data.labels is None:
         raise ArgumentError(f"{data.name}: a linear probe needs labels.")
+    if by not in get_args(Unit):
+        raise ArgumentError(f"`by` must be {' or '.join(get_args(Unit))}, got {by}.")
     split = None
     if data.splits is None or (data.splits == "test").all():
         data, split = own_splits(data, seed), _OWN_SPLITS
@@ -90,6 +103,15 @@ def linear_probe(
     for name, part in needed.items():
         if not len(part):
             raise ArgumentError(f"{data.name}: a linear probe needs a {name} split, and no image is in it.")
+    images = {"train": len(train), "validation": len(validation), "test": len(test)}
+    cases = [None, None, None] if by == "image" else _cases_of_splits(data, (train, validation, test))
+    train, validation, test = (
+        part if found is None else found.joined(part)
+        for part, found in zip((train, validation, test), cases, strict=True)
+    )
+    assert train.labels is not None
+    assert validation.labels is not None
+    assert test.labels is not None
     _check_classes(train.labels, validation.labels if len(strengths) > 1 else None, data)
     fit: Callable[..., _Fit] = _fit_findings if data.multi_label else _fit_classes
     counts = count_by_class(train.labels, data.classes)
@@ -97,7 +119,7 @@ def linear_probe(
         protocol="linear-probe",
         model=encoder.name,
         dataset=data.name,
-        count=len(test),
+        count=images["test"],
         metrics={},
         facts={
             **common_facts(encoder, data, seed, resamples),
@@ -105,6 +127,11 @@ def linear_probe(
             **({"known_by_class": known_by_class(test.labels, data.classes)} if data.multi_label else {}),
             "train_count_by_class": counts,
             "validation_count": len(validation),
+            "unit": by,
+            "units": {
+                name: {"images": images[name], **({"cases": len(part)} if by == "case" else {})}
+                for name, part in (("train", train), ("validation", validation), ("test", test))
+            },
             "split": split,
             "seeds": {},
             "seed_metric": "macro_auroc" if data.multi_label else "accuracy",
@@ -113,7 +140,7 @@ def linear_probe(
         },
     )
     # Once for the three splits: the tower is frozen.
-    features = [encoder.features(part.images) if len(part) else None for part in (train, validation, test)]
+    features = [_features(encoder, part, found) for part, found in zip((train, validation, test), cases, strict=True)]
     assert features[0] is not None
     draw = multilabel_part if data.multi_label else stratified_part
     parts = {
@@ -124,7 +151,7 @@ def linear_probe(
     result.facts["trained_on"] = {f"{fraction:.0%}": len(rows[0]) for fraction, rows in parts.items()}
     bar = progress(None, "linear probes", unit="probe", total=len(features[0]) * sum(map(len, parts.values())))
     for kind in features[0]:
-        columns = [np.empty((0, 0)) if of_split is None else of_split[kind].double().numpy() for of_split in features]
+        columns = [np.empty((0, 0)) if of_split is None else of_split[kind] for of_split in features]
         # In a small split 1 % and 10 % are the same images.
         fitted: dict[bytes, _Fit] = {}
         for fraction in fractions:
@@ -152,6 +179,88 @@ def linear_probe(
             result.facts["not_converged"] += sum(not run.converged for run in runs)
     bar.close()
     return result
+
+
+class Cases(NamedTuple):
+    """The cases of the images of a split.
+
+    Attributes:
+        names: S names, in the order in which they occur.
+        numbers: (N,) number of each image's case.
+        labels: (S,), or (S, C) for findings.
+    """
+
+    names: list[str]
+    numbers: np.ndarray
+    labels: np.ndarray
+
+    def joined(self, part: EvaluationSet) -> EvaluationSet:
+        """The split with one row per case; `images` holds lists of the cases' images."""
+        rows: list[list[Any]] = [[] for _ in self.names]
+        for image, number in zip(part.images, self.numbers.tolist(), strict=True):
+            rows[number].append(image)
+        return EvaluationSet(part.name, rows, labels=self.labels, classes=part.classes)
+
+    def mean(self, features: np.ndarray) -> np.ndarray:
+        """Averages features (N, F) over the images of each case: (S, F)."""
+        total = np.zeros((len(self.names), features.shape[1]))
+        np.add.at(total, self.numbers, features)
+        averaged: np.ndarray = total / np.bincount(self.numbers)[:, None]
+        return averaged
+
+
+def cases_of(part: EvaluationSet) -> Cases:
+    """Groups the images of a split by subject.
+
+    Args:
+        part: Images with labels and subjects.
+
+    Returns:
+        Their cases. A finding is present in a case if it is in one of its images, else absent if it is in one of them,
+        else unknown.
+
+    Raises:
+        ValueError: If the images of a case are of different classes.
+    """
+    assert part.labels is not None
+    assert part.subjects is not None
+    known: dict[str, int] = {}
+    numbers = np.array([known.setdefault(subject, len(known)) for subject in part.subjects], dtype=np.int64)
+    shape = (len(known), *part.labels.shape[1:])
+    highest, lowest = np.full(shape, UNKNOWN_LABEL), np.full(shape, np.iinfo(np.int64).max)
+    # Present (1) is above absent (0), which is above unknown (-100).
+    np.maximum.at(highest, numbers, part.labels)
+    np.minimum.at(lowest, numbers, part.labels)
+    if not part.multi_label and (mixed := np.flatnonzero(highest != lowest)).size:
+        classes = [part.classes[label] for label in np.unique(part.labels[numbers == mixed[0]])]
+        raise ArgumentError(
+            f"{part.name}: the images of {len(mixed)} of {len(known)} cases are of different classes, such as "
+            f"{' and '.join(classes)}; probe it by image."
+        )
+    return Cases(list(known), numbers, highest)
+
+
+def _cases_of_splits(data: EvaluationSet, parts: Sequence[EvaluationSet]) -> list[Cases]:
+    """The cases of each split, which must not share any."""
+    if data.subjects is None:
+        raise ArgumentError(f"{data.name}: a probe by case needs subjects; state `subject` in the recipe's layout.")
+    found = [cases_of(part) for part in parts]
+    twice = sum(count > 1 for count in Counter(name for cases in found for name in cases.names).values())
+    if twice:
+        raise ArgumentError(f"{data.name}: {twice} cases have images in several splits; a probe by case needs one.")
+    return found
+
+
+def _features(encoder: Encoder, part: EvaluationSet, cases: Cases | None) -> dict[str, np.ndarray] | None:
+    """Features of a split by kind, float64: a row per image, or the mean of each case. None for an empty split."""
+    if not len(part):
+        return None
+    if cases is None:
+        return {kind: values.double().numpy() for kind, values in encoder.features(part.images).items()}
+    flat = [image for own in part.images for image in own]
+    # `part` lists images by case.
+    ordered = cases._replace(numbers=np.repeat(np.arange(len(part)), [len(own) for own in part.images]))
+    return {kind: ordered.mean(values.double().numpy()) for kind, values in encoder.features(flat).items()}
 
 
 def _check_classes(train: np.ndarray, validation: np.ndarray | None, data: EvaluationSet) -> None:

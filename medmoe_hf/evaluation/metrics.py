@@ -15,6 +15,10 @@ from torch import Tensor
 from medmoe_hf.errors import ArgumentError
 
 CALIBRATION_BINS = 15
+CHEXPERT_FINDINGS = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
+"""The findings of CheXpert's competition, over whose AUROC models are compared."""
+CHEXPERT_METRIC = "chexpert5_auroc"
+_SAME_FINDING = {"effusion": "pleural effusion", "oedema": "edema"}
 _UNKNOWN = -100  # as in the losses
 
 
@@ -251,6 +255,28 @@ def classification_metrics(scores: ArrayLike, labels: ArrayLike) -> dict[str, fl
     return result | {name: float(np.mean(values)) for name, values in zip(names[1:], means, strict=True)}
 
 
+def chexpert_findings(names: Sequence[str]) -> list[str]:
+    """Finds the five findings of CheXpert's competition among the findings of a set.
+
+    Args:
+        names: Names of findings. Case and underscores do not matter; `effusion`, as in ChestX-ray14, is the pleural
+            one.
+
+    Returns:
+        The five names as they are in `names`, in the order of `CHEXPERT_FINDINGS`; empty unless all are there.
+
+    Example:
+        >>> chexpert_findings(["edema", "Effusion", "mass", "atelectasis", "Cardiomegaly", "consolidation"])
+        ['atelectasis', 'Cardiomegaly', 'consolidation', 'edema', 'Effusion']
+    """
+    known = {}
+    for name in names:
+        plain = " ".join(name.replace("_", " ").casefold().split())
+        known[_SAME_FINDING.get(plain, plain)] = name
+    found = [known.get(finding.casefold()) for finding in CHEXPERT_FINDINGS]
+    return [name for name in found if name is not None] if None not in found else []
+
+
 def multilabel_metrics(scores: ArrayLike, labels: ArrayLike, names: Sequence[str]) -> dict[str, float]:
     """Computes AUROC and average precision per finding, and their means over findings.
 
@@ -263,6 +289,8 @@ def multilabel_metrics(scores: ArrayLike, labels: ArrayLike, names: Sequence[str
         `<name>/auroc` and `<name>/average_precision` per finding, 0..1, over the rows where it is known; NaN unless
         the finding is present in one of them and absent in another, or if a score is NaN. `macro_auroc` and
         `macro_average_precision`, their means over the findings for which they are defined; NaN if there are none.
+        `chexpert5_auroc`, the mean AUROC of CheXpert's five competition findings, if all of them are among `names`;
+        NaN unless all five are defined.
 
     Raises:
         ValueError: If the shapes do not match, or a label is none of 1, 0 and -100.
@@ -290,6 +318,8 @@ def multilabel_metrics(scores: ArrayLike, labels: ArrayLike, names: Sequence[str
         values = [result[f"{name}/{metric}"] for name in names]
         known_values = [value for value in values if not np.isnan(value)]
         result[f"macro_{metric}"] = float(np.mean(known_values)) if known_values else float("nan")
+    if five := chexpert_findings(names):
+        result[CHEXPERT_METRIC] = float(np.mean([result[f"{name}/auroc"] for name in five]))
     return result
 
 

@@ -14,7 +14,7 @@ from medmoe_hf.evaluation.figures import draw_confusions, draw_heatmaps, draw_pr
 from medmoe_hf.evaluation.intervals import Interval
 from medmoe_hf.evaluation.results import DETAIL, Result, metric_name
 
-_QUOTED_OF_FINDINGS = ("macro_average_precision", "auroc", "average_precision")
+_QUOTED_OF_FINDINGS = ("macro_average_precision", "chexpert5_auroc", "auroc", "average_precision")
 _QUOTED = {
     "zero-shot": ("accuracy", "macro_auroc", "routing_accuracy"),
     "linear-probe": ("accuracy", "macro_auroc"),
@@ -46,6 +46,8 @@ def to_markdown(results: Sequence[Result]) -> str:
         "In brackets: 95 % bootstrap intervals. They hold for images like these, and say nothing about other "
         "scanners, hospitals or people.",
     ]
+    for warning in _overlap_warnings(results):
+        lines += ["", f"**Warning:** {warning}"]
     for protocol in dict.fromkeys(result.protocol for result in results):
         chosen = [result for result in results if result.protocol == protocol]
         names = list(dict.fromkeys(key.rsplit("/", 1)[1] for result in chosen for key in result.metrics))
@@ -94,12 +96,27 @@ def summary(results: Sequence[Result]) -> str:
                 rows.append([result.dataset, *model, variant, _counted(result, metrics), *cells])
         notes = "".join(f"\n{note}" for note in _notes(chosen, brief=True))
         parts.append(f"{protocol}\n\n{text_table(rows)}\n{notes}".rstrip())
+    parts += [f"warning: {warning}" for warning in _overlap_warnings(results)]
     return "\n\n".join(parts)
 
 
+def _overlap_warnings(results: Sequence[Result]) -> list[str]:
+    """Public sets of the data that published models were trained on, a sentence per set of results."""
+    titles: dict[tuple[str, ...], dict[str, None]] = {}
+    for result in results:
+        if seen := result.facts.get("trained_on_by"):
+            titles.setdefault(tuple(seen), {})[result.facts.get("title", result.dataset)] = None
+    return [
+        f"{', '.join(names)}: {' '.join(seen)} A model that was trained on them may have seen these images."
+        for seen, names in titles.items()
+    ]
+
+
 def _counted(result: Result, metrics: Mapping[str, Interval]) -> str:
-    """Number of images of a variant, and of subjects if these are fewer."""
+    """Number of images of a variant, and of subjects or cases if these are fewer."""
     images = max(result.rows_of(interval) for interval in metrics.values())
+    if result.facts.get("unit") == "case":
+        return f"{images} cases ({result.count} images)"
     units = min(interval.n for interval in metrics.values())
     return str(images) if units >= images else f"{images} ({units} subjects)"
 
@@ -169,8 +186,8 @@ def _spread_of_draws(result: Result) -> str:
         f"{variant} {np.std(values, ddof=1):.3f}" for variant, values in facts["seeds"].items() if len(values) > 1
     )
     return (
-        f"{result.dataset}, {result.model}: means over {seeds} draws of the training images; standard deviation of "
-        f"the {metric} over draws: {spread}. {facts['not_converged']} fits did not converge."
+        f"{result.dataset}, {result.model}: means over {seeds} draws of the training {facts.get('unit', 'image')}s; "
+        f"standard deviation of the {metric} over draws: {spread}. {facts['not_converged']} fits did not converge."
     )
 
 
@@ -216,12 +233,22 @@ def _not_always_defined(results: Sequence[Result]) -> list[str]:
     ]
 
 
+def _size(result: Result) -> str:
+    """Number of test images; of a probe by case also of cases, by split."""
+    facts = result.facts
+    if facts.get("unit") != "case":
+        return f"N = {result.count}"
+    return "cases with averaged features, " + ", ".join(
+        f"{split} {units['cases']} of {units['images']} images" for split, units in facts["units"].items()
+    )
+
+
 def _data_lines(result: Result) -> list[str]:
     facts, lines = result.facts, []
     if "count_by_class" in facts:
         known = {name: f" of {count}" for name, count in facts.get("known_by_class", {}).items()}
         counts = ", ".join(f"{name} {count}{known.get(name, '')}" for name, count in facts["count_by_class"].items())
-        lines.append(f"- {result.protocol}, {result.dataset}: N = {result.count}: {counts}")
+        lines.append(f"- {result.protocol}, {result.dataset}: {_size(result)}: {counts}")
     if facts.get("split"):
         lines.append(f"- {result.protocol}, {result.dataset}: {facts['split']}")
     title = facts.get("title", result.dataset)

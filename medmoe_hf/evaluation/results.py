@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult
 
 from medmoe_hf.evaluation.dataset import EvaluationSet
 from medmoe_hf.evaluation.intervals import Interval, bootstrap
-from medmoe_hf.evaluation.metrics import calibration, classification_metrics, multilabel_metrics
+from medmoe_hf.evaluation.metrics import CHEXPERT_METRIC, calibration, classification_metrics, multilabel_metrics
 from medmoe_hf.inference.batching import short_hash
 from medmoe_hf.inference.encoders import Encoder
 
@@ -36,6 +36,7 @@ _TASKS = {
 _METRIC_TYPES = {
     "auroc": "roc_auc",
     "macro_auroc": "roc_auc",
+    CHEXPERT_METRIC: "roc_auc",
     "macro_f1": "f1",
     "macro_average_precision": "average_precision",
 }
@@ -86,7 +87,7 @@ class Result:
             robustness, paraphrases, negation, text-only, subgroups, comparison.
         model: Name of the model.
         dataset: Name of the set.
-        count: Number of images.
+        count: Number of images, also where `facts["unit"]` is `case` and intervals are over cases.
         metrics: `<variant>/<metric>`, such as `global/accuracy`, to its value and interval. The variant is the score,
             features or router.
         facts: What a reader needs to judge or repeat the evaluation: counts by class, hashes of prompts and
@@ -179,7 +180,8 @@ class Result:
         runs = scores if scores.ndim == 3 else scores[:, None]
         resamples, seed = self.facts["resamples"], self.facts["seed"]
         measured = bootstrap(metric, runs, labels, groups=subjects, resamples=resamples, seed=seed)
-        self.add(variant, {name: interval for name, interval in measured.items() if name.startswith("macro_")})
+        means = {name: one for name, one in measured.items() if name.startswith("macro_") or name == CHEXPERT_METRIC}
+        self.add(variant, means)
         for index, name in enumerate(classes):
             rows = np.flatnonzero(labels[:, index] >= 0)
             units = len(rows) if subjects is None else len({subjects[row] for row in rows})
@@ -274,10 +276,11 @@ class Result:
             data = ModelCardData(model_name="medmoe", eval_results=result.to_eval_results())
             ```
         """
+        by_case = self.facts.get("unit") == "case"
         return [
             EvalResult(
                 task_type=_TASKS[self.protocol],
-                task_name=f"{self.protocol} ({variant})",
+                task_name=f"{self.protocol} ({variant}{', by case' if by_case else ''})",
                 dataset_type=self.dataset,
                 dataset_name=self.facts.get("title", self.dataset),
                 metric_type=_METRIC_TYPES.get(metric, metric),
@@ -285,7 +288,8 @@ class Result:
                 metric_value=round(interval.value, 4),
                 metric_args={
                     "variant": variant,
-                    "images": self.rows_of(interval),
+                    **({"cases": self.rows_of(interval)} if by_case else {}),
+                    "images": self.count if by_case else self.rows_of(interval),
                     **{
                         f"{end}_95": round(value, 4)
                         for end, value in (("low", interval.low), ("high", interval.high))
@@ -395,6 +399,7 @@ def metric_name(metric: str) -> str:
 _NAMES = {
     "auroc": "AUROC",
     "macro_auroc": "macro AUROC",
+    CHEXPERT_METRIC: "AUROC of CheXpert's five",
     "macro_f1": "macro F1",
     "ece": "ECE",
     "brier": "Brier",

@@ -10,7 +10,7 @@ from medmoe_hf.errors import ArgumentError
 from medmoe_hf.evaluation.clip_benchmark_results import write_clip_benchmark
 from medmoe_hf.evaluation.dataset import EvaluationSet, joined, test_split
 from medmoe_hf.evaluation.grounding import grounding
-from medmoe_hf.evaluation.linear_probe import linear_probe
+from medmoe_hf.evaluation.linear_probe import Unit, linear_probe
 from medmoe_hf.evaluation.medmnist_results import standard_results
 from medmoe_hf.evaluation.recipes import (
     ClipBenchmarkLayout,
@@ -54,6 +54,7 @@ def evaluate(
     report: Callable[[str], Any] = print,
     groups: Sequence[str] = (),
     robustness_settings: Mapping[str, Any] | None = None,
+    probe_by: Unit = "image",
 ) -> list[Result]:
     """Runs the protocols of a recipe on your copy of its data.
 
@@ -74,6 +75,7 @@ def evaluate(
             routers.
         groups: Columns of the recipe's table whose groups `robustness` compares, beside those of the recipe.
         robustness_settings: Arguments of `robustness`, such as `severities`; None for the defaults.
+        probe_by: `by` of `linear_probe`: `image`, or `case` for the averaged features of each subject.
 
     Returns:
         A result per model, protocol and set; of `robustness` one per part, and for each model but the first one with
@@ -106,7 +108,8 @@ def evaluate(
             if protocol in _MEDMOE_ONLY and not isinstance(encoder, MedMoEEncoder):
                 report(f"{protocol} of {encoder.name} is left out: only a MedMoE has it.")
                 continue
-            settings = (robustness_settings or {}) if protocol == "robustness" else {}
+            own = {"robustness": robustness_settings or {}, "linear-probe": {"by": probe_by}}
+            settings = own.get(protocol, {})
             run = partial(PROTOCOLS[protocol], encoder, resamples=resamples, seed=seed, **settings)
             for data in _sets_for(protocol, sets, read.name):
                 try:

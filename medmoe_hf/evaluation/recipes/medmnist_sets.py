@@ -40,6 +40,13 @@ _SOURCES = {
     "organcmnist": "LiTS",
     "organsmnist": "LiTS",
 }
+# The names of these sets in `training_sets.yaml`, where they are not the same.
+_PUBLIC_SETS = {
+    "chestmnist": "NIH ChestX-ray14",
+    "octmnist": "Kermany OCT",
+    "pneumoniamnist": "Kermany chest X-rays",
+    "breastmnist": "BUSI",
+}
 # Labels that are no words of a sentence.
 _WORDS = {"pleural": "pleural thickening"}
 
@@ -115,6 +122,7 @@ def medmnist_content(name: str) -> dict[str, Any]:
         "source": "https://zenodo.org/records/11471504" if corrupted else info[_url(size)].partition("/files/")[0],
         "license": info["license"],
         "overlaps": [f"Its images are from {_SOURCES[flag]}." if flag in _SOURCES else "None known."],
+        "public_sets": [_PUBLIC_SETS.get(flag, _SOURCES[flag])] if flag in _SOURCES else [],
         "notes": "Subjects are not known, and intervals may be too narrow.",
     }
     if corrupted and not begin:

@@ -23,6 +23,7 @@ from medmoe_hf.evaluation.recipes.schema import (
     TableLayout,
 )
 from medmoe_hf.evaluation.recipes.tables import read_tables
+from medmoe_hf.evaluation.training_sets import overlaps_of
 from medmoe_hf.model.modalities_medmoe import MODALITIES
 
 WARNING = "warning: "
@@ -154,6 +155,7 @@ def _set_of(
         labels = np.array(findings, dtype=np.int64).reshape(len(rows), len(classes))
     elif names is not None:
         labels = np.array([classes.index(name) for name in names], dtype=np.int64)
+    seen = overlaps_of(recipe.public_sets)
     return EvaluationSet(
         name=name,
         images=[row.image for row in rows],
@@ -171,7 +173,7 @@ def _set_of(
         boxes=column([row.boxes for row in rows]),
         phrases=column([row.phrase for row in rows]),
         references=[recipe.references] * len(rows) if recipe.references else None,
-        facts=recipe.model_dump(include=_FACTS),
+        facts=recipe.model_dump(include=_FACTS) | ({"trained_on_by": seen} if seen else {}),
     )
 
 

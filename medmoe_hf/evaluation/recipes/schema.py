@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from medmoe_hf.common.yaml_files import explain, read_yaml
 from medmoe_hf.errors import RecipeError
 from medmoe_hf.evaluation.dataset import Split
+from medmoe_hf.evaluation.metrics import CHEXPERT_FINDINGS, CHEXPERT_METRIC, chexpert_findings
 from medmoe_hf.evaluation.recipes.medmnist_sets import is_medmnist, medmnist_content
 from medmoe_hf.model.modalities_medmoe import MODALITIES, modality_id
 
@@ -20,6 +21,7 @@ Metric = Literal[
     "accuracy",
     "macro_auroc",
     "macro_average_precision",
+    "chexpert5_auroc",
     "image_to_text_r1",
     "text_to_image_r1",
     "contrast_to_noise",
@@ -230,6 +232,8 @@ class Recipe(BaseModel):
         source: Where the data come from.
         license: Terms of use of the data.
         overlaps: What the set shares with common training data of such models.
+        public_sets: Names of the public sets that the images are from, such as `CheXpert (validation part)`. Results
+            warn of those in the training data of published models (`training_sets.yaml`).
         notes: What a reader of the numbers must know.
 
     Example:
@@ -257,6 +261,7 @@ class Recipe(BaseModel):
     source: str
     license: str
     overlaps: list[str]
+    public_sets: list[str] = []
     notes: str = ""
 
     @model_validator(mode="before")
@@ -304,6 +309,10 @@ class Recipe(BaseModel):
                 raise ValueError(f"`{key}` goes with `tasks` of zero-shot or robustness")
         if self.negative_prompts and not multi:
             raise ValueError("`negative_prompts` go with `labels: multi` only")
+        if self.metric == CHEXPERT_METRIC and not (multi and chexpert_findings(self.classes)):
+            raise ValueError(
+                f"`metric: {CHEXPERT_METRIC}` needs `labels: multi` and {', '.join(CHEXPERT_FINDINGS)} in `classes`"
+            )
         if self.metric == "accuracy" and multi:
             raise ValueError("`metric` must be macro_auroc or macro_average_precision with `labels: multi`")
         if self.layout.kind == "clip_benchmark" and (self.classes or self.prompts):
