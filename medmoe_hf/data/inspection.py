@@ -3,6 +3,7 @@
 import csv
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import islice
@@ -257,7 +258,8 @@ def _read_some(source: Any, name: str, count: int, seed: int) -> tuple[SourceRep
             if report.selected is not None:
                 report.selected += len(rows)
             if source.caption_fields and len(peeked) < _MAX_PEEKED:
-                peeked += shard.peek(rows[: _MAX_PEEKED - len(peeked)], set(source.caption_fields))
+                with suppress(ShardError, OSError):  # counted as a fault by the stream
+                    peeked += shard.peek(rows[: _MAX_PEEKED - len(peeked)], set(source.caption_fields))
     if peeked:
         report.templates = caption_lines(source, peeked, seed)
     if peeked and report.counted == report.shards and len(peeked) < _MAX_PEEKED:

@@ -7,7 +7,8 @@
 import os
 import tarfile
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from functools import lru_cache
 from itertools import groupby
@@ -204,17 +205,26 @@ class ParquetShard:
 
     def __len__(self) -> int:
         if self._starts is None:
-            try:
+            with self._explained():
                 metadata = pyarrow.parquet.ParquetFile(self.name).metadata
-            except FileNotFoundError:
-                raise ShardError("missing shard", f"{self.name} does not exist.") from None
-            except (OSError, pyarrow.ArrowException) as error:
-                cause = "empty shard" if Path(self.name).stat().st_size == 0 else "unreadable shard"
-                raise ShardError(cause, f"{self.name} is not a parquet file: {error}") from error
-            self._starts = [0]
-            for group in range(metadata.num_row_groups):
-                self._starts.append(self._starts[-1] + metadata.row_group(group).num_rows)
+                starts = [0]
+                for group in range(metadata.num_row_groups):
+                    starts.append(starts[-1] + metadata.row_group(group).num_rows)
+                if min(starts) < 0 or starts != sorted(starts):
+                    raise ValueError("it states a negative number of rows")
+            self._starts = starts
         return self._starts[-1]
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turns what pyarrow raises at a damaged file, some of it about its text, into a `ShardError`."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise ShardError("missing shard", f"{self.name} does not exist.") from None
+        except (OSError, ValueError, MemoryError, pyarrow.ArrowException) as error:
+            cause = "empty shard" if Path(self.name).stat().st_size == 0 else "unreadable shard"
+            raise ShardError(cause, f"{self.name} is not a parquet file, or damaged: {error}") from error
 
     def locate(self, row: int) -> Any:
         len(self)
@@ -232,7 +242,8 @@ class ParquetShard:
 
     def fields(self) -> list[str]:
         len(self)
-        names: list[str] = pyarrow.parquet.ParquetFile(self.name).schema_arrow.names
+        with self._explained():
+            names: list[str] = pyarrow.parquet.ParquetFile(self.name).schema_arrow.names
         return names
 
     def peek(self, rows: Sequence[int], names: Collection[str]) -> list[dict[str, Any]]:
@@ -241,12 +252,13 @@ class ParquetShard:
         for number, row in enumerate(rows):
             group, inside = self.locate(row)
             by_group.setdefault(group, []).append((number, inside))
-        file = pyarrow.parquet.ParquetFile(self.name)
-        present = [name for name in file.schema_arrow.names if name in names]
-        for group, wanted in by_group.items() if present else ():
-            table = file.read_row_group(group, columns=present).take([inside for _, inside in wanted])
-            for (number, _), sample in zip(wanted, table.to_pylist(), strict=True):
-                samples[number] = sample
+        with self._explained():
+            file = pyarrow.parquet.ParquetFile(self.name)
+            present = [name for name in file.schema_arrow.names if name in names]
+            for group, wanted in by_group.items() if present else ():
+                table = file.read_row_group(group, columns=present).take([inside for _, inside in wanted])
+                for (number, _), sample in zip(wanted, table.to_pylist(), strict=True):
+                    samples[number] = sample
         return samples
 
     def __getstate__(self) -> dict[str, Any]:

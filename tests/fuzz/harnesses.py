@@ -187,6 +187,7 @@ def parquet(content: bytes) -> None:
 
     path = _written("x.parquet", content)
     shard = ParquetShard(path)
+    shard.peek(range(min(len(shard), 3)), shard.fields()[:3])
     _read_samples(_source(kind="parquet", files=[path]), shard, len(shard))
 
 
