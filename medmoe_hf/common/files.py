@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -46,7 +47,8 @@ def atomic_dir(target: str | Path, force: bool = False) -> Iterator[Path]:
         force: Replace an existing folder. It is moved aside until the new one is in place.
 
     Raises:
-        PathExistsError: If `target` exists and `force` is False, before anything is written.
+        PathExistsError: If `target` exists and `force` is False, before anything is written; or if another process
+            has created it meanwhile: the new folder then gets the name that the message says, beside it.
 
     Example:
         ```python
@@ -65,6 +67,12 @@ def atomic_dir(target: str | Path, force: bool = False) -> Iterator[Path]:
         if not target.exists():
             os.rename(partial, target)
             return
+        if not force:
+            beside = _free_name(target)
+            os.rename(partial, beside)
+            raise PathExistsError(
+                f"{target} was created by something else meanwhile; what belongs there is in {beside}."
+            )
         old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
         os.rename(target, old / target.name)
         try:
@@ -77,6 +85,12 @@ def atomic_dir(target: str | Path, force: bool = False) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _free_name(target: Path) -> Path:
+    return next(
+        path for number in count(2) if not os.path.lexists(path := target.with_name(f"{target.name}-{number}"))
+    )
 
 
 def check_output(out: str | Path, force: bool, made: str, inputs: Iterable[str | Path] = ()) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from medmoe_hf.common.files import atomic_write, check_output
+from medmoe_hf.common.files import atomic_dir, atomic_write, check_output
 from medmoe_hf.errors import ArgumentError, PathExistsError
 
 
@@ -63,3 +63,18 @@ def test_a_folder_that_cannot_be_created_is_told_before_the_work(tmp_path, monke
     monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
     with pytest.raises(ArgumentError, match=r"new/out cannot be created: .* is no folder that you may write to"):
         check_output(tmp_path / "new" / "out", False, "made.json")
+
+
+def test_of_two_runs_into_one_folder_neither_is_lost(tmp_path):
+    (tmp_path / "out-2").mkdir()
+
+    def second():
+        with atomic_dir(tmp_path / "out") as later:
+            (later / "run").write_text("second")
+            with atomic_dir(tmp_path / "out") as first:
+                (first / "run").write_text("first")
+
+    with pytest.raises(PathExistsError, match=r"out was created by something else meanwhile.*out-3"):
+        second()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-2", "out-3"]
+    assert [(tmp_path / name / "run").read_text() for name in ("out", "out-3")] == ["first", "second"]

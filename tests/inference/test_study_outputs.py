@@ -285,6 +285,8 @@ def test_what_is_refused_is_said_everywhere(tmp_path):
     loop = studies[1].series[0]
     loop.ood_scores = np.full(loop.count, 9e7)
     assert "(12 of 12 refused; score above 1000, accepted" in loop.acceptance
+    loop.ood_scores = np.full(loop.count, 1.002)
+    assert "score 1.01, accepted up to 1" in loop.acceptance
     loop.ood_scores = np.full(loop.count, 0.5)
     assert told in page
     lines = summary(studies).splitlines()

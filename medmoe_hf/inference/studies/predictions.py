@@ -206,7 +206,7 @@ class SeriesPrediction:
             return f"Like the images that the model knows ({count - refused} of {count} accepted)."
         # Images of an expert without any to compare with are infinitely far, in effect.
         median = float(np.nanmedian(self.ood_scores))
-        score = f"{median:.2f}" if median < 1000 else "above 1000"
+        score = "above 1000" if median > 1000 else f"{max(median, 1.01):.2f}"  # not "1.00, accepted up to 1"
         return (
             f"Unlike the images that the model knows ({refused} of {count} refused; score {score}, "
             "accepted up to 1): what is said about them cannot be relied on."
