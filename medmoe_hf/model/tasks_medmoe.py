@@ -8,7 +8,6 @@ The sentences are stored with their tokens, so that a model classifies without a
 """
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -152,7 +151,7 @@ class Task:
             raise self._error("`calibration.coverage` must be a number, and `calibration.conformal` text")
         if not all(isinstance(ends, Sequence) and all(map(_is_finite, ends)) for ends in found.measured.values()):
             raise self._error("`calibration.measured` must be lists of finite numbers")
-        if not (_is_finite(found.temperature) and found.temperature > 0):
+        if not (_is_finite(found.temperature) and found.temperature > 1e-12):
             raise self._error(f"`calibration.temperature` must be above 0, got {found.temperature}")
         for key in ("thresholds", "prior", *(("prevalence",) if found.prevalence else ())):
             if not all(0 < value < 1 for value in getattr(found, key).values()):
@@ -282,10 +281,9 @@ class TaskAnswer:
 
 
 def _is_finite(value: Any) -> bool:
-    try:
-        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # a whole number that no float holds
-        return False
+    """Whether a value is a number of a size that float32 can be computed with."""
+    number: Any = value
+    return isinstance(value, Real) and not isinstance(value, bool) and bool(-1e18 < number < 1e18)
 
 
 def _row(task: Task, values: Mapping[str, float], like: Tensor) -> Tensor:

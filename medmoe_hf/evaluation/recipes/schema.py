@@ -416,6 +416,6 @@ def _parse(path: Path) -> Recipe:
     if not isinstance(content, dict):
         raise RecipeError(f"{path} must contain the keys of a recipe, each with its value.")
     try:
-        return Recipe(**content)
+        return Recipe.model_validate(content)
     except ValidationError as error:
         raise RecipeError(f"{path} cannot be used:\n{explain(error, _SECTIONS)}") from error
