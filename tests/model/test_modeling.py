@@ -422,6 +422,29 @@ def test_our_swin_is_the_native_one_at_its_own_size():
         assert_same(level.flatten(2).transpose(1, 2), stage)
 
 
+@pytest.mark.parametrize("size", [(224, 224), (448, 224), (100, 224)])
+@pytest.mark.parametrize("pyramid", ["stages", "merged"])
+def test_blocks_in_the_order_of_windows_give_what_transformers_blocks_give(size, pyramid):
+    """Several groups of windows, one window, and maps that need padding (by transformers' own stage)."""
+    config = MedMoESwinConfig(embed_dim=8, depths=(2, 2, 2, 1), num_heads=(1, 1, 2, 2), window_size=7, pyramid=pyramid)
+    model = lived_in(MedMoESwinModel(config, add_pooling_layer=False))
+    pixels = images(3, *size)
+    expected = model(pixels)
+    calls = []
+    model.encoder.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        observed = model(pixels)
+        assert calls
+        model.encoder.layers[0]._forward_hooks.clear()
+        calls.clear()
+        outputs = model(pixels)
+    assert not calls
+    for found in (observed, outputs):
+        assert_same(found.last_hidden_state, expected.last_hidden_state, 1e-6)
+        for one, right in zip(found.feature_maps, expected.feature_maps, strict=True):
+            assert_same(one, right, 1e-6)
+
+
 def test_an_image_of_another_size_in_between_changes_nothing():
     _, ours = swin()
     pixels = images(1, 224, 224)

@@ -29,7 +29,7 @@ from timm.layers import set_fused_attn
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from training import AllExperts, peak
+from training import AllExperts, AuthorsExperts, peak
 from transformers import SwinConfig, SwinModel
 
 from medmoe_hf import MedMoEConfig, MedMoEModel
@@ -130,22 +130,7 @@ def reference_official(
     Returns:
         Local maps (B, D, H/4, W/4) and their means (B, D).
     """
-    maps = tower.backbone(pixel_values).feature_maps
-    height, width = maps[0].shape[2:]
-    everything = []
-    for expert in tower.experts:
-        aligned = []
-        for feature_map, (linear, _) in zip(maps, expert.scale_projections, strict=True):
-            tokens = torch.conv1d(feature_map.flatten(2), linear.weight.flatten(2), linear.bias).relu()
-            tokens = nn.functional.interpolate(tokens, size=height * width, mode="linear", align_corners=False)
-            aligned.append(tokens.transpose(1, 2))
-        stacked = torch.stack(aligned, dim=1)  # (B, S, M, D)
-        scorer = expert.scale_attention
-        hidden = nn.functional.linear(stacked, scorer.fc1.weight.flatten(1), scorer.fc1.bias).relu()
-        scores = nn.functional.linear(hidden, scorer.fc2.weight.flatten(1), scorer.fc2.bias)
-        everything.append((scores.softmax(dim=1) * stacked).sum(dim=1))
-    chosen = torch.stack(everything, dim=1)[torch.arange(len(pixel_values)), torch.tensor(expert_ids)]
-    local = chosen.transpose(1, 2).unflatten(2, (height, width))
+    local, _ = AuthorsExperts(tower)(tower.backbone(pixel_values).feature_maps, torch.tensor(expert_ids))
     return local, local.mean(dim=(2, 3))
 
 

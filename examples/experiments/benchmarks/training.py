@@ -1,11 +1,14 @@
 """Benchmark of the parts of a training step: time and memory compared with direct implementations.
 
-    python examples/experiments/benchmarks/training.py [--rounds 5] [--batches 16 32 48]
+    python examples/experiments/benchmarks/training.py [--rounds 5] [--batches 16 32 48] [--small-batch 48]
 
 Compares the local loss (GLoRIA's, forward and backward; maps of 56x56x768, 25 words per caption) with a loop over
 captions, in float32 and with bfloat16 matrix products, and with the five matrix products that it needs at least; the
 same loss on maps pooled by `local_loss_regions`, with the widths and sides of `plus` and `small`; the pooling of
-subwords with a loop over tokens; and a step of the `paper` preset that computes one expert per image with all six.
+subwords with a loop over tokens; a step of the `paper` preset that computes one expert per image with all six; a step
+of `official` with a direct implementation (all six experts on up-sampled tokens, a loop over captions); and a step of
+`small` (frozen as the checkpoint of the package was) and of `plus` with whole and pooled maps, first with freed memory
+that is returned to the system, then with memory that is kept, as in `medmoe train`.
 Variants take turns, so that other load affects all alike. Times are CPU seconds of all threads, median and range over
 rounds; memory is the peak increase of the process; ratios are medians of the ratios per round.
 """
@@ -23,15 +26,18 @@ import torch
 from torch import Tensor
 
 from medmoe_hf import MedMoEConfig, MedMoEModel
+from medmoe_hf.common.memory import keep_freed_memory
 from medmoe_hf.model import losses_medmoe as losses
+from medmoe_hf.model import modeling_medmoe
 from medmoe_hf.model.modeling_medmoe import pool_words
+from medmoe_hf.training.optimizer import freeze, train_mode
 
 WORDS, WIDTH, SIDE = 25, 768, 56
 TEMP1, TEMP2, TEMP3 = 4.0, 5.0, 10.0
 
 
-def reference_gloria(maps: Tensor, words: Tensor) -> Tensor:
-    """Compute the loss as in its paper, one caption at a time; no caption is padded."""
+def reference_similarity(maps: Tensor, words: Tensor) -> Tensor:
+    """Compute GLoRIA's similarities (B, N) as in its paper, one caption at a time; no caption is padded."""
     images = len(maps)
     regions = maps.flatten(2)
     columns = []
@@ -42,8 +48,12 @@ def reference_gloria(maps: Tensor, words: Tensor) -> Tensor:
         context = over_regions @ regions.transpose(1, 2)
         cosine = torch.nn.functional.cosine_similarity(query, context, dim=-1)
         columns.append((TEMP2 * cosine).exp().sum(dim=1).log())
-    logits = TEMP3 * torch.stack(columns, dim=1)
-    target = torch.arange(images)
+    return TEMP3 * torch.stack(columns, dim=1)
+
+
+def reference_gloria(maps: Tensor, words: Tensor) -> Tensor:
+    logits = reference_similarity(maps, words)
+    target = torch.arange(len(maps))
     cross_entropy = torch.nn.functional.cross_entropy
     return cross_entropy(logits, target) + cross_entropy(logits.T, target)
 
@@ -218,31 +228,109 @@ class AllExperts:
         return tuple(torch.stack(values)[expert_ids, rows] for values in zip(*parts, strict=True))
 
 
+class AuthorsExperts:
+    """What the authors' code does after the backbone: all experts, with scores from up-sampled tokens."""
+
+    def __init__(self, vision_model: torch.nn.Module) -> None:
+        self.experts = vision_model.experts
+
+    def __call__(self, feature_maps: list[Tensor], expert_ids: Tensor, mixture: None = None) -> tuple[Tensor, Tensor]:
+        """Return local maps (B, D, H/4, W/4) and scale weights (B, S, H/4, W/4)."""
+        height, width = feature_maps[0].shape[2:]
+        locals_, weights = [], []
+        for expert in self.experts:
+            aligned = []
+            for feature_map, (linear, _) in zip(feature_maps, expert.scale_projections, strict=True):
+                tokens = torch.conv1d(feature_map.flatten(2), linear.weight.flatten(2), linear.bias).relu()
+                tokens = torch.nn.functional.interpolate(
+                    tokens, size=height * width, mode="linear", align_corners=False
+                )
+                aligned.append(tokens.transpose(1, 2))
+            stacked = torch.stack(aligned, dim=1)  # (B, S, M, D)
+            scorer = expert.scale_attention
+            linear = torch.nn.functional.linear
+            hidden = linear(stacked, scorer.fc1.weight.flatten(1), scorer.fc1.bias).relu()
+            weights.append(linear(hidden, scorer.fc2.weight.flatten(1), scorer.fc2.bias).softmax(dim=1))
+            locals_.append((weights[-1] * stacked).sum(dim=1))
+        rows = torch.arange(len(expert_ids)), expert_ids
+        local = torch.stack(locals_, dim=1)[rows].transpose(1, 2).unflatten(2, (height, width))
+        return local, torch.stack(weights, dim=1)[rows].squeeze(-1).unflatten(2, (height, width))
+
+
+def step_of(model: MedMoEModel, batch: int, words: int) -> Callable[[], None]:
+    """Return a training step, forward and backward, on random images and reports of `words` words."""
+    side = model.config.vision_config.image_size or 224
+    pixels = torch.randn(batch, 3, side, side)
+    tokens = torch.randint(1000, 20000, (batch, words + 2))
+    word_ids = torch.arange(words + 2).sub(1).expand(batch, -1).clone()
+    word_ids[:, -1] = -1
+    texts = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "word_ids": word_ids}
+    labels = torch.arange(batch) % 6
+
+    def work() -> None:
+        model.zero_grad(set_to_none=True)
+        model(pixel_values=pixels, **texts, modality_labels=labels, return_loss=True).loss.backward()
+
+    return work
+
+
+def with_attributes(work: Callable[[], None], *changes: tuple[object, str, object]) -> Callable[[], None]:
+    """Return a call for which attributes of objects have other values."""
+
+    def changed() -> None:
+        before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
+        for owner, name, value in changes:
+            setattr(owner, name, value)
+        try:
+            work()
+        finally:
+            for owner, name, value in before:
+                setattr(owner, name, value)
+
+    return changed
+
+
 def training_step(batch: int, rounds: int) -> None:
     torch.manual_seed(0)
-    model = MedMoEModel(MedMoEConfig.from_preset("paper")).train()
-    pixels = torch.randn(batch, 3, 224, 224)
-    tokens = torch.randint(1000, 20000, (batch, WORDS + 2))
-    word_ids = torch.arange(WORDS + 2).sub(1).expand(batch, -1).clone()
-    word_ids[:, -1] = -1
-    labels = torch.arange(batch) % 6
-    fuse = model.vision_model.fuse
+    for preset in ("paper", "official"):
+        model = MedMoEModel(MedMoEConfig.from_preset(preset))
+        if preset == "official":
+            freeze(model, ["text_model"])
+        train_mode(model)
+        step, vision = step_of(model, batch, WORDS - 2), model.vision_model
+        if preset == "paper":
+            direct = "all six experts on every image"
+            work = {direct: with_attributes(step, (vision, "fuse", AllExperts(vision)))}
+        else:
+            direct = "direct implementation"
+            terms = lambda config, maps, words, mask, gather: reference_similarity(maps, words[:, :WORDS])  # noqa: E731
+            changes = (vision, "fuse", AuthorsExperts(vision)), (modeling_medmoe, "local_terms", terms)
+            work = {direct: with_attributes(step, *changes)}
+        work["ours"] = step
+        compare(f"A step of `{preset}` (forward and backward), batch {batch}, 224 pixels", work, rounds)
 
-    def step(experts: Callable) -> Callable[[], None]:
-        def work() -> None:
-            model.vision_model.fuse = experts
-            model.zero_grad(set_to_none=True)
-            model(
-                pixel_values=pixels, input_ids=tokens, word_ids=word_ids, modality_labels=labels, return_loss=True
-            ).loss.backward()
 
-        return work
-
-    work = {
-        "all six experts on every image": step(AllExperts(model.vision_model)),
-        "the selected expert": step(fuse),
-    }
-    compare(f"A step of `paper` (forward and backward), batch {batch}, 224 pixels", work, rounds)
+def pooled_step(batch: int, rounds: int) -> None:
+    """Compare a step on whole maps with one on pooled maps."""
+    lowest = [f"vision_model.backbone.features.{name}" for name in ("conv_stem", "bn1", "blocks.[0-2]")]
+    cases = [
+        ("small", {}, batch, 10, lowest),
+        ("small", {"image_size": 192, "map_size": 48}, batch, 19, lowest),
+        ("plus", {}, max(1, batch // 6), 19, []),
+    ]
+    for memory in ("returned", "kept"):
+        if memory == "kept":
+            keep_freed_memory()  # for the rest of the process
+        for preset, vision, size, most, frozen in cases:
+            torch.manual_seed(0)
+            model = MedMoEModel(MedMoEConfig.from_preset(preset, vision_config=vision))
+            freeze(model, ["text_model", *frozen])
+            train_mode(model)
+            step = step_of(model, size, 8)  # captions from labels
+            side = model.config.vision_config.map_size or 56
+            pooled = with_attributes(step, (model.config, "local_loss_regions", most))
+            title = f"A step of `{preset}` (forward and backward), batch {size}, text tower frozen, memory {memory}"
+            compare(title, {f"map of {side}x{side}": step, f"pooled to {most}x{most}": pooled}, rounds)
 
 
 def main() -> None:
@@ -250,7 +338,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="number of rounds")
     parser.add_argument("--batches", type=int, nargs="*", default=[16, 32, 48], help="batch sizes of the local loss")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="number of threads")
-    parser.add_argument("--step-batch", type=int, default=8, help="batch size of the training step")
+    parser.add_argument("--step-batch", type=int, default=8, help="batch size of the steps of `paper` and `official`")
+    parser.add_argument("--small-batch", type=int, default=48, help="batch size of the step of `small`")
     arguments = parser.parse_args()
     torch.set_flush_denormal(True)
     torch.set_num_threads(arguments.threads)
@@ -259,6 +348,7 @@ def main() -> None:
         pooled_regions(batch, arguments.rounds)
     word_pooling(max(10, arguments.rounds))
     training_step(arguments.step_batch, arguments.rounds)
+    pooled_step(arguments.small_batch, arguments.rounds)
 
 
 if __name__ == "__main__":

@@ -183,9 +183,11 @@ def contrasted_regions(config: Any, local_embeds: Tensor) -> Tensor:
     if most is None or max(local_embeds.shape[2:]) <= most:
         return local_embeds
     with torch.autocast(device_type(local_embeds), enabled=False):
-        # Products with two small matrices: unlike adaptive pooling their gradients are deterministic on a GPU.
+        # Products with two small matrices: unlike adaptive pooling their gradients are deterministic on a GPU. With
+        # channels last, as the experts return them, the products are few and large.
         rows, columns = (_area_weights(size, min(size, most), local_embeds.device) for size in local_embeds.shape[2:])
-        return rows @ (local_embeds.float() @ columns.t())
+        narrow = columns @ local_embeds.float().movedim(1, -1)
+        return (rows @ narrow.flatten(2)).unflatten(2, narrow.shape[2:]).movedim(-1, 1)
 
 
 def _area_weights(size: int, regions: int, device: torch.device) -> Tensor:
