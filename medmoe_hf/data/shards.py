@@ -79,7 +79,12 @@ class TarShard:
             if size == 0:
                 raise ShardError("empty shard", f"{path} is an empty file.")
             with tarfile.open(path, "r:") as archive:
+                last = -1
                 for member in archive:
+                    # With such a size, tarfile returns to where it was, for ever.
+                    if member.size < 0 or member.offset <= last:
+                        raise tarfile.ReadError(f"the header at byte {member.offset} states a negative size")
+                    last = member.offset
                     if not member.isfile():
                         continue
                     key, _, extension = _split_name(member.name)
@@ -96,7 +101,7 @@ class TarShard:
                 self.truncated |= any(file.read())
         except FileNotFoundError:
             raise ShardError("missing shard", f"{path} does not exist.") from None
-        except (tarfile.TarError, OSError) as error:
+        except (tarfile.TarError, OSError, ValueError) as error:
             raise ShardError("unreadable shard", f"{path} is not an uncompressed tar: {error}") from error
         return _group_members(members)
 

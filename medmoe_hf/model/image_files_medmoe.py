@@ -169,6 +169,9 @@ def _decode(opened: Callable[[], Image.Image], name: str, draft: int | None, max
 
 
 def _check_image(image: Image.Image, name: str, max_pixels: int) -> None:
+    if image.format == "EPS":
+        # Pillow would start Ghostscript, which runs what is in the file.
+        raise ImageError(f"cannot read {name}: it is PostScript, a program and no picture; export it as PNG")
     tags = getattr(image, "tag_v2", {})
     # A tile of a TIFF is decoded completely, even where it is larger than the image.
     for width, height in (image.size, (tags.get(_TILE_WIDTH, 0), tags.get(_TILE_HEIGHT, 0))):

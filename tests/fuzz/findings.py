@@ -48,6 +48,18 @@ def _compressed_zeros() -> bytes:
     return file.getvalue()
 
 
+def _negative_tar() -> bytes:
+    """A tar whose second header states a size of -513 bytes: what follows is this header again."""
+    first = bytearray(seeds.tars()[0][:512])
+    headers = []
+    for size in (0, -513):
+        header = first[:124] + size.to_bytes(12, "big", signed=True) + first[136:148] + b" " * 8 + first[156:]
+        header[124] |= 0x80
+        header[148:156] = b"%06o\0 " % sum(header)
+        headers.append(bytes(header))
+    return b"".join(headers) + bytes(1024)
+
+
 def _negative_nifti() -> bytes:
     content = bytearray(seeds.nifti()[0])
     struct.pack_into("<hhhh", content, 40, 3, 4, 5, -2)
@@ -85,6 +97,7 @@ FINDINGS: list[tuple[str, str, bytes]] = [
     ("identifiers", "a carriage return within a line: csv.Error", b"a [\r b"),
     ("picture", "a picture of NaN: ValueError of no class of ours", _float_picture(float("nan"))),
     ("picture", "a picture of infinity: ValueError of no class of ours", _float_picture(float("inf"))),
+    ("tar", "a negative size: endless, and ever more memory", _negative_tar()),
     ("parquet", "names that are not UTF-8: UnicodeDecodeError", seeds.parquets()[1].replace(b"label", b"lab\x80l")),
     ("nifti", "minus two slices: an image of none", _negative_nifti()),
     ("studies", "a volume of minus two slices", _negative_nifti()),

@@ -497,6 +497,10 @@ def tar(content: bytes, rng: random.Random, maximum: int) -> bytes:
     for at in range(0, len(data) - 511, 512):
         if rng.random() < 0.1:
             data[at + 156] = rng.choice(b"01235gxLKSV7\0")
+        if rng.random() < 0.1:
+            data[at + 124 : at + 136] = rng.choice((-513, -512, -1, 0, 511, 2**20, 2**62)).to_bytes(
+                12, "big", signed=True
+            )
         if data[at + 257 : at + 262] == b"ustar" and rng.random() < 0.9:
             data[at + 148 : at + 156] = b" " * 8
             data[at + 148 : at + 156] = b"%06o\0 " % sum(data[at : at + 512])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import EpsImagePlugin, Image
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -17,8 +18,8 @@ from harnesses import HARNESSES, Harness
 
 from medmoe_hf.data.modality_words import modality_from_text
 from medmoe_hf.data.sentences import sentence_spans
-from medmoe_hf.errors import MedicalImageError
-from medmoe_hf.model import read_studies, study_files_medmoe
+from medmoe_hf.errors import ImageError, MedicalImageError
+from medmoe_hf.model import load_image, read_studies, study_files_medmoe
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of libraries, about what is damaged
 # Executions that take about half a second, less where each of them is slow.
@@ -70,6 +71,18 @@ def test_texts_of_reports_are_read_in_linear_time():
         assert seconds(text) < 1
 
 
+def test_postscript_is_not_run(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *arguments: started.append(arguments))
+    for name in ("a.eps", "a.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name, "EPS")
+        with pytest.raises(ImageError, match="it is PostScript"):
+            load_image(tmp_path / name)
+    with pytest.raises(ImageError, match="it is PostScript"):
+        load_image(Image.open(tmp_path / "a.eps"))
+    assert not started
+
+
 def test_a_file_beyond_memory_is_left_out_alone(tmp_path, monkeypatch):
     (tmp_path / "a.dcm").write_bytes(seeds.dicom()[0])
 
@@ -111,8 +124,6 @@ def fails(content):
 
 
 def answers(content):
-    from medmoe_hf.errors import ImageError
-
     raise ImageError("damaged")
 
 
