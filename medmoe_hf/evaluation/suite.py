@@ -27,7 +27,7 @@ from medmoe_hf.evaluation.robustness import compare, robustness
 from medmoe_hf.evaluation.routing import routing
 from medmoe_hf.evaluation.zero_shot import zero_shot
 from medmoe_hf.inference.batching import BATCH_SIZE
-from medmoe_hf.inference.encoders import MedMoEEncoder, load_encoder
+from medmoe_hf.inference.encoders import MedMoEEncoder, load_encoder, split_name
 
 PROTOCOLS: dict[str, Callable[..., Result | list[Result]]] = {
     "zero-shot": zero_shot,
@@ -83,7 +83,8 @@ def evaluate(
 
     Raises:
         FileExistsError: If `output` exists and `force` is False, before anything is measured.
-        ValueError: For a protocol that is not the recipe's, a model that cannot be scored, or incomplete data.
+        ValueError: For two models of one name, a protocol that is not the recipe's, a model that cannot be scored, or
+            incomplete data.
 
     Example:
         ```python
@@ -94,6 +95,9 @@ def evaluate(
     """
     if output is not None:
         check_output(output, force, "results.json", [data_dir, *models])
+    names = [given or str(model) for given, model in map(split_name, models)]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ArgumentError(f"Two models are called {twice[0]}, and results could not be told apart; use NAME=MODEL.")
     read = load_recipe(recipe)
     chosen = list(read.tasks) if protocols is None else list(protocols)
     for protocol in chosen:

@@ -127,10 +127,10 @@ def load_encoder(name: str | Path, batch_size: int = BATCH_SIZE, device: str | N
         similarity = encoder.encode_images(["scan.png"]) @ encoder.encode_texts(["A pleural effusion."]).T
         ```
     """
-    named = _NAMED.fullmatch(str(name))
-    if named is not None and not Path(name).exists():
-        encoder = load_encoder(named[2], batch_size, device)
-        encoder.name = named[1]
+    given, rest = split_name(name)
+    if given is not None:
+        encoder = load_encoder(rest, batch_size, device)
+        encoder.name = given
         return encoder
     if str(name).startswith(OPEN_CLIP):
         return OpenClipEncoder(str(name), batch_size, device)
@@ -158,6 +158,23 @@ def load_encoder(name: str | Path, batch_size: int = BATCH_SIZE, device: str | N
 
 # The name and the rest; the name may not look like a path or like the prefix of another kind.
 _NAMED = re.compile(r"([^=/\\:]+)=(.+)")
+
+
+def split_name(name: str | Path) -> tuple[str | None, str | Path]:
+    """Splits `NAME=MODEL`.
+
+    Args:
+        name: A model as `load_encoder` takes it.
+
+    Returns:
+        The name in tables, None if none is given, and the model.
+
+    Example:
+        >>> split_name("BiomedCLIP=models/biomedclip"), split_name("small")
+        (('BiomedCLIP', 'models/biomedclip'), (None, 'small'))
+    """
+    named = _NAMED.fullmatch(str(name))
+    return (None, name) if named is None or Path(name).exists() else (named[1], named[2])
 
 
 def _is_open_clip(folder: Path) -> bool:

@@ -28,7 +28,7 @@ class ImageTransform:
         >>> from PIL import Image
         >>> from medmoe_hf.inference.patches import ImageTransform
         >>> ImageTransform("small")(Image.new("RGB", (64, 48))).shape
-        torch.Size([3, 224, 224])
+        torch.Size([3, 160, 160])
     """
 
     def __init__(self, folder: str | Path) -> None:

@@ -311,3 +311,10 @@ def test_names_are_no_paths(tmp_path):
     assert load_encoder(f"x y={folder}").name == "x y"
     with pytest.raises(EncoderError, match="There is no folder"):
         load_encoder(f"x={tmp_path / 'nothing'}")
+
+
+def test_two_models_of_one_name_are_refused_before_anything_is_measured(tmp_path):
+    from medmoe_hf.evaluation.suite import evaluate
+
+    with pytest.raises(MedMoEError, match="Two models are called ours"):
+        evaluate(["ours=small", "ours=other"], "phantoms", tmp_path)
