@@ -1,10 +1,11 @@
 """The local loss over all processes: words or regions travel from process to process while a part is computed.
 
 A process compares its images with the captions of all. Either its words or its regions visit every other process,
-whichever is smaller (`Plan`): in a ring, each process hands the block that it has on to the next one, and computes
-with it meanwhile. Two blocks are in memory at a time, however many processes there are. In the backward pass a block's
-gradient travels along, each process adds its share, and the last one hands it to the owner. The similarities that the
-loss is computed from are those of one process with all pairs.
+whichever is smaller (`ExchangePlan`): in a ring, each process hands the block that it has on to the next one, and
+computes with it meanwhile. Besides what is kept for the backward pass, two blocks are in memory at a time, however
+many processes there are. In the backward pass a block's gradient travels along, each process adds its share, and the
+last one hands it to the owner. The similarities that the loss is computed from are those of one process with all
+pairs.
 """
 
 import os
@@ -45,7 +46,7 @@ class Block(NamedTuple):
         return self.images * self.height * self.width
 
 
-class Plan(NamedTuple):
+class ExchangePlan(NamedTuple):
     """What travels, and for how many blocks the backward pass finds its intermediate results again.
 
     Attributes:
@@ -60,13 +61,13 @@ class Plan(NamedTuple):
     kept: int
 
 
-def plan(
+def plan_exchange(
     blocks: Sequence[Block],
     depth: int,
     region_dtype: torch.dtype = torch.float32,
     word_dtype: torch.dtype = torch.float32,
     kernel: bool = False,
-) -> Plan:
+) -> ExchangePlan:
     """Decides what travels; the same in all processes, since all know all sizes.
 
     Args:
@@ -77,9 +78,9 @@ def plan(
         kernel: Whether the loss is computed by Triton kernels.
 
     Example:
-        >>> from medmoe_hf.training.exchange import Block, plan
+        >>> from medmoe_hf.training.exchange import Block, plan_exchange
         >>> maps, pooled = Block(32, 56, 56, 32, 32 * 25), Block(32, 4, 4, 32, 32 * 25)
-        >>> plan([maps] * 8, 768).words_travel, plan([pooled] * 8, 768).words_travel
+        >>> plan_exchange([maps] * 8, 768).words_travel, plan_exchange([pooled] * 8, 768).words_travel
         (True, False)
     """
     words = sum(block.words for block in blocks) * _sent(word_dtype)
@@ -99,7 +100,7 @@ def plan(
         if max(saved) > limit:
             break
         kept += 1
-    return Plan(words_travel, kept)
+    return ExchangePlan(words_travel, kept)
 
 
 def _sent(dtype: torch.dtype) -> int:
@@ -131,7 +132,7 @@ def exchanged_logits(logits: Logits, regions: Tensor, word_embeds: Tensor, word_
     distributed.all_gather(sizes, own)
     kernel = regions.is_cuda or os.environ.get(local_loss_kernel_medmoe.SWITCH) == "1"
     blocks = [Block(*size) for size in torch.stack(sizes).tolist()]
-    chosen = plan(blocks, regions.shape[1], regions.dtype, packed.dtype, kernel)
+    chosen = plan_exchange(blocks, regions.shape[1], regions.dtype, packed.dtype, kernel)
     captions = [block.captions for block in blocks]
     ring = _Ring(logits, blocks, chosen, torch.split(gather_rows(counts), captions), regions.shape[1])
     if chosen.words_travel:
@@ -155,7 +156,7 @@ class _Ring:
     """
 
     def __init__(
-        self, logits: Logits, blocks: Sequence[Block], chosen: Plan, counts: Sequence[Tensor], depth: int
+        self, logits: Logits, blocks: Sequence[Block], chosen: ExchangePlan, counts: Sequence[Tensor], depth: int
     ) -> None:
         self.logits, self.blocks, self.plan, self.counts, self.depth = logits, blocks, chosen, counts, depth
         self.rank, self.world = distributed.get_rank(), distributed.get_world_size()

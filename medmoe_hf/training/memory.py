@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from medmoe_hf.model.local_loss_kernel_medmoe import kernel_bytes, pack
-from medmoe_hf.training.exchange import Block, Plan, plan
+from medmoe_hf.training.exchange import Block, ExchangePlan, plan_exchange
 
 # Matrices (B, B) in float32 that the losses hold at a time: similarities, targets, their softmaxes and gradients.
 _MATRICES = 14
@@ -19,7 +19,7 @@ class LossMemory(NamedTuple):
     """What the global and local loss of a step need on each GPU, in bytes.
 
     Attributes:
-        words_travel: Whether words visit the other processes, or regions do (see `medmoe_hf.training.exchange.Plan`).
+        words_travel: Whether words visit the other processes, or regions do: see `ExchangePlan`.
         kept: Number of processes whose part is kept for the backward pass; the others' are computed again.
         local: Memory of GLoRIA's local loss and its exchange at their peak, with gradients, beyond local maps and
             words of the own images.
@@ -67,7 +67,7 @@ def loss_memory(
     matmul_dtype = getattr(torch, config.local_loss_matmul_dtype)
     blocks = [Block(batch_size, side, side, batch_size, batch_size * words)] * processes
     depth = config.projection_dim or vision.local_size
-    chosen = plan(blocks, depth, region_dtype, word_dtype, kernel=True)
+    chosen = plan_exchange(blocks, depth, region_dtype, word_dtype, kernel=True)
     dtypes = matmul_dtype, region_dtype, word_dtype
     return LossMemory(
         *chosen,
@@ -81,7 +81,7 @@ def exchange_bytes(
     block: Block,
     depth: int,
     processes: int,
-    chosen: Plan,
+    chosen: ExchangePlan,
     matmul_dtype: torch.dtype,
     region_dtype: torch.dtype,
     word_dtype: torch.dtype,
@@ -121,7 +121,7 @@ def exchange_bytes(
 
 
 def _sent_bytes(
-    block: Block, depth: int, processes: int, chosen: Plan, region_dtype: torch.dtype, word_dtype: torch.dtype
+    block: Block, depth: int, processes: int, chosen: ExchangePlan, region_dtype: torch.dtype, word_dtype: torch.dtype
 ) -> int:
     if processes == 1:
         return 0

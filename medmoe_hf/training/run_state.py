@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from timm.utils import ModelEmaV3
 from torch import Tensor
 from transformers import get_scheduler
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from medmoe_hf.common.files import atomic_dir, redact_paths
 from medmoe_hf.common.memory import keep_freed_memory
@@ -115,6 +116,8 @@ class RunState:
                 self.ema.module.load_state_dict(tensors["ema"])
         if config.compile_towers:
             model.vision_model.backbone.compile()
+            # Installed by the first call, they would break its graph.
+            maybe_install_capturing_hooks(model.text_model.encoder)
             model.text_model.encoder.compile()
             if accelerator.num_processes == 1 and not config.caches_gradients:
                 # Elsewhere their BatchNorm exchanges statistics, at which a graph would break.

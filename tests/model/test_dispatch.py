@@ -219,9 +219,10 @@ def test_backbone_and_experts_are_graphs_with_gradients(small_config, lived_in, 
             torch.manual_seed(0)
             value = run(module)
             value.square().sum().backward()
-            found.append([value, *(weight.grad for weight in part.parameters() if weight.grad is not None)])
+            gradients = [weight.grad.flatten() for weight in part.parameters() if weight.grad is not None]
+            found.append((value, torch.cat(gradients)))
         for value, right in zip(*found, strict=True):
-            torch.testing.assert_close(value, right, rtol=1e-4, atol=1e-5)
+            assert (value - right).norm() <= 1e-4 * right.norm()
 
 
 @pytest.mark.slow

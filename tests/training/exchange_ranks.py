@@ -50,10 +50,10 @@ def keep(kept, blocks):
 
     def kept_with(limit):
         word_regions_medmoe._KEPT_ELEMENTS = limit
-        return exchange.plan(blocks, WIDTH).kept
+        return exchange.plan_exchange(blocks, WIDTH).kept
 
     kept_with(bisect_left(range(2**16), wanted, key=kept_with))
-    assert exchange.plan(blocks, WIDTH).kept == wanted
+    assert exchange.plan_exchange(blocks, WIDTH).kept == wanted
 
 
 def pairs():
@@ -153,6 +153,6 @@ def kept_limit(blocks, wanted):
 
     def kept_with(limit):
         local_loss_kernel_medmoe._KEPT_ELEMENTS = limit
-        return exchange.plan(blocks, DEPTH, kernel=True).kept
+        return exchange.plan_exchange(blocks, DEPTH, kernel=True).kept
 
     return bisect_left(range(2**22), wanted, key=kept_with)

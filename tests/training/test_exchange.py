@@ -27,7 +27,7 @@ from two_ranks import TYPES, batch_of, computing_in, model_of, outcome
 
 from medmoe_hf.model import MedMoEConfig, local_loss_kernel_medmoe, losses_medmoe
 from medmoe_hf.model.losses_medmoe import training_losses
-from medmoe_hf.training.exchange import Block, plan
+from medmoe_hf.training.exchange import Block, plan_exchange
 from medmoe_hf.training.memory import exchange_bytes, loss_memory
 
 
@@ -105,7 +105,7 @@ def test_a_model_with_unequal_batches_equals_one_with_all(folder, world, mode):
 @pytest.mark.parametrize("world", EDGES)
 def test_the_cases_are_what_they_are_called(world, travels):
     for edges in EDGES[world].values():
-        assert plan(blocks_of(travels, edges), WIDTH).words_travel == (travels == "words")
+        assert plan_exchange(blocks_of(travels, edges), WIDTH).words_travel == (travels == "words")
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_the_cases_are_what_they_are_called(world, travels):
 )
 def test_the_smaller_side_travels(side, words, region_dtype, word_dtype, travel):
     blocks = [Block(4, side, side, 4, 4 * words)] * 8
-    assert plan(blocks, 768, region_dtype, word_dtype).words_travel == (travel == "words")
+    assert plan_exchange(blocks, 768, region_dtype, word_dtype).words_travel == (travel == "words")
 
 
 @pytest.mark.parametrize("kept", KEPT)
@@ -131,9 +131,10 @@ def test_memory_is_as_stated(folder, monkeypatch, travels, kept):
     images, side, words = MEASURED[travels]
     block = Block(images, side, side, images, images * words)
     monkeypatch.setattr(local_loss_kernel_medmoe, "_WORKSPACE_ELEMENTS", 4 * 2 * 128 * side * side)
+    monkeypatch.setattr(local_loss_kernel_medmoe, "_KEPT_ELEMENTS", 0)  # restored after the test
     limit = {"all": 2**29, "one": kept_limit([block] * 2, 1), "none": 0}[kept]
-    monkeypatch.setattr(local_loss_kernel_medmoe, "_KEPT_ELEMENTS", limit)
-    chosen = plan([block] * 2, DEPTH, kernel=True)
+    local_loss_kernel_medmoe._KEPT_ELEMENTS = limit
+    chosen = plan_exchange([block] * 2, DEPTH, kernel=True)
     assert chosen == (travels == "words", {"all": 2, "one": 1, "none": 0}[kept])
     stated = exchange_bytes(block, DEPTH, 2, chosen, *3 * [torch.float32])
     for rank in (0, 1):

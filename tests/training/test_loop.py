@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from medmoe_hf.data.collate import ContrastiveCollator
 from medmoe_hf.errors import StreamError, TrainingError
 from medmoe_hf.training import TrainConfig, build_model, train
 from medmoe_hf.training.config import ModelSection
+from medmoe_hf.training.held_out import to_device
 from medmoe_hf.training.loop import TrainingRun
 from medmoe_hf.training.optimizer import parameter_groups
 
@@ -38,6 +40,17 @@ def config(output_dir, **changes):
         "trackers": [],
     }
     return TrainConfig.from_dict(content | changes)
+
+
+def test_batches_reach_a_gpu_from_pinned_memory_without_waiting(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda value: calls.append("pinned") or value)
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda value, device, non_blocking: calls.append((device.type, non_blocking)) or value
+    )
+    for device in ("cuda", "cpu"):
+        to_device({"pixel_values": torch.zeros(2), "modality": [0]}, SimpleNamespace(device=torch.device(device)))
+    assert calls == ["pinned", ("cuda", True), ("cpu", True)]
 
 
 @pytest.mark.slow
