@@ -150,7 +150,8 @@ def _entries(content: Any, name: str) -> list[Any]:
         fields = ("name", "title", "modality", "prompts", "negative_prompts")
         kind = "multi-label" if content.get("labels") == "multi" or content.get("negative_prompts") else "multi-class"
         return [{"name": name, **{field: content[field] for field in fields if content.get(field)}, "kind": kind}]
-    if not set(content) & set(TaskFile.model_fields):
+    # Classes have sentences; a mapping is a misspelt key, such as `promts`.
+    if not set(content) & set(TaskFile.model_fields) and not any(isinstance(one, dict) for one in content.values()):
         return [{"name": name, "prompts": content}]
     if "prompts" in content:
         # A file for one task may leave out what follows from the rest.

@@ -137,6 +137,7 @@ def test_a_task_file_holds_labels_or_prompts_as_a_recipe_does(tmp_path):
         ("- a\n", "or classes with their sentences"),
         ("a: [1, 2]\nb: [x]\n", r"prompts\.a"),
         ("a: []\nb: [x]\n", r"prompts\.a"),
+        ("promts: {a: [x], b: [y]}\n", "promts: unknown key. Did you mean `prompts`"),
         ("prompts: {a: [x]}\nnegative_prompts: {b: [y]}\n", "with the classes of `prompts` in order"),
         ("- {name: a, prompts: {a: x, b: y}}\n- {name: c, prompts: {a: x, b: y}}\n", "holds the tasks a, c"),
         ("a: [x\n", "task.yaml is no valid YAML"),
