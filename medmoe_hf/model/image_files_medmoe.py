@@ -196,6 +196,8 @@ def _exact(image: Image.Image, opened: Callable[[], Image.Image], name: str) -> 
                 colours = np.concatenate([colours, alpha], axis=2)
             return colours
     image.load()
+    if image.mode in ("P", "PA") and image.palette is None:
+        raise ImageError(f"cannot read {name}: its palette is missing; it is damaged")
     image = _upright(image)
     if tags and image.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
         return _wide_tiff(image, tags)

@@ -6,6 +6,7 @@ import json
 import pickle
 import struct
 import zipfile
+import zlib
 
 import numpy as np
 import seeds
@@ -97,6 +98,7 @@ FINDINGS: list[tuple[str, str, bytes]] = [
     ("identifiers", "a carriage return within a line: csv.Error", b"a [\r b"),
     ("picture", "a picture of NaN: ValueError of no class of ours", _float_picture(float("nan"))),
     ("picture", "a picture of infinity: ValueError of no class of ours", _float_picture(float("inf"))),
+    ("picture", "a palette that is missing: AssertionError", seeds.png(12, 10, 8, 3, zlib.compress(bytes(130)))),
     ("tar", "a negative size: endless, and ever more memory", _negative_tar()),
     ("parquet", "names that are not UTF-8: UnicodeDecodeError", seeds.parquets()[1].replace(b"label", b"lab\x80l")),
     ("nifti", "minus two slices: an image of none", _negative_nifti()),

@@ -355,14 +355,14 @@ class _Frame:
 
 def _series_of(uid: str, instances: list[Instance], max_pixels: int) -> list[Series]:
     """Makes one or several series of all images with the same SeriesInstanceUID."""
-    stacks: list[list[_Frame]] = []
+    stacks = _Stacks()
     loose: list[_Frame] = []
     made: list[tuple[Any, Series]] = []
     for instance in sorted(instances, key=lambda one: (one.numbers[1:], one.uid)):
         frames = [_frame(instance, index) for index in range(instance.frames)]
         if all(frame.origin is not None and frame.orientation is not None for frame in frames):
             for frame in frames:
-                _stack_for(frame, stacks).append(frame)
+                stacks.add(frame)
         elif instance.frames == 1:
             loose += frames
         else:
@@ -393,15 +393,24 @@ def _frame(instance: Instance, index: int) -> _Frame:
     )
 
 
-def _stack_for(frame: _Frame, stacks: list[list[_Frame]]) -> list[_Frame]:
-    for stack in stacks:
-        first = stack[0]
-        assert first.orientation is not None
-        same = np.abs(first.orientation - frame.orientation).max() <= _SAME_DIRECTION
-        if same and first.instance.size == frame.instance.size:
-            return stack
-    stacks.append([])
-    return stacks[-1]
+class _Stacks(list[list[_Frame]]):
+    """Frames of equal orientation and size. Compared with all stacks at once: a file can state thousands of them."""
+
+    def __init__(self) -> None:
+        self._places = np.empty((16, 8))
+
+    def add(self, frame: _Frame) -> None:
+        assert frame.orientation is not None
+        place = np.array([*frame.orientation, *frame.instance.size], dtype=np.float64)
+        apart = np.abs(self._places[: len(self)] - place)
+        same = (apart[:, :6] <= _SAME_DIRECTION).all(axis=1) & (apart[:, 6:] == 0).all(axis=1)
+        if same.any():
+            self[int(same.argmax())].append(frame)
+            return
+        if len(self) == len(self._places):
+            self._places = np.concatenate([self._places, np.empty_like(self._places)])
+        self._places[len(self)] = place
+        self.append([frame])
 
 
 def _ordered(kind: str, frames: list[_Frame]) -> Series:
