@@ -1,6 +1,7 @@
 """Studies of a DICOMweb server: the answers of the folder they came from, and what servers do wrong."""
 
 import gc
+import importlib.util
 import json
 import logging
 import os
@@ -380,7 +381,8 @@ def test_the_command_tells_neither_credentials_nor_uids(server, predictor, tmp_p
     base = ["predict", server.address(STUDY, SERIES[1]), "--model", predictor.encoder.model.name_or_path]
     base += ["--labels", "normal,lesion"]
     said = ""
-    for options in (["--out", str(out)], ["--out", str(kept), "--keep-identifiers"], ["--max-files", "1"]):
+    keep = ["--keep-identifiers", "--dicom"] if importlib.util.find_spec("highdicom") else ["--keep-identifiers"]
+    for options in (["--out", str(out)], ["--out", str(kept), *keep], ["--max-files", "1"]):
         result = CliRunner().invoke(app, [level, *base, *options])
         assert (result.exit_code != 0) == ("--max-files" in options), result.output
         said += f"{result.output}{result.stderr}{result.exception}"
@@ -391,6 +393,12 @@ def test_the_command_tells_neither_credentials_nor_uids(server, predictor, tmp_p
     content = json.loads((kept / "prediction.json").read_text())["studies"][0]
     assert content["uid"] == STUDY
     assert {"reason": "it was not downloaded: it is busy (503)", "file": missing} in content["skipped"]
+    (series,) = content["series"]
+    base = server.address(STUDY, SERIES[1])
+    assert {one["file"] for one in series["sources"].values()} <= {
+        f"{base}/instances/{SERIES[1]}.{n}" for n in (1, 3, 4)
+    }
+    assert (kept / "study-1-series-1-capture.dcm").is_file() == ("--dicom" in keep)
     assert left(tmp_path) == []
 
 

@@ -79,8 +79,9 @@ class Downloads:
         """Names files by their addresses, adds those that were not downloaded, and lets `found` delete all of them."""
         for study in found:
             for series in study.series:
-                for source in series.sources.values():
-                    source["file"] = self._names.get(source["file"], source["file"])
+                for index, source in series.sources.items():
+                    if source["file"] in self._names:
+                        series.paths[index], source["file"] = source["file"], self._names[source["file"]]
             study.skipped = self._renamed(study.skipped) + [one for uid, one in self._missed if uid == study.uid]
         known = {study.uid for study in found}
         found.skipped = self._renamed(found.skipped) + [one for uid, one in self._missed if uid not in known]

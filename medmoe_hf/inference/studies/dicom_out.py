@@ -19,6 +19,11 @@ from medmoe_hf.model.dicom_files_medmoe import no_quotes
 _SCHEME = "99MEDMOE"  # a private scheme of codes: labels are free text
 _OPACITY = 0.5
 _CAPTURE_SERIES, _REPORT_SERIES = 9001, 9002
+# Of patient and study (type 2): highdicom copies them.
+_MAY_BE_EMPTY = (
+    *("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber"),
+    *("StudyID", "StudyDate", "StudyTime"),
+)
 
 
 @no_quotes()
@@ -85,7 +90,11 @@ def _header(series: SeriesPrediction, index: int) -> Any:
     """The header of the file of a key slice."""
     from pydicom import dcmread
 
-    return dcmread(series.sources[index]["file"], stop_before_pixels=True)
+    header = dcmread(series.paths.get(index, series.sources[index]["file"]), stop_before_pixels=True)
+    for keyword in _MAY_BE_EMPTY:  # software that removes identifiers also removes some of these
+        if keyword not in header:
+            setattr(header, keyword, "")
+    return header
 
 
 def _about(model: str) -> dict[str, str]:

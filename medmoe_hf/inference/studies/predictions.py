@@ -150,6 +150,7 @@ class SeriesPrediction:
         texts: The phrases.
         uid: The series' UID; written with `keep_identifiers` only.
         sources: For each key slice what it was read from; written with `keep_identifiers` only.
+        paths: For each key slice the file, where `sources` names an address instead.
         notes: What a reader should know, such as missing slices.
         affine: (4, 4), from (row, column, slot, 1) of the pictures to millimetres (right, front, head); or None.
         slots: N positions of the slices along the third axis of `affine`; None as 0..N-1.
@@ -176,6 +177,7 @@ class SeriesPrediction:
     texts: list[TextPrediction] = field(default_factory=list)
     uid: str = ""
     sources: dict[int, dict[str, Any]] = field(default_factory=dict)
+    paths: dict[int, str] = field(default_factory=dict, repr=False)
     notes: list[str] = field(default_factory=list)
     affine: np.ndarray | None = None
     slots: list[int] | None = None
