@@ -43,7 +43,8 @@ def plain_environment(monkeypatch, tmp_path):
     """No proxies, no credentials of whoever runs the tests, no waiting, and a place for temporary folders."""
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.delenv(TOKEN, raising=False)
+    for name in (TOKEN, "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setitem(service._TRIES, "backoff_factor", 0)
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
