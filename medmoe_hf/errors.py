@@ -60,6 +60,10 @@ class IsolationError(MedMoEError, RuntimeError):
     """Files cannot be decoded in a process of their own, or too many of them ended theirs; the message says why."""
 
 
+class WeightsError(EncoderError):
+    """Weights that do not fit the architecture that their folder or name states; the message names a tensor."""
+
+
 class DicomWebError(MedMoEError, RuntimeError):
     """A DICOMweb server that does not give what an address names; the message says why, without UIDs."""
 
@@ -149,4 +153,5 @@ __all__ = [
     "SourceError",
     "StreamError",
     "TrainingError",
+    "WeightsError",
 ]

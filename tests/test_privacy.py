@@ -7,7 +7,10 @@ and what helps to mend data (paths of files on the terminal) can be told from a 
 import io
 import json
 import logging
+import shutil
 import sys
+import tempfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +28,9 @@ from pydicom.uid import ExplicitVRLittleEndian  # noqa: E402
 from small_encoders import medmoe_folder  # noqa: E402
 
 from medmoe_hf.cli import app  # noqa: E402
+from medmoe_hf.hub.study_demo import page as study_page  # noqa: E402
+from medmoe_hf.inference.isolation import IsolatedReader  # noqa: E402
+from medmoe_hf.inference.studies import StudyPredictor  # noqa: E402
 from medmoe_hf.model import read_studies  # noqa: E402
 from medmoe_hf.model.medical_images_medmoe import read_medical_image  # noqa: E402
 
@@ -168,6 +174,47 @@ def test_readers_log_nothing_that_a_header_says(place, caplog):
     with pytest.warns(UserWarning, match="Zyxwell"):
         assert pydicom.dcmread(path).SeriesInstanceUID
     assert "Zyxwell" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("apart", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_page_of_the_demo_tells_nothing_of_the_patient(place, tmp_path, monkeypatch, caplog, capfd, apart):
+    caplog.set_level(logging.DEBUG)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    reader = IsolatedReader() if apart else None
+    page = study_page.StudyPage(StudyPredictor(place / "model"), reader=reader)
+    archive = tmp_path / "Fenwobble_Tamsin.zip"
+    with zipfile.ZipFile(archive, "w") as packed:
+        for path in sorted((place / "study").iterdir()):
+            packed.write(path, f"Fenwobble^Tamsin/{path.name}")
+    pictures = [place / "data" / f"Fenwobble_Tamsin_{number}" for number in ("1.png", "2.jpg", "3.dcm", "cut.dcm")]
+    uploads = [archive, *(shutil.copy(path, tmp_path) for path in pictures if path.exists())]
+    assert len(uploads) > 3
+    said, names = [], []
+    view = page.upload(uploads, study_page.Reading(), "effusion\nnormal", "effusion")
+    asked = page.ask(page.again(view, study_page.Reading(trust_header=True)), "effusion\nnormal", "air")
+    for shown in (view, asked):
+        names += [path.name for path in shown.folder.rglob("*")]
+        said += [study_page.status_text(shown), study_page.left_out_html(shown), *shown.titles()]
+        for number, (_, series) in enumerate(shown.places):
+            subject = study_page.subject(series, None)
+            said += [study_page.answer_html(shown, number), study_page.keys_html(series, subject)]
+            said += [study_page.slice_html(series, 0, subject), study_page.curve_html(series, 0, subject)]
+    assert "3 files or slices were left out" in said[0]
+    assert names
+    for wrong in ([shutil.copy(place / "study" / "Fenwobble_Tamsin_cut.dcm", tmp_path)], [tmp_path / "Fenwobble.dcm"]):
+        with pytest.raises(study_page.PageError) as refused:
+            page.upload(wrong, study_page.Reading())
+        said.append(str(refused.value))
+    view.close()
+    if reader is not None:
+        reader.close()
+    printed = capfd.readouterr()
+    for where in ("".join(said), " ".join(names), caplog.text, printed.out, printed.err):
+        assert told(where) == []
+    assert not list(temporary.iterdir())
 
 
 @pytest.mark.slow

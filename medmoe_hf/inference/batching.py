@@ -14,7 +14,7 @@ from transformers import AutoModel, PreTrainedModel
 
 from medmoe_hf.common.console import progress
 from medmoe_hf.common.loading import explain_loading
-from medmoe_hf.errors import EncoderError
+from medmoe_hf.errors import EncoderError, WeightsError
 from medmoe_hf.model.image_processing_medmoe import MedMoEImageProcessorPil, to_rgb
 from medmoe_hf.model.medical_images_medmoe import is_medical_image, read_medical_image
 
@@ -62,9 +62,11 @@ def load_model(folder: str | Path, device: str, kind: type[PreTrainedModel] | No
 
     Raises:
         EncoderError: If tensors are missing, or a file of weights contains code.
+        WeightsError: If the configuration states other shapes than the weights have.
     """
     with explain_loading(folder):
-        settings = {"dtype": torch.float32, "output_loading_info": True}
+        # Tensors of other shapes are then listed, and not raised as an error that is none of ours.
+        settings = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
             if kind is None:
                 model, info = AutoModel.from_pretrained(folder, trust_remote_code=False, **settings)
@@ -73,6 +75,14 @@ def load_model(folder: str | Path, device: str, kind: type[PreTrainedModel] | No
         except UnpicklingError as error:
             # The original message explains how to run the code in the file.
             raise EncoderError(f"{folder} contains more than weights and is not loaded; use safetensors.") from error
+    mismatched = sorted(info["mismatched_keys"])
+    if mismatched:
+        name, found, stated = mismatched[0]
+        raise WeightsError(
+            f"The weights in {folder} do not fit its configuration: {len(mismatched)} tensors of the "
+            f"{type(model).__name__} have other shapes, such as {name}, {tuple(found)} in place of {tuple(stated)}. "
+            "Use config.json and weights of the same model."
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise EncoderError(

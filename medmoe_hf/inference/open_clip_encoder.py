@@ -1,6 +1,7 @@
 """Encoder of open_clip's models, by the name of their architecture or from a folder such as BiomedCLIP's."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medmoe_hf.errors import EncoderError, MissingPackageError
+from medmoe_hf.errors import EncoderError, MissingPackageError, WeightsError
 from medmoe_hf.inference.batching import (
     BATCH_SIZE,
     TEXT_BATCH_SIZE,
@@ -30,6 +31,8 @@ CONFIGURATION = "open_clip_config.json"
 """File by which a folder is known as open_clip's."""
 
 _LOCAL, _HUB = "local-dir:", "hf-hub:"
+# What torch says of tensors that a model has not, or has in another shape: the first line of many.
+_MISFIT = re.compile(r"(?:Missing key|Unexpected key|size mismatch for)[^\n]*")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pth")
 # The text tower in the checkpoints of UniMed-CLIP, whose code is an older open_clip, and in open_clip.
 _OLD_TEXT, _TEXT = "text_encoder.", "text."
@@ -100,6 +103,12 @@ class OpenClipEncoder:
         except (RuntimeError, ValueError, OSError) as error:
             if isinstance(error, EncoderError):
                 raise
+            if example := _MISFIT.search(str(error)):
+                raise WeightsError(
+                    f"The weights of {checkpoint or short_name(rest)} do not fit the architecture that its name or "
+                    f"folder states, {short_name(architecture)}: {' '.join(example[0].split())[:200]} ... "
+                    "Name the architecture that the weights were trained with."
+                ) from error
             raise EncoderError(
                 f"open_clip cannot create {rest}: {error} Use open_clip:ARCH, open_clip:ARCH:CHECKPOINT "
                 "(a tag or a file), open_clip:local-dir:FOLDER or open_clip:hf-hub:ID."

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import socket
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from PIL import Image, PngImagePlugin
 from transformers import BertConfig, BertModel
 
 gr = pytest.importorskip("gradio", reason='the demo needs gradio: pip install "medmoe_hf[demo]"')
+
+from loopback_hub import Account, LoopbackHub  # noqa: E402
 
 import medmoe_hf  # noqa: E402
 from medmoe_hf.data import MODALITIES, PHRASES, phantom_sample, zero_shot_prompts  # noqa: E402
@@ -451,6 +454,42 @@ def test_the_start_says_what_it_is_doing(folder, monkeypatch, capsys):
         f"Encoding {sum(len(texts['reports']) for texts in app.TEXTS.values())} reports to search in ...",
         "Starting the page ...",
     ]
+
+
+def test_code_and_weights_are_of_one_commit(folder, monkeypatch, tmp_path):
+    """Without the package, also where somebody pushes between the loading of the model and of the processor."""
+    asked, said = [], []
+
+    def load(kind):
+        def from_pretrained(name, **options):
+            asked.append((name, options))
+            hub.repo("you/medmoe").branches["main"] = "1" * 40
+            return kind.from_pretrained(folder, trust_remote_code=True)
+
+        return type("Auto", (), {"from_pretrained": staticmethod(from_pretrained)})
+
+    monkeypatch.setattr(app, "AutoModel", load(app.AutoModel))
+    monkeypatch.setattr(app, "AutoProcessor", load(app.AutoProcessor))
+    with LoopbackHub() as hub:
+        hub.accounts["hf_write"] = Account("you")
+        hub.use(monkeypatch, tmp_path / "home", token="hf_write")
+        first = hub.create("you/medmoe", files={"config.json": b"{}"}).branches["main"]
+        app.Checkpoint("you/medmoe", said.append)
+        pinned = {"trust_remote_code": True, "revision": first, "code_revision": first}
+        assert asked == [("you/medmoe", pinned)] * 2
+        assert f"Running the code of you/medmoe at {first}." in said
+        asked.clear()
+        app.Checkpoint("you/medmoe", revision=first)
+        assert asked == [("you/medmoe", pinned)] * 2
+        assert app.commit_of("you/other", None) is None  # which the loading explains
+        assert app.commit_of("you/other", first) == first
+    assert not Path("you/medmoe").exists()
+    seen = []
+    monkeypatch.setattr(app, "Checkpoint", lambda *arguments: seen.append(arguments))
+    monkeypatch.setattr(app, "build", lambda checkpoint: types.SimpleNamespace(launch=lambda **options: None))
+    monkeypatch.setenv("MEDMOE_REVISION", first)
+    app.launch("you/medmoe", isolate=False)
+    assert seen[0][-1] == first
 
 
 def test_other_models_are_refused(tmp_path):

@@ -14,7 +14,7 @@ from small_encoders import clip_folder, medmoe_folder, open_clip_architecture
 from transformers import AutoModel, AutoProcessor, CLIPModel, CLIPProcessor, SiglipConfig, SiglipModel
 
 from medmoe_hf.data import phantom_sample
-from medmoe_hf.errors import EncoderError
+from medmoe_hf.errors import EncoderError, WeightsError
 from medmoe_hf.inference.batching import read_picture
 from medmoe_hf.inference.encoders import MedMoEEncoder, load_encoder, scores_of
 from medmoe_hf.inference.open_clip_encoder import OpenClipEncoder
@@ -283,6 +283,25 @@ def test_open_clip_equals_plain_calls_and_loads_a_file(tmp_path, images):
         assert encoder.name == f"open_clip:{architecture}:{name}"
         torch.testing.assert_close(encoder.encode_images(images), of_images, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(encoder.encode_texts(TEXTS), of_texts, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_of_another_architecture_are_told_as_such(tmp_path):
+    folder = clip_folder(tmp_path / "clip")
+    config = json.loads((folder / "config.json").read_text())
+    config["projection_dim"] = 24
+    (folder / "config.json").write_text(json.dumps(config))
+    told = r"2 tensors of the CLIPModel have other shapes, such as .*\(16, 32\) in place of \(24, 32\)"
+    with pytest.raises(WeightsError, match=told):
+        load_encoder(folder)
+    pytest.importorskip("open_clip")
+    architecture = open_clip_architecture(tmp_path)
+    model = load_encoder(f"open_clip:{architecture}").model
+    state = model.state_dict()
+    name = next(name for name in state if name.startswith("visual.") and name.endswith("mlp.c_fc.weight"))
+    for wrong in (state | {name: state[name][:-1].contiguous()}, {k: v for k, v in state.items() if k != name}):
+        save_file(wrong, tmp_path / "wrong.safetensors")
+        with pytest.raises(WeightsError, match=rf"wrong.safetensors do not fit .*{architecture}: .*visual"):
+            load_encoder(f"open_clip:{architecture}:{tmp_path / 'wrong.safetensors'}")
 
 
 def test_open_clip_never_unpickles(tmp_path):

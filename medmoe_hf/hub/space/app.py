@@ -29,6 +29,7 @@ except ImportError as error:
 import matplotlib
 import numpy as np
 import torch
+from huggingface_hub import HfApi
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
@@ -137,6 +138,8 @@ class Checkpoint:
         name: A folder or Hub id. Warning: without `load`, its code is run, so it must be one that you trust.
         say: Called with progress messages.
         load: Function of the name that returns a `StudyPredictor`, whose model is used; None without medmoe_hf.
+        revision: Branch, tag or commit of a repository on the Hub, without medmoe_hf; None for its newest commit. Code
+            and weights are those of one commit, also where somebody pushes another one meanwhile.
         reader: An `IsolatedReader` of medmoe_hf, which decodes files in processes of their own; None to decode them in
             this one.
 
@@ -154,6 +157,7 @@ class Checkpoint:
         say: Callable[[str], None] = lambda text: None,
         load: Callable[[str], Any] | None = None,
         reader: Any = None,
+        revision: str | None = None,
     ) -> None:
         local = name.count("/") != 1 or name.startswith((".", "/", "~")) or Path(name).parent.is_dir()
         if local and not Path(name).is_dir():
@@ -164,13 +168,19 @@ class Checkpoint:
         self.predictor = None if load is None else load(name)
         self.reader = reader
         own = None if self.predictor is None else self.predictor.encoder
-        self.model = AutoModel.from_pretrained(name, trust_remote_code=True).eval() if own is None else own.model
+        # Whose code is run: that of one commit, for the model as for its processor.
+        pinned: dict[str, Any] = {"trust_remote_code": True}
+        if own is None and not Path(name).is_dir():
+            commit = commit_of(name, revision)
+            pinned |= {"revision": commit, "code_revision": commit}
+            say(f"Running the code of {self.name} at {commit or 'the commit that was downloaded before'}.")
+        self.model = AutoModel.from_pretrained(name, **pinned).eval() if own is None else own.model
         if self.model.config.model_type != "medmoe":
             raise ValueError(
                 f"{name} holds a model of type {self.model.config.model_type!r}; the demo shows dual encoders, of "
                 "type 'medmoe'."
             )
-        self.processor = AutoProcessor.from_pretrained(name, trust_remote_code=True) if own is None else own.processor
+        self.processor = AutoProcessor.from_pretrained(name, **pinned) if own is None else own.processor
         # DICOM and NIfTI files are decoded by the checkpoint's code, which alone knows their size.
         self.processor.image_processor.max_pixels = MAX_PIXELS
         self.processor.image_processor.allow_urls = False
@@ -600,6 +610,19 @@ def study_loader() -> Callable[[str], Any] | None:
     return lambda name: StudyPredictor(name, device="cpu")
 
 
+def commit_of(name: str, revision: str | None) -> str | None:
+    """Returns the commit of a repository on the Hub; the given revision where the Hub does not answer.
+
+    Args:
+        name: Its id.
+        revision: Branch, tag or commit; None for the newest one.
+    """
+    try:
+        return str(HfApi().model_info(name, revision=revision).sha)
+    except Exception:  # it may still be in the cache; what is wrong is said when it is loaded
+        return revision
+
+
 def isolated_reader() -> Any:
     """Returns what decodes files in processes of their own; None where medmoe_hf is not installed."""
     try:
@@ -671,7 +694,7 @@ def launch(
     if name:
         reader = isolated_reader() if isolate else None  # which imports the libraries meanwhile
         load = study_loader()
-        checkpoint = Checkpoint(name, say, load, reader)
+        checkpoint = Checkpoint(name, say, load, reader, os.environ.get("MEDMOE_REVISION") or None)
         if load is not None:
             from medmoe_hf.hub.study_demo.tab import STUDY_CSS
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from medmoe_hf.errors import MedMoEError
 from medmoe_hf.inference.isolation import IsolatedReader
-from medmoe_hf.inference.serving.archives import Limits, UploadError, plain_suffix, unpack
+from medmoe_hf.inference.serving.archives import Limits, UploadError, hide_metadata, plain_suffix, unpack
 from medmoe_hf.inference.studies.grouping import study_labels
 from medmoe_hf.inference.studies.pictures import UNREADABLE
 from medmoe_hf.inference.studies.predictions import (
@@ -132,6 +132,7 @@ class StudyPage:
         self, predictor: StudyPredictor, limits: Limits = UPLOAD_LIMITS, reader: IsolatedReader | None = None
     ) -> None:
         self.predictor, self.limits, self.reader = predictor, limits, reader
+        hide_metadata()
 
     def upload(
         self,

@@ -27,7 +27,10 @@ _CODE = (
     "launch(socket.socket(fileno=given['control']), given['plugins'])"
 )
 # Nothing else: tokens and passwords are kept in variables.
-_VARIABLES = ("PATH", "HOME", "LANG", "TZ", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
+_VARIABLES = (
+    *("PATH", "HOME", "LANG", "TZ", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH"),
+    "TORCHINDUCTOR_CACHE_DIR",  # torch makes a folder of its own without it
+)
 _SET = {
     "HF_HUB_OFFLINE": "1",
     # A process with a single thread can be forked.

@@ -17,7 +17,7 @@ import torch
 from medmoe_hf import __version__
 from medmoe_hf.errors import ArgumentError, ImageTooLargeError, MedMoEError, MissingPackageError
 from medmoe_hf.inference.isolation import IsolatedReader
-from medmoe_hf.inference.serving.archives import Limits, UploadError, unpack
+from medmoe_hf.inference.serving.archives import Limits, UploadError, hide_metadata, unpack
 from medmoe_hf.inference.serving.uploads import Form, receive
 from medmoe_hf.inference.studies.predictions import predictions_dict
 from medmoe_hf.inference.studies.predictor import Question, StudyPredictor, checked
@@ -63,6 +63,7 @@ class _Service:
         self.predictor, self.limits, self.reader = predictor, limits, reader
         self.lock = threading.Lock()  # the model, and the readers, whose warnings are switched off by process
         self.requests = 0
+        hide_metadata()
 
     async def health(self) -> Any:
         """Tells whether the server answers, also while it predicts."""

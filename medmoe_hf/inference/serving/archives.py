@@ -1,5 +1,6 @@
-"""Limits of uploads, and zip files that are unpacked within them; names of files are not kept."""
+"""Limits of uploads, and zip files that are unpacked within them; names and metadata of files are not kept."""
 
+import logging
 import re
 import zipfile
 import zlib
@@ -66,6 +67,11 @@ class Limits:
     def too_many(self) -> UploadError:
         """Returns the error for too many files or slices."""
         return UploadError(413, f"There are more than {self.files} files or slices.")
+
+
+def hide_metadata() -> None:
+    """Leaves Pillow's messages for debugging out of all logs: they quote EXIF and other metadata of pictures."""
+    logging.getLogger("PIL").setLevel(logging.INFO)
 
 
 def plain_suffix(name: str) -> str:
