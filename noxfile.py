@@ -197,6 +197,14 @@ def gpu(session: nox.Session) -> None:
 
 
 @nox.session
+def soak(session: nox.Session) -> None:
+    """Long runs with faults, in small: nothing may pile up. Without `--count` they take up to an hour each."""
+    prepare(session, "all,dev")
+    for run, count in (("stream", 5000), ("push", 60), ("resume", 20), ("serve", 200), ("serve-here", 200)):
+        example(session, "experiments/soak", run, "--count", str(count))
+
+
+@nox.session
 def docs(session: nox.Session) -> None:
     """The pages; warnings are errors."""
     prepare(session, "all,docs")
