@@ -108,7 +108,9 @@ def fuzz(session: nox.Session) -> None:
 def neighbours(session: nox.Session) -> None:
     """Checkpoints in other libraries, also in those that no other session installs."""
     prepare(session, "all,test,mteb,eva")
-    session.run("pytest", "-q", "-m", "slow or not slow", "tests/neighbours", *session.posargs)
+    if session.virtualenv.venv_backend != "none":
+        session.install("clip-benchmark")
+    session.run("python", "-m", "pytest", "-q", "-m", "slow or not slow", "tests/neighbours", *session.posargs)
 
 
 @nox.session(python=["3.10", "3.13"])

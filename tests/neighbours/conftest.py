@@ -1,6 +1,8 @@
 """A small saved checkpoint and pictures, for the clients of other libraries."""
 
+from collections import Counter
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,39 @@ from PIL import Image
 
 from medmoe_hf.data import FINDINGS, phantom_sample
 from medmoe_hf.model import MedMoEImageProcessor, MedMoEModel, MedMoEProcessor, MedMoETokenizer
+
+LIBRARIES = {
+    "test_clip_benchmark.py": ("clip-benchmark", "open_clip_torch"),
+    "test_dicomweb.py": ("dicomweb-client",),
+    "test_eva.py": ("kaiko-eva",),
+    "test_mcp.py": ("mcp", "gradio"),
+    "test_medmnist.py": ("medmnist",),
+    "test_mteb.py": ("mteb",),
+    "test_sentence_transformers.py": ("sentence-transformers",),
+    "test_trident.py": ("trident-test",),
+}
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Prints which libraries were tried in which version, and what became of their tests."""
+    counts = {name: Counter() for name in LIBRARIES}
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.stats.get(outcome, ()):
+            name = Path(report.nodeid.partition("::")[0]).name
+            if name in counts:
+                counts[name][outcome] += 1
+    terminalreporter.section("other libraries")
+    for name, libraries in LIBRARIES.items():
+        outcomes = ", ".join(f"{number} {outcome}" for outcome, number in counts[name].items()) or "not run"
+        versions = ", ".join(f"{library} {_version(library)}" for library in libraries)
+        terminalreporter.write_line(f"{versions:<45}{outcomes}")
+
+
+def _version(library):
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return "(missing)"
 
 
 @dataclass
