@@ -11,7 +11,7 @@ def keep_freed_memory() -> None:
     """Makes this process keep the memory that it frees, for what it allocates next.
 
     glibc returns blocks above 32 MiB to the system when they are freed, and requests new ones for the next tensors of
-    the same size; the system then maps and clears every page of them. On a CPU that is a quarter of the time of a
+    the same size; the system then maps and clears every page of them. On a CPU that is a tenth of the time of a
     training step of `small` at batch 48. The process keeps its peak of memory until it ends.
 
     Without glibc (macOS, Windows, musl) nothing happens.

@@ -221,7 +221,7 @@ class AllExperts:
     def __init__(self, vision_model: torch.nn.Module) -> None:
         self.vision_model = vision_model
 
-    def __call__(self, feature_maps: list[Tensor], expert_ids: Tensor, mixture: None = None) -> tuple[Tensor, ...]:
+    def __call__(self, feature_maps: list[Tensor], expert_ids: Tensor, *_: object) -> tuple[Tensor, ...]:
         size = self.vision_model.map_size(feature_maps)
         parts = [expert(feature_maps, size) for expert in self.vision_model.experts]
         rows = torch.arange(len(expert_ids))
@@ -234,7 +234,7 @@ class AuthorsExperts:
     def __init__(self, vision_model: torch.nn.Module) -> None:
         self.experts = vision_model.experts
 
-    def __call__(self, feature_maps: list[Tensor], expert_ids: Tensor, mixture: None = None) -> tuple[Tensor, Tensor]:
+    def __call__(self, feature_maps: list[Tensor], expert_ids: Tensor, *_: object) -> tuple[Tensor, Tensor]:
         """Return local maps (B, D, H/4, W/4) and scale weights (B, S, H/4, W/4)."""
         height, width = feature_maps[0].shape[2:]
         locals_, weights = [], []
