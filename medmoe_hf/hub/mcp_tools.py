@@ -160,7 +160,7 @@ def tools_of(checkpoint: Checkpoint, folder: str | Path) -> list[Callable[..., s
 
         Args:
             image: Path of a PNG, JPEG, TIFF, DICOM or NIfTI file in the folder of the server.
-            texts: At most 100 texts to search, such as sentences of reports; by default synthetic reports of six modalities.
+            texts: At most 100 texts to search, such as sentences of reports; by default sixty example sentences about six modalities.
             count: Number of texts in the answer.
             expert: Modality whose expert reads the picture; by default the one that the router selects.
 

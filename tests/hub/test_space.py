@@ -25,7 +25,7 @@ gr = pytest.importorskip("gradio", reason='the demo needs gradio: pip install "m
 from loopback_hub import Account, LoopbackHub  # noqa: E402
 
 import medmoe_hf  # noqa: E402
-from medmoe_hf.data import MODALITIES, PHRASES, phantom_sample, zero_shot_prompts  # noqa: E402
+from medmoe_hf.data import MODALITIES, phantom_sample  # noqa: E402
 from medmoe_hf.hub import init_model  # noqa: E402
 from medmoe_hf.hub.space import app  # noqa: E402
 from medmoe_hf.hub.study_demo import examples  # noqa: E402
@@ -122,7 +122,7 @@ def test_labels_are_compared_with_the_expert_that_was_asked(checkpoint, model, p
 @torch.no_grad()
 def test_a_phrase_is_held_against_normal_reports_of_the_experts_modality(checkpoint, model, picture):
     tokens = checkpoint.processor(text="hard exudates", return_tensors="pt")
-    normal = checkpoint.processor(text=zero_shot_prompts("fundus")["normal"], return_tensors="pt")
+    normal = checkpoint.processor(text=app.TEXTS["fundus"]["normal"], return_tensors="pt")
     words = model.text_projection(model.text_model(**tokens).word_embeds[0, :2])
     absent = model.text_projection(model.text_model(**normal).pooler_output).mean(0)
     local = model.vision_model(picture.pixel_values, modality="fundus").local_embeds[0]
@@ -500,24 +500,14 @@ def test_other_models_are_refused(tmp_path):
         app.Checkpoint(str(tmp_path))
 
 
-def phantom_texts():
-    """What reports.json holds; after a change of the grammar, write `json.dumps(phantom_texts(), indent=1)` to it."""
-    texts = {}
-    for modality in MODALITIES:
-        normal = zero_shot_prompts(modality)["normal"]
-        view = normal[0].split(" shows ")[0]
-        findings = [phrases.plain[0] for phrases in PHRASES[modality].values() if phrases.plain]
-        samples = [phantom_sample(2026, index, image_size=48, modalities=[modality]) for index in range(10)]
-        texts[modality] = {
-            "labels": [normal[0], *(f"{view} shows {finding}." for finding in findings)],
-            "normal": normal,
-            "reports": [sample["caption"] for sample in samples],
-        }
-    return texts
-
-
-def test_the_sentences_are_the_phantoms():
-    assert json.loads((SPACE / "reports.json").read_text()) == phantom_texts()
+def test_the_sentences_are_those_of_predictions():
+    """The Space's folder has no package, so it has a copy; real scans are not described like phantoms."""
+    asked = yaml.safe_load((ROOT / "medmoe_hf/inference/studies/default_labels.yaml").read_text())
+    assert list(app.TEXTS) == list(asked) == list(MODALITIES)
+    for modality, texts in app.TEXTS.items():
+        assert texts["labels"] == [sentences[0] for sentences in asked[modality]["labels"].values()]
+        assert texts["normal"][: len(asked[modality]["normal"])] == asked[modality]["normal"]
+        assert len(set(texts["reports"])) == 10
 
 
 def test_the_space_is_whole_and_stands_once():

@@ -136,7 +136,7 @@ def test_the_tools_say_what_they_need_and_answer(ask):
             assert properties["expert"]["enum"] == ["automatic", *EXPERTS]
     assert tools["classify"].inputSchema["properties"]["labels"]["items"] == {"type": "string"}
     assert tools["search"].inputSchema["properties"]["count"]["type"] == "integer"
-    assert "synthetic reports" in tools["search"].inputSchema["properties"]["texts"]["description"]
+    assert "sixty example sentences" in tools["search"].inputSchema["properties"]["texts"]["description"]
 
 
 @torch.no_grad()

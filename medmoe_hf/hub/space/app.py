@@ -47,9 +47,9 @@ COLUMN = 345  # least width in pixels: two columns only if both are readable, so
 WAITING = 32  # requests in the queue of each event
 
 TEXTS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("reports.json").read_text())
-"""For each of the six default modalities: `labels`, `normal` reports, and `reports` to search.
+"""For each of the six default modalities: `labels`, `normal` sentences, and example sentences to search (`reports`).
 
-All are sentences of medmoe_hf's phantom grammar; a test compares the file with it.
+Labels and normal sentences are those of `medmoe predict`; a test compares them.
 """
 
 DISCLAIMER = (
@@ -588,7 +588,7 @@ def build_picture(checkpoint: Checkpoint) -> None:
             means = gr.Label(label="Mean weight of each scale", show_heading=False, elem_id="scales")
             dominating = gr.HTML(elem_id="dominating")
         with gr.Column(**column):
-            gr.Markdown(f"## Nearest phantom reports\n\nOf {len(checkpoint.reports)} synthetic ones.")
+            gr.Markdown(f"## Nearest sentences\n\nOf {len(checkpoint.reports)} made-up examples.")
             nearest = gr.HTML(elem_id="nearest")
 
     described = [status, shown, router, labels, zero_shot, means, dominating, nearest]
