@@ -4,10 +4,14 @@ Importing this package makes the Auto classes of transformers know it, and loads
 """
 
 import logging
+import os
 from typing import TYPE_CHECKING
 
 from medmoe_hf.common.auto_classes import register_on_use
 from medmoe_hf.common.lazy import lazy_attributes
+
+# From version 1.32 at the latest, onnxruntime reports its use over the network, unless this says no before its import.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from medmoe_hf.common.packaged import pretrained as pretrained

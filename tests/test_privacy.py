@@ -7,7 +7,9 @@ and what helps to mend data (paths of files on the terminal) can be told from a 
 import io
 import json
 import logging
+import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import zipfile
@@ -174,6 +176,16 @@ def test_readers_log_nothing_that_a_header_says(place, caplog):
     with pytest.warns(UserWarning, match="Zyxwell"):
         assert pydicom.dcmread(path).SeriesInstanceUID
     assert "Zyxwell" in caplog.text
+
+
+def test_onnxruntime_reports_nothing(tmp_path):
+    pytest.importorskip("onnxruntime")
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    code = "import medmoe_hf, onnxruntime, os; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    environment |= {"TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "1"
+    assert not list(tmp_path.iterdir())  # where it keeps the number of its session
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -100,13 +100,13 @@ def test_commands_use_the_packaged_checkpoint_when_no_model_is_named(monkeypatch
 def test_the_demo_shows_the_packaged_checkpoint_unless_another_is_named(stand_in, monkeypatch):
     shown = []
     # instead of the page itself, which needs gradio
-    page = SimpleNamespace(launch=lambda name, port: shown.append(name))
+    page = SimpleNamespace(launch=lambda name, port, isolate, *rest: shown.append((name, isolate)))
     monkeypatch.setitem(sys.modules, "medmoe_hf.hub.space.app", page)
     for arguments, variable in (([], ""), (["small"], ""), ([], "you/medmoe"), (["mine"], "you/medmoe")):
         monkeypatch.setenv("MEDMOE_MODEL", variable)
         result = CliRunner().invoke(app, ["demo", *arguments])
         assert result.exit_code == 0, result.output
-    assert shown == [stand_in, stand_in, "you/medmoe", "mine"]
+    assert shown == [(name, True) for name in (stand_in, stand_in, "you/medmoe", "mine")]
 
 
 def test_importing_the_package_does_not_look_for_checkpoints():
