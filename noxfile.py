@@ -109,7 +109,7 @@ def neighbours(session: nox.Session) -> None:
     """Checkpoints in other libraries, also in those that no other session installs."""
     prepare(session, "all,test,mteb,eva")
     if session.virtualenv.venv_backend != "none":
-        session.install("clip-benchmark")
+        session.install("clip-benchmark", "kernels")
     session.run("python", "-m", "pytest", "-q", "-m", "slow or not slow", "tests/neighbours", *session.posargs)
 
 

@@ -187,7 +187,8 @@ def contrasted_regions(config: Any, local_embeds: Tensor) -> Tensor:
         # channels last, as the experts return them, the products are few and large.
         rows, columns = (_area_weights(size, min(size, most), local_embeds.device) for size in local_embeds.shape[2:])
         narrow = columns @ local_embeds.float().movedim(1, -1)
-        return (rows @ narrow.flatten(2)).unflatten(2, narrow.shape[2:]).movedim(-1, 1)
+        pooled: Tensor = (rows @ narrow.flatten(2)).unflatten(2, narrow.shape[2:]).movedim(-1, 1)
+        return pooled
 
 
 def _area_weights(size: int, regions: int, device: torch.device) -> Tensor:

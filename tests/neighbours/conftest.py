@@ -17,6 +17,7 @@ LIBRARIES = {
     "test_clip_benchmark.py": ("clip-benchmark", "open_clip_torch"),
     "test_dicomweb.py": ("dicomweb-client",),
     "test_eva.py": ("kaiko-eva",),
+    "test_kernels.py": ("kernels", "triton"),
     "test_mcp.py": ("mcp", "gradio"),
     "test_medmnist.py": ("medmnist",),
     "test_mteb.py": ("mteb",),
