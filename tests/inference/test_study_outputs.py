@@ -329,6 +329,28 @@ def test_an_image_that_was_not_checked_is_no_accepted_one(written):
     assert "it has no rejector" in summary(synthetic_studies())
 
 
+def test_the_table_says_how_many_labels_it_leaves_out():
+    studies = synthetic_studies()
+    series = studies[0].series[0]
+    (first, *_) = series.labels
+    for count, told in ((8, []), (9, ["(1 more in prediction.json, see --out)"])):
+        series.labels = [replace(first, label=f"label {number}") for number in range(count)]
+        text = summary(studies)
+        assert re.findall(r"label \d", text) == [f"label {number}" for number in range(8)]
+        assert re.findall(r"\(\d more.*?\)", text) == told
+
+
+def test_the_table_repeats_notes_once():
+    studies = synthetic_studies()
+    every = [one for study in studies for one in study.series]
+    every[1].notes = ["two slices are missing"]
+    lines = summary(studies).splitlines()
+    assert f"Note on {len(every) - 1} series: 2 slices are missing behind slice 10." in lines
+    assert "Note: two slices are missing" in lines
+    every[1].notes = [f"note {number}" for number in range(6)]
+    assert "There are 2 other notes, which prediction.json lists." in summary(studies)
+
+
 def test_the_table_shows_series_labels_and_what_was_left_out():
     text = summary(synthetic_studies())
     lines = text.splitlines()

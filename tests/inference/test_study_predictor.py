@@ -19,6 +19,7 @@ from medmoe_hf.cli import app
 from medmoe_hf.errors import ArgumentError, EncoderError
 from medmoe_hf.evaluation.rejector import fit_rejector, known_images
 from medmoe_hf.inference.studies import Question, StudyPredictor, predict, summary, write_predictions
+from medmoe_hf.inference.studies.misspelt import spelling_notes
 from medmoe_hf.inference.studies.pooling import pool_slices, route_series, softmax
 from medmoe_hf.inference.studies.predictor import plain_reason
 from medmoe_hf.inference.studies.tasks import normal_sentences, task_of_labels
@@ -315,6 +316,39 @@ def test_a_single_image_gets_the_decisions_of_its_task(predictor, tmp_path, monk
     (several,) = predict(tmp_path / "more", model=predictor, task="chest", progress=False)
     assert {label.selected for label in [*several.labels, *several.series[0].labels]} == {None}
     assert several.series[0].decision == ""
+
+
+def test_labels_that_look_misspelt_are_answered_with_a_note(predictor, tmp_path, monkeypatch):
+    ct_series(tmp_path, count=1)
+    # A word of the model's task, one of the labels that are asked by default, and one that nothing resembles.
+    own = Task("own", {"silicosis": ["Silicosis."], "clear": ["Clear lungs."]})
+    monkeypatch.setattr(predictor.encoder.model, "tasks", {"own": own}, raising=False)
+    question = Question(labels=["No Finding", "silicossis", "pnuemonia", "tooth"])
+    (study,) = found = predictor(read_studies([tmp_path]), question, show_progress=False)
+    expected = [
+        '"silicossis" is no word of the model\'s tasks; did you mean "silicosis"?',
+        '"pnuemonia" is no word of the model\'s tasks; did you mean "pneumonia"?',
+    ]
+    assert study.series[0].to_dict()["notes"] == expected
+    assert [line for line in summary(found).splitlines() if "did you mean" in line] == [f"Note: {e}" for e in expected]
+    assert len(study.series[0].labels) == 4  # the answer stays
+    asked = study.series[0].ask(Question(labels=["no finding", "cardiomegly"]))
+    assert [note.split('"')[3] for note in asked.notes] == ["cardiomegaly"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "noted"),
+    [
+        (["plural effusion", "no finding"], {"plural effusion": "pleural effusion"}),
+        (["Abnormal", "no pneumonia"], {}),  # the opposite of a known word
+        (["pnuemonia", "pneumonia"], {}),  # whoever asks both means both
+        (["pneumonitis", "renal cell carcinoma", "grade 2"], {}),
+    ],
+)
+def test_only_close_words_count_as_misspelt(labels, noted):
+    known = ["normal", "no finding", "pneumonia", "pleural effusion", "small cell carcinoma", "grade 1"]
+    notes = spelling_notes(labels, known)
+    assert notes == [f'"{a}" is no word of the model\'s tasks; did you mean "{b}"?' for a, b in noted.items()]
 
 
 def test_a_task_of_another_modality_decides_nothing(predictor, tmp_path, monkeypatch):

@@ -31,6 +31,7 @@ _MAP_SIDE = 64  # sides at which maps are kept until their range is known; model
 _INT16 = 4  # NIfTI's code
 _STEPS = 2000  # of the greatest value; finer ones would only make the file larger
 _REASONS_SHOWN = 5
+_NOTES_SHOWN = 5
 
 
 def write_predictions(
@@ -159,12 +160,12 @@ def _header(shape: tuple[int, int, int], affine: np.ndarray, scale: float) -> by
     return bytes(header)
 
 
-def summary(studies: Sequence[StudyPrediction], labels: int = 5) -> str:
+def summary(studies: Sequence[StudyPrediction], labels: int = 8) -> str:
     """Formats predictions for the terminal: a table of series and their most probable labels, without identifiers.
 
     Args:
         studies: What `predict` returned.
-        labels: Number of labels per series.
+        labels: Number of labels per series; a row says how many more there are.
     """
     rows = [["study", "series", "content", "expert", "accepted", "label", "probability", "key slice"]]
     for study in studies:
@@ -173,7 +174,12 @@ def summary(studies: Sequence[StudyPrediction], labels: int = 5) -> str:
             shown = [
                 [label.label, percent(label.probability), _place(series, label.key_slices)]
                 for label in series.labels[:labels]
-            ] + [[f"“{text.text}”", f"({text.score:+.3f})", _place(series, text.key_slices)] for text in series.texts]
+            ]
+            if more := len(series.labels) - len(shown):
+                shown.append([f"({more} more in prediction.json, see --out)", "", ""])
+            shown += [
+                [f"“{text.text}”", f"({text.score:+.3f})", _place(series, text.key_slices)] for text in series.texts
+            ]
             for number, cells in enumerate(shown or [["-", "-", "-"]]):
                 rows.append([*(first if number == 0 else [""] * len(first)), *cells])
     lines = [text_table(rows), ""]
@@ -191,6 +197,11 @@ def summary(studies: Sequence[StudyPrediction], labels: int = 5) -> str:
             lines.append(f"ANOTHER MODALITY: study {study.number}, series {series.number}. {series.task_warning}")
     if any(series.accepted is None for _, series in every):
         lines.append("Not checked whether the images are of a kind that the model knows: it has no rejector.")
+    notes = Counter(note for _, series in every for note in series.notes)
+    for note, number in list(notes.items())[:_NOTES_SHOWN]:
+        lines.append(f"Note{f' on {number} series' if number > 1 else ''}: {note}")
+    if len(notes) > _NOTES_SHOWN:
+        lines.append(f"There are {len(notes) - _NOTES_SHOWN} other notes, which prediction.json lists.")
     reasons = Counter(
         one.reason for one in [*(one for study in studies for one in study.skipped), *skipped_of(studies)]
     )

@@ -17,6 +17,7 @@ from medmoe_hf.errors import ArgumentError, EncoderError, MissingPackageError
 from medmoe_hf.inference.batching import unit_length
 from medmoe_hf.inference.encoders import MedMoEEncoder, load_encoder
 from medmoe_hf.inference.studies.grouping import study_labels
+from medmoe_hf.inference.studies.misspelt import spelling_notes
 from medmoe_hf.inference.studies.pictures import UNREADABLE, SeriesPictures
 from medmoe_hf.inference.studies.pooling import POOLINGS, Pooling, key_slices, pool_slices, route_series
 from medmoe_hf.inference.studies.predictions import (
@@ -27,7 +28,15 @@ from medmoe_hf.inference.studies.predictions import (
     StudyPredictions,
     TextPrediction,
 )
-from medmoe_hf.inference.studies.tasks import as_task, decided, default_task, is_foreign, probabilities, task_of_labels
+from medmoe_hf.inference.studies.tasks import (
+    as_task,
+    decided,
+    default_labels,
+    default_task,
+    is_foreign,
+    probabilities,
+    task_of_labels,
+)
 from medmoe_hf.inference.texts import class_embeddings, flatten_prompts
 from medmoe_hf.model import Task
 from medmoe_hf.model.modalities_medmoe import UNKNOWN_MODALITY, modality_id
@@ -207,13 +216,20 @@ class StudyPredictor:
         """Replaces the name of a task that the model brings along by that task."""
         if not isinstance(question.task, str):
             return question
-        own = getattr(self.encoder.model, "tasks", None) or {}
+        own = self._own_tasks()
         if question.task not in own:
             known = f"it has {', '.join(own)}" if own else "it has none"
             raise ArgumentError(
                 f'There is no file "{question.task}", and the model has no task of this name: {known}.'
             )
         return replace(question, task=own[question.task])
+
+    def _own_tasks(self) -> dict[str, Task]:
+        return getattr(self.encoder.model, "tasks", None) or {}
+
+    def _spelling_notes(self, question: Question) -> list[str]:
+        known = [label for task in self._own_tasks().values() for label in task.prompts]
+        return spelling_notes(question.labels or (), [*known, *default_labels()])
 
     def _predict_series(
         self,
@@ -283,7 +299,7 @@ class StudyPredictor:
             texts=texts,
             uid=str(series.uid),
             sources={index: _source(series.source(index)) for index in keys},
-            notes=list(series.notes),
+            notes=[*self._spelling_notes(question), *series.notes],
             foreign_task=foreign,
             affine=None if series.affine is None else np.asarray(series.affine, dtype=np.float64),
             slots=None if series.slots is None else [int(slot) for slot in series.slots],

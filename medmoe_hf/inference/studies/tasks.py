@@ -168,6 +168,11 @@ def default_task(modality: str) -> Task | None:
     return None if entry is None else _task(entry["labels"])
 
 
+def default_labels() -> list[str]:
+    """Returns the labels of all modalities that are asked where the user names none, without repetitions."""
+    return list(dict.fromkeys(str(label) for entry in _defaults().values() for label in entry["labels"]))
+
+
 def normal_sentences(modality: str) -> tuple[str, ...]:
     """Returns sentences without a finding, which heat-maps of a text are compared with; none for other modalities."""
     return tuple(_defaults().get(modality, {}).get("normal", ()))
