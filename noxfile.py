@@ -101,7 +101,7 @@ def fuzz(session: nox.Session) -> None:
     prepare(session, "all,test")
     if session.virtualenv.venv_backend != "none":
         session.install("atheris", success_codes=[0, 1])  # there are wheels for some versions of Python only
-    session.run("python", "tests/fuzz/campaign.py", "--seconds", "6", "--out", fresh("fuzz"), *session.posargs)
+    session.run("python", "tests/fuzz/campaign.py", "--seconds", "4", "--out", fresh("fuzz"), *session.posargs)
 
 
 @nox.session

@@ -180,7 +180,10 @@ def _with_atheris(harness: Harness, guard: Guard, corpus: Path, seconds: int, se
         rng = random.Random(seed)
         if rng.random() < 0.2:
             return atheris.Mutate(data, maximum)
-        return harness.mutate(data, rng, maximum)
+        try:
+            return harness.mutate(data, rng, maximum)
+        except Exception:  # it would end Atheris without a word
+            return atheris.Mutate(data, maximum)
 
     corpus.mkdir(parents=True, exist_ok=True)
     for content in harness.seeds():

@@ -627,6 +627,8 @@ def checkpoint(content: bytes, rng: random.Random, maximum: int) -> bytes:
             with zipfile.ZipFile(io.BytesIO(content)) as archive:
                 files = {name: archive.read(name) for name in archive.namelist()}
         except Exception:
+            files = {}
+        if not files:
             return _PLAIN_PICKLE(content, rng, maximum)
         name = rng.choice([name for name in files if name.endswith(".pkl")] * 3 + list(files))
         files[name] = _PLAIN_PICKLE(files[name], rng, maximum)
