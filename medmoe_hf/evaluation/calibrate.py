@@ -311,8 +311,8 @@ def _score(
     def finish() -> None:
         pixels = torch.from_numpy(np.stack(waiting)).to(model.device)
         batch = collator.normalize({"pixel_values": pixels})["pixel_values"].float()
-        # The scores do not depend on a calibration.
-        scores.append(model.classify(batch, task).scores.cpu())
+        # The scores do not depend on a calibration; no warning for each batch with an image that is routed elsewhere.
+        scores.append(model._answer_task(batch, task).scores.cpu())
         waiting.clear()
 
     for sample in progress(stream, f"images of {task.name}", unit="image"):

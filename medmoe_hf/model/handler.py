@@ -82,9 +82,10 @@ class EndpointHandler:
             raise ValueError("labels are for images: `inputs` must have images, and no texts")
         if labels is not None:
             names, scores = self._zero_shot(images, labels, parameters.get("hypothesis_template") or "{}", modality)
+            facts: list[dict[str, Any]] = [{}] * len(images)
         else:
-            names, scores = self._classify(images, task, modality)
-        ranked = [_ranked(names, row) for row in scores.tolist()]
+            names, scores, facts = self._classify(images, task, modality)
+        ranked = [_ranked(names, row, own) for row, own in zip(scores.tolist(), facts, strict=True)]
         return ranked[0] if single else ranked
 
     @torch.inference_mode()
@@ -109,19 +110,26 @@ class EndpointHandler:
         return names, torch.cat(logits).float().softmax(dim=-1)
 
     @torch.inference_mode()
-    def _classify(self, images: Sequence[Any], task: Any, modality: Any) -> tuple[list[str], Any]:
+    def _classify(
+        self, images: Sequence[Any], task: Any, modality: Any
+    ) -> tuple[list[str], Any, list[dict[str, Any]]]:
+        """Labels, probabilities, and for each image what a task says about its modality."""
         if self.classifies:
             logits = torch.cat([output.logits for output in self._run(images, [], modality=modality)]).float()
             independent = self.model.config.problem_type == "multi_label_classification"
             names = self.model.config.id2label
-            return [names[index] for index in range(logits.shape[1])], (
-                logits.sigmoid() if independent else logits.softmax(dim=-1)
-            )
+            found = logits.sigmoid() if independent else logits.softmax(dim=-1)
+            return [names[index] for index in range(logits.shape[1])], found, [{}] * len(images)
         answers = []
         for start in range(0, len(images), BATCH_SIZE):
             pixels = self.processor(images=list(images[start : start + BATCH_SIZE]), return_tensors="pt")
             answers.append(self.model.classify(pixels["pixel_values"].to(self.device), task, modality))
-        return answers[0].classes, torch.cat([answer.probabilities for answer in answers])
+        facts = [
+            {"modality": name, "fits": fits}
+            for answer in answers
+            for name, fits in zip(answer.modality, answer.fits, strict=True)
+        ]
+        return answers[0].classes, torch.cat([answer.probabilities for answer in answers]), facts
 
     def _embed(self, images: Sequence[Any], texts: Sequence[str], modality: Any) -> dict[str, Any]:
         outputs = self._run(images, texts, modality=modality)
@@ -144,8 +152,8 @@ def _rows(tensors: Sequence[torch.Tensor]) -> list[list[float]]:
     return rows
 
 
-def _ranked(names: Sequence[str], scores: Sequence[float]) -> list[dict[str, Any]]:
-    found = [{"label": name, "score": score} for name, score in zip(names, scores, strict=True)]
+def _ranked(names: Sequence[str], scores: Sequence[float], facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    found = [{"label": name, "score": score, **facts} for name, score in zip(names, scores, strict=True)]
     return sorted(found, key=lambda entry: -float(str(entry["score"])))
 
 

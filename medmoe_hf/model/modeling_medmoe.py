@@ -55,6 +55,7 @@ from .tasks_medmoe import (
     TaskAnswer,
     encode_task,
     load_tasks,
+    suits,
     task_scores,
     write_tasks,
 )
@@ -2210,7 +2211,6 @@ class MedMoEModel(MedMoEPreTrainedModel):
             expert_ids=expert_ids,
         )
 
-    @torch.no_grad()
     def classify(
         self,
         pixel_values: Tensor,
@@ -2220,7 +2220,9 @@ class MedMoEModel(MedMoEPreTrainedModel):
     ) -> TaskAnswer:
         """Classifies images by one of the model's tasks: probabilities, labels and, if calibrated, prediction sets.
 
-        The sentences of the last task are encoded once, for any number of calls.
+        The sentences of the last task are encoded once, for any number of calls. Images of another modality than the
+        task are named by a warning, and nothing is decided for them: they are read as what the image router chooses,
+        or as `modality` says.
 
         Args:
             pixel_values: `(B, 3, H, W)`, sides of at least 64 pixels.
@@ -2231,7 +2233,7 @@ class MedMoEModel(MedMoEPreTrainedModel):
                 calibrated on. Probabilities are corrected for it; labels and sets do not depend on it.
 
         Returns:
-            Probabilities and decisions.
+            Probabilities and decisions, and whether the images are of the task's modality.
 
         Raises:
             ValueError: There is no such task, or it has no tokens.
@@ -2248,9 +2250,23 @@ class MedMoEModel(MedMoEPreTrainedModel):
             >>> task = Task("chest", {"normal": ["Clear lungs."], "effusion": ["Pleural effusion."]})
             >>> model.tasks["chest"] = processor.tokenize_task(task)
             >>> answer = model.classify(torch.rand(2, 3, 64, 64), task="chest")
-            >>> answer.probabilities.shape, answer.calibrated
-            (torch.Size([2, 2]), False)
+            >>> answer.probabilities.shape, answer.calibrated, answer.fits
+            (torch.Size([2, 2]), False, [True, True])
         """
+        answer = self._answer_task(pixel_values, task, modality, prevalence)
+        if answer.warning:
+            logger.warning(answer.warning)
+        return answer
+
+    @torch.no_grad()
+    def _answer_task(
+        self,
+        pixel_values: Tensor,
+        task: str | Task,
+        modality: Any = None,
+        prevalence: Mapping[str, float] | None = None,
+    ) -> TaskAnswer:
+        """`classify` without its warning, for callers that count the images of several batches."""
         if not isinstance(task, Task):
             if task not in self.tasks:
                 known = (
@@ -2258,11 +2274,20 @@ class MedMoEModel(MedMoEPreTrainedModel):
                 )
                 raise ArgumentError(f'The model has no task "{task}". {known}')
             task = self.tasks[task]
-        scores = task_scores(self, pixel_values, task, self._encode_task(task), modality)
+        scores, expert_ids = task_scores(self, pixel_values, task, self._encode_task(task), modality)
+        read_as = [self.config.modalities[index] for index in expert_ids.tolist()]
+        fits = [suits(task, name) for name in read_as]
         labels, sets = task.decide(scores)
-        probabilities = task.probabilities(scores, prevalence)
         return TaskAnswer(
-            task.name, task.classes, scores, probabilities, labels, sets, calibrated=task.calibration is not None
+            task.name,
+            task.classes,
+            scores,
+            task.probabilities(scores, prevalence),
+            [own if fit else None for own, fit in zip(labels, fits, strict=True)],
+            None if sets is None else [own if fit else None for own, fit in zip(sets, fits, strict=True)],
+            calibrated=task.calibration is not None,
+            modality=read_as,
+            fits=fits,
         )
 
     def _encode_task(self, task: Task) -> EncodedTask:

@@ -2,6 +2,7 @@
 
 import base64
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -118,6 +119,10 @@ def test_tasks_of_the_checkpoint(handler, files):
     assert {entry["label"]: entry["score"] for entry in found} == pytest.approx(
         dict(zip(task.classes, expected, strict=True))
     )
+    handler.model.tasks["chest"] = replace(handler.model.tasks["chest"], modality="ct")
+    for modality, fits in (("ct", True), ("xray", False)):
+        found = handler({"inputs": files[0].read_bytes(), "parameters": {"task": "chest", "modality": modality}})
+        assert {(entry["modality"], entry["fits"]) for entry in found} == {(modality, fits)}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The zero-shot pipeline of a folder: by its tasks where they are asked for, as the stock pipeline otherwise."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from small_encoders import medmoe_folder
 from transformers import pipeline
 
 from medmoe_hf.model import Calibration, MedMoEModel, MedMoEProcessor, Task
+from medmoe_hf.model.modalities_medmoe import MODALITIES
 from medmoe_hf.model.pipeline_medmoe import chosen_task
 
 CHEST = {"clear": ["Normal chest radiograph.", "Clear lungs."], "Effusion": ["Large pleural effusion."]}
@@ -95,6 +97,42 @@ def test_other_labels_are_those_of_the_stock_pipeline(classify, folder, pictures
         classify(pictures, task="chest", candidate_labels=["clear", "mass"])
     with pytest.raises(ValueError, match="Pass `candidate_labels`, or the name"):
         classify(pictures)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_images_of_another_modality_are_named_and_counted(classify, pictures, expected, monkeypatch, batch_size):
+    told = []
+    monkeypatch.setattr(pipeline_logger(classify), "warning", told.append)
+    pixels = classify.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
+    routed = classify.model.route(pixels).modality
+    own = type(next(iter(classify.model.tasks.values())))
+    tasks = dict(classify.model.tasks)
+    wanted = {"first": routed[0], "other": next(name for name in MODALITIES if name not in routed)}
+    for name, modality in wanted.items():
+        tasks[name] = own.from_dict(name, tasks["chest"].to_dict() | {"modality": modality})
+    monkeypatch.setattr(classify.model, "tasks", tasks)
+    for name, modality in wanted.items():
+        found = classify(pictures, task=name, batch_size=batch_size)
+        assert by_label(found) == lines(expected["chest"], list(CHEST))
+        for rows, read_as in zip(found, routed, strict=True):
+            assert {(row["task"], row["modality"], row["fits"]) for row in rows} == {
+                (name, read_as, read_as == modality)
+            }
+    apart = sum(one != routed[0] for one in routed)
+    assert len(told) == 1 + bool(apart)
+    assert 'The task "other" is for another modality than 3 images' in told[-1]
+    told.clear()
+    assert not classify(pictures[0], task="other", batch_size=batch_size)[0]["fits"]
+    assert [text.partition(",")[0] for text in told] == ['The task "other" is for another modality than 1 image']
+    told.clear()
+    streamed = list(classify((one for one in pictures), task="other"))
+    assert [rows[0]["fits"] for rows in streamed] == [False] * 3
+    assert "fits" not in classify(pictures[0], candidate_labels=["clear", "mass"])[0]
+    assert told == []
+
+
+def pipeline_logger(classify):
+    return sys.modules[type(classify).__module__].logger
 
 
 def test_labels_of_several_tasks_choose_none(monkeypatch):

@@ -10,7 +10,7 @@ from clean_process import run_clean
 
 from medmoe_hf.evaluation.zero_shot import class_logits, multilabel_logits
 from medmoe_hf.inference.encoders import MedMoEEncoder
-from medmoe_hf.model import MedMoEImageProcessor, MedMoEModel, MedMoEProcessor, MedMoETokenizer
+from medmoe_hf.model import MedMoEImageProcessor, MedMoEModel, MedMoEProcessor, MedMoETokenizer, modeling_medmoe
 from medmoe_hf.model.tasks_medmoe import Calibration, Task, read_tasks, task_tokens, write_tasks
 
 PROMPTS = {
@@ -87,6 +87,52 @@ def test_encoded_sentences_follow_the_weights_and_the_prompts(make, processor):
         for parameter in model.text_model.parameters():
             parameter.mul_(1.5)
     assert not torch.allclose(before, model.classify(pixels, task).scores)
+
+
+def test_images_of_another_modality_are_named_and_not_decided(make, processor, monkeypatch):
+    told = []
+    monkeypatch.setattr(modeling_medmoe.logger, "warning", told.append)
+    model, pixels = make(), torch.rand(3, 3, 64, 64)
+    names = list(model.config.modalities.values())
+    given = [names[0], names[1], names[0]]
+    found = {}
+    for modality in (None, names[0], names[0].upper(), names[1], "of no expert"):
+        task = processor.tokenize_task(Task("lungs", PROMPTS, modality=modality, calibration=CALIBRATION))
+        found[modality] = model.classify(pixels, task, modality=given)
+        assert found[modality].modality == given
+    decided, sets = task.decide(found[None].scores)
+    fits = {
+        None: [1, 1, 1],
+        names[0]: [1, 0, 1],
+        names[0].upper(): [1, 0, 1],
+        names[1]: [0, 1, 0],
+        "of no expert": [0] * 3,
+    }
+    for modality, answer in found.items():
+        own = list(map(bool, fits[modality]))
+        assert answer.fits == own
+        assert answer.labels == [label if one else None for label, one in zip(decided, own, strict=True)]
+        assert answer.sets == [label if one else None for label, one in zip(sets, own, strict=True)]
+        assert torch.equal(answer.probabilities, found[None].probabilities)
+    meaning = "unless that is wrong, the probabilities mean nothing, and nothing is decided."
+    assert told == [
+        f'The task "lungs" is for another modality than {count}, read as {read}: {meaning}'
+        for count, read in (
+            ("1 image", names[1]),
+            ("1 image", names[1]),
+            ("2 images", names[0]),
+            ("3 images", f"{names[0]}, {names[1]}"),
+        )
+    ]
+    # Without a modality of the caller, it is the image router's; without a calibration there are no sets.
+    routed = model.route(pixels).modality
+    other = next(name for name in names if name not in routed)
+    for modality in (routed[0], other):
+        answer = model.classify(pixels, processor.tokenize_task(Task("lungs", PROMPTS, modality=modality)))
+        assert answer.modality == routed
+        assert answer.fits == [name == modality for name in routed]
+        assert answer.sets is None
+    assert answer.labels == [None] * 3
 
 
 def test_probabilities_and_decisions_of_a_multi_class_task():

@@ -19,6 +19,7 @@ from transformers.utils import logging
 from .configuration_medmoe import attach_to_package
 from .errors_medmoe import ArgumentError
 from .saving_medmoe import CUSTOM_PIPELINES
+from .tasks_medmoe import misfit_warning
 
 logger = logging.get_logger(__name__)
 
@@ -32,7 +33,9 @@ class MedMoEZeroShotPipeline(ZeroShotImageClassificationPipeline):
     and a warning names them.
 
     Returns:
-        For each image a list of `{"score": probability, "label": class}`, the most probable first.
+        For each image a list of `{"score": probability, "label": class}`, the most probable first. By a task, each has
+        also its name, `task`; `modality`, what the image was read as; and `fits`, whether the task is for that: if
+        not, the probabilities mean nothing. One warning counts these images, except for data sets and generators.
 
     Raises:
         ValueError: There is no such task, or it does not have the given labels.
@@ -70,7 +73,16 @@ class MedMoEZeroShotPipeline(ZeroShotImageClassificationPipeline):
         if image is None:
             raise ArgumentError("The pipeline needs an image, or a list of images.")
         # Not the parent's, which needs labels.
-        return super(ZeroShotImageClassificationPipeline, self).__call__(image, **kwargs)
+        found = super(ZeroShotImageClassificationPipeline, self).__call__(image, **kwargs)
+        if isinstance(found, list):
+            tops = [rows[0] for rows in ([found] if found and isinstance(found[0], dict) else found)]
+            warning = misfit_warning(
+                next((row["task"] for row in tops if "task" in row), ""),
+                [row["modality"] for row in tops if not row.get("fits", True)],
+            )
+            if warning:
+                logger.warning(warning)
+        return found
 
     def _sanitize_parameters(self, task: str | None = None, **kwargs: Any) -> tuple[Any, Any, Any]:
         preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
@@ -101,15 +113,27 @@ class MedMoEZeroShotPipeline(ZeroShotImageClassificationPipeline):
         if task is None:
             return super()._forward(model_inputs)
         labels = model_inputs.pop("candidate_labels")
-        answer = self.model.classify(model_inputs["pixel_values"], task)
-        return {"candidate_labels": labels, "probabilities": answer.probabilities}
+        # Without a warning for each batch.
+        answer = self.model._answer_task(model_inputs["pixel_values"], task)
+        return {
+            "candidate_labels": labels,
+            "probabilities": answer.probabilities,
+            "task": [task] * len(answer.fits),
+            "modality": answer.modality,
+            "fits": answer.fits,
+        }
 
     def postprocess(self, model_outputs: Any) -> list[dict[str, Any]]:
         if "probabilities" not in model_outputs:
             return super().postprocess(model_outputs)  # type: ignore[no-any-return]
         labels, found = model_outputs["candidate_labels"], model_outputs["probabilities"][0].tolist()
+        # transformers takes batches of several apart, and leaves those of one as they are.
+        facts = {
+            name: model_outputs[name][0] if isinstance(model_outputs[name], list) else model_outputs[name]
+            for name in ("task", "modality", "fits")
+        }
         return sorted(
-            ({"score": score, "label": label} for score, label in zip(found, labels, strict=True)),
+            ({"score": score, "label": label, **facts} for score, label in zip(found, labels, strict=True)),
             key=lambda row: -row["score"],
         )
 

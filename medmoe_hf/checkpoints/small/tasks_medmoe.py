@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .configuration_medmoe import attach_to_package
 from .errors_medmoe import ArgumentError
 from .losses_medmoe import cosine_logits
+from .modalities_medmoe import UNKNOWN_MODALITY, modality_id
 from .saving_medmoe import file_beside_weights
 
 TASKS_FILE = "tasks.json"
@@ -265,19 +266,64 @@ class TaskAnswer:
         task: Name of the task.
         classes: C names, in the order of the columns.
         scores: (B, C) similarities.
-        probabilities: (B, C).
-        labels: For each image the chosen classes (one, in a multi-class task), see `Task.decide`.
-        sets: For each image the classes of its prediction set; None without a calibration.
+        probabilities: (B, C). They mean nothing for an image whose `fits` is False.
+        labels: For each image the chosen classes (one, in a multi-class task), see `Task.decide`; None if it is of
+            another modality than the task.
+        sets: For each image the classes of its prediction set, or None as in `labels`; None without a calibration.
         calibrated: Whether the probabilities were fitted on labelled images.
+        modality: For each image the name of the modality that it was read as: the caller's, or else the choice of the
+            image router.
+        fits: For each image whether this is the modality that the task is for; True for a task of any modality.
     """
 
     task: str
     classes: list[str]
     scores: Tensor
     probabilities: Tensor
-    labels: list[list[str]]
-    sets: list[list[str]] | None
+    labels: list[list[str] | None]
+    sets: list[list[str] | None] | None
     calibrated: bool
+    modality: list[str]
+    fits: list[bool]
+
+    @property
+    def warning(self) -> str:
+        """What `fits` means for a reader, as a sentence; empty if the task suits all images."""
+        return misfit_warning(
+            self.task, [name for name, fits in zip(self.modality, self.fits, strict=True) if not fits]
+        )
+
+
+def suits(task: Task | None, modality: str) -> bool:
+    """Returns whether a task is for images of a modality.
+
+    Args:
+        task: A task; one that states no modality is for all.
+        modality: Name of the modality that the images are read as.
+    """
+    if task is None or not task.modality:
+        return True
+    try:
+        return modality_id(task.modality, [modality]) != UNKNOWN_MODALITY
+    except ArgumentError:
+        return False
+
+
+def misfit_warning(task: str, modalities: Sequence[str]) -> str:
+    """Returns a sentence on images that are of another modality than a task; empty for none.
+
+    Args:
+        task: Name of the task.
+        modalities: What each of these images was read as.
+    """
+    if not modalities:
+        return ""
+    count = len(modalities)
+    return (
+        f'The task "{task}" is for another modality than {count} image{"s" * (count > 1)}, read as '
+        f"{', '.join(dict.fromkeys(modalities))}: unless that is wrong, the probabilities mean nothing, and nothing "
+        "is decided."
+    )
 
 
 def _is_finite(value: Any) -> bool:
@@ -476,7 +522,9 @@ def _text_inputs(model: Any, task: Task) -> dict[str, Any]:
     return {name: tokens.get(name) for name in names}
 
 
-def task_scores(model: Any, pixel_values: Tensor, task: Task, encoded: EncodedTask, modality: Any = None) -> Tensor:
+def task_scores(
+    model: Any, pixel_values: Tensor, task: Task, encoded: EncodedTask, modality: Any = None
+) -> tuple[Tensor, Tensor]:
     """Scores images against the classes of a task.
 
     The global score is the cosine of the image and the mean of a class's sentences, times the model's scale; the local
@@ -491,7 +539,7 @@ def task_scores(model: Any, pixel_values: Tensor, task: Task, encoded: EncodedTa
         modality: As in `MedMoEModel.get_image_features`.
 
     Returns:
-        (B, C) float32.
+        (B, C) float32, and (B,) the expert of each image: the caller's, or that of the image router.
     """
     local = task.score != "global"
     image = model.get_image_features(pixel_values, modality=modality, local=local, return_dict=True)
@@ -508,7 +556,7 @@ def task_scores(model: Any, pixel_values: Tensor, task: Task, encoded: EncodedTa
         parts.append(scores.float() @ encoded.members)
     both = sum(parts[1:], parts[0]) / len(parts)
     count = len(task.prompts)
-    return both[:, :count] - both[:, count:] if task.negative_prompts else both
+    return both[:, :count] - both[:, count:] if task.negative_prompts else both, image.expert_ids
 
 
 attach_to_package(__name__)

@@ -33,7 +33,6 @@ from medmoe_hf.inference.studies.tasks import (
     decided,
     default_labels,
     default_task,
-    is_foreign,
     probabilities,
     task_of_labels,
 )
@@ -42,7 +41,7 @@ from medmoe_hf.model import Task
 from medmoe_hf.model.modalities_medmoe import UNKNOWN_MODALITY, modality_id
 from medmoe_hf.model.studies_medmoe import Series, Study
 from medmoe_hf.model.study_files_medmoe import Skipped
-from medmoe_hf.model.tasks_medmoe import EncodedTask, encode_task
+from medmoe_hf.model.tasks_medmoe import EncodedTask, encode_task, suits
 
 BATCH_SIZE = 16
 
@@ -272,7 +271,7 @@ class StudyPredictor:
         modality = self.encoder.modalities[expert]
         task = question.task_for(modality)
         embeds = read_slices.embeds
-        foreign = is_foreign(task, modality)
+        foreign = not suits(task, modality)
         labels = [] if task is None else self._labels(task, read_slices, question.pooling, decides=not foreign)
         texts = []
         for text in question.texts:

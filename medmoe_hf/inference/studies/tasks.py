@@ -12,7 +12,6 @@ from medmoe_hf.common.yaml_files import read_yaml
 from medmoe_hf.errors import ArgumentError
 from medmoe_hf.inference.task_files import read_task_file
 from medmoe_hf.model import Task
-from medmoe_hf.model.modalities_medmoe import UNKNOWN_MODALITY, modality_id
 
 _TECHNIQUES = {
     "xray": "X-ray",
@@ -42,21 +41,6 @@ def decided(task: Task, scores: np.ndarray) -> dict[str, tuple[bool, bool]]:
     selected, sets = task.decide(torch.from_numpy(np.asarray(scores, dtype=np.float64))[None])
     assert sets is not None
     return {label: (label in selected[0], label in sets[0]) for label in task.prompts}
-
-
-def is_foreign(task: Task | None, modality: str) -> bool:
-    """Returns whether a task is for images of another modality.
-
-    Args:
-        task: A task; one that states no modality is for all.
-        modality: Modality that the images are read as.
-    """
-    if task is None or not task.modality:
-        return False
-    try:
-        return modality_id(task.modality, [modality]) == UNKNOWN_MODALITY
-    except ArgumentError:
-        return True
 
 
 def reference(task: Task, label: str) -> tuple[str, ...]:
