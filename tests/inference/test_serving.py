@@ -3,7 +3,9 @@
 import asyncio
 import io
 import logging
+import runpy
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -13,13 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from answers import assert_same
+from answers import assert_same, with_files
 from small_encoders import medmoe_folder
 from typer.testing import CliRunner
 
 from medmoe_hf.cli import app
 from medmoe_hf.data import phantom_sample
-from medmoe_hf.errors import ArgumentError
+from medmoe_hf.errors import ArgumentError, MissingPackageError
 from medmoe_hf.inference.studies import Question, StudyPredictor
 from medmoe_hf.inference.studies.predictions import predictions_dict
 from medmoe_hf.model.studies_medmoe import read_studies
@@ -90,14 +92,56 @@ def test_files_and_a_zip_of_them_get_the_answers_of_predict(client, predictor, p
     asked = {"labels": ["no finding,pneumonia", "effusion"], "text": ["ground glass", "air"], "pooling": "mean"}
     answer = client.post("/predict", files=uploaded(pictures), data=asked)
     assert answer.status_code == 200
-    assert_same(answer.json(), expected)
+    assert_same(answer.json(), with_files(expected, [0], [1], [2]))
     members = [(f"{NAME}/../{path.name}", path.read_bytes()) for path in reversed(pictures)]
     members += [("__MACOSX/._a.png", b"x"), ("DICOMDIR", b"x"), ("empty/", b"")]
     answer = client.post("/predict", files={"files": (f"{NAME}.zip", zipped(members))}, data=asked)
-    assert_same(answer.json(), expected)
+    assert_same(answer.json(), with_files(expected, [0], [0], [0]))
     assert NAME not in answer.text
     assert "DOE" not in caplog.text
     assert "/predict: 200, 3 files" in caplog.text
+
+
+def test_each_study_names_the_uploads_that_it_was_read_from(client, pictures, tmp_path):
+    pytest.importorskip("pydicom")
+    from ct_series import ct_series
+
+    ct_series(tmp_path / "one", count=3)
+    slices = sorted((tmp_path / "one").iterdir())
+    second, first, third = (path.read_bytes() for path in slices)
+    picture = pictures[0].read_bytes()
+    parts = [
+        ("DICOMDIR", b"x"),  # not kept, but counted
+        ("b", second),
+        ("c.png", picture),
+        ("d.zip", zipped([("x/1.png", picture), ("x/2", first)])),
+        ("e", third),
+        ("f", third),  # a copy, which is left out
+    ]
+    answer = client.post("/predict", files=[("files", part) for part in parts], data={"labels": LABELS})
+    assert answer.status_code == 200, answer.text
+    series = {one["series"][0]["kind"]: one for one in answer.json()["studies"]}
+    assert series["slices"]["files"] == [1, 3, 4, 5]
+    assert series["slices"]["series"][0]["slices"] == 3
+    assert sorted(study["files"] for study in answer.json()["studies"]) == [[1, 3, 4, 5], [2], [3]]
+
+
+def test_the_first_page_leads_to_the_description(client):
+    answer = client.get("/", follow_redirects=False)
+    assert (answer.status_code, answer.headers["location"]) == (307, "/docs")
+    told = client.get("/openapi.json").json()["paths"]
+    assert "/" not in told
+    assert "`files` of each study" in told["/predict"]["post"]["description"]
+
+
+@pytest.mark.parametrize(
+    ("module", "missing"),
+    [("app", "fastapi"), ("app", "uvicorn"), ("uploads", "python_multipart.exceptions")],
+)
+def test_the_extra_is_asked_for_as_a_whole(module, missing, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(MissingPackageError, match=r"fastapi, uvicorn and python-multipart.*medmoe_hf\[serve\]"):
+        runpy.run_path(sys.modules[f"medmoe_hf.inference.serving.{module}"].__file__)
 
 
 def test_a_volume_keeps_its_kind(client, predictor, tmp_path):
@@ -106,7 +150,7 @@ def test_a_volume_keeps_its_kind(client, predictor, tmp_path):
     volume = np.random.default_rng(0).integers(0, 255, (40, 36, 5)).astype(np.int16)
     nibabel.Nifti1Image(volume, np.diag([0.8, 0.7, 2.0, 1.0])).to_filename(path)
     answer = client.post("/predict", files=uploaded([path]), data={"labels": LABELS, "plane": "axial", "task": ""})
-    assert_same(answer.json(), predicted(predictor, [path], labels=LABELS))
+    assert_same(answer.json(), with_files(predicted(predictor, [path], labels=LABELS), [0]))
     assert [series["slices"] for series in answer.json()["studies"][0]["series"]] == [5]
     narrow = client.post("/predict", files=uploaded([path]), data={"labels": LABELS, "window": "100,20"}).json()
     assert narrow["studies"][0]["labels"] != answer.json()["studies"][0]["labels"]
@@ -126,7 +170,7 @@ def test_embeddings_are_those_of_the_model(client, predictor, pictures):
 
 
 def test_eight_uploads_at_a_time_get_their_own_answers(client, predictor, pictures):
-    expected = [predicted(predictor, [path], labels=LABELS) for path in pictures]
+    expected = [with_files(predicted(predictor, [path], labels=LABELS), [0]) for path in pictures]
 
     def ask(number):
         return client.post("/predict", files=uploaded([pictures[number % 3]]), data={"labels": LABELS})

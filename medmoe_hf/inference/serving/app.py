@@ -17,8 +17,8 @@ import torch
 from medmoe_hf import __version__
 from medmoe_hf.errors import ArgumentError, ImageTooLargeError, MedMoEError, MissingPackageError
 from medmoe_hf.inference.isolation import IsolatedReader
-from medmoe_hf.inference.serving.archives import Limits, UploadError, hide_metadata, unpack
-from medmoe_hf.inference.serving.uploads import Form, receive
+from medmoe_hf.inference.serving.archives import NEEDED, Limits, UploadError, hide_metadata, unpack
+from medmoe_hf.inference.serving.uploads import Form, receive, upload_numbers
 from medmoe_hf.inference.studies.predictions import predictions_dict
 from medmoe_hf.inference.studies.predictor import Question, StudyPredictor, checked
 from medmoe_hf.model.studies_medmoe import Series, Study, read_studies
@@ -26,11 +26,11 @@ from medmoe_hf.model.studies_medmoe import Series, Study, read_studies
 try:
     import uvicorn
     from fastapi import FastAPI, Request
-    from fastapi.responses import JSONResponse
+    from fastapi.responses import JSONResponse, RedirectResponse
     from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.requests import ClientDisconnect
 except ImportError as error:
-    raise MissingPackageError('`medmoe serve` needs FastAPI and uvicorn: pip install "medmoe_hf[serve]"') from error
+    raise MissingPackageError(NEEDED) from error
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +73,8 @@ class _Service:
         """Predicts the studies in the uploaded files: what `prediction.json` of `medmoe predict` has.
 
         Send files of any number, or zip files of folders, in the field `files`. Answers hold no names and UIDs.
+        Instead, `files` of each study lists the uploads that its files came from, those that were left out included:
+        their numbers, from 0, in the order of the request. For files in a zip file it is the number of the zip file.
         """
         return await self._answer(request, _FIELDS, self._predict)
 
@@ -191,7 +193,11 @@ class _Service:
         if not files:
             raise UploadError(422, 'There are no files: send at least one in the field "files".')
         studies = self._studies(fields, folder, check)
-        return predictions_dict(self.predictor(studies, question, show_progress=False, check=check))
+        answer = predictions_dict(self.predictor(studies, question, show_progress=False, check=check))
+        for entry, study in zip(answer["studies"], studies, strict=True):
+            read = [source.path for series in study.series for source in series.sources]
+            entry["files"] = upload_numbers([*read, *(one.path for one in study.left_out)], folder)
+        return answer
 
     def _question(self, fields: dict[str, list[str]]) -> Question:
         trusted = (_single(fields, "trust_header") or "false").lower()
@@ -345,6 +351,8 @@ def create_app(
 ) -> Any:
     """Makes the service: `/predict`, `/embed`, `/health`, and its description at `/docs` and `/openapi.json`.
 
+    `/` leads to `/docs`.
+
     Args:
         predictor: The model.
         limits: What a request may cost.
@@ -382,6 +390,10 @@ def create_app(
     async def embed(request: Request) -> Any:
         return await service.embed(request)
 
+    async def home() -> Any:
+        return RedirectResponse("/docs")
+
+    app.add_api_route("/", home, methods=["GET"], include_in_schema=False)
     app.add_api_route("/health", service.health, methods=["GET"], summary="State")
     for path, endpoint, told, fields in (
         ("/predict", predict, service.predict, _FIELDS),

@@ -15,6 +15,11 @@ _MEMBER = 1 << 10  # bytes of an entry in the directory of a zip file, generousl
 _RATIO = 100  # by which a zip file may be smaller than what it holds; scans compress to a half or a tenth
 _ALWAYS = 50 * 10**6  # bytes that it may hold at any ratio: an empty mask compresses to nothing
 _END = b"PK\x05\x06"  # of a zip file
+NEEDED = (
+    "`medmoe serve` needs fastapi, uvicorn and python-multipart, at least one of which is missing: "
+    'pip install "medmoe_hf[serve]" installs all three.'
+)
+"""Message where any package of the extra is missing."""
 # By these names DICOM without a preamble is recognised.
 _SUFFIX = re.compile(r"\.(?:nii\.gz|nii|dcm|dicom)$")
 

@@ -1,21 +1,22 @@
 """Receives multipart uploads into a folder, part by part, within limits; files keep neither names nor paths."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from medmoe_hf.errors import MissingPackageError
-from medmoe_hf.inference.serving.archives import Limits, UploadError, plain_suffix
+from medmoe_hf.inference.serving.archives import NEEDED, Limits, UploadError, plain_suffix
 
 try:
     from python_multipart.exceptions import FormParserError
     from python_multipart.multipart import MultipartParser, parse_options_header
 except ImportError as error:
-    raise MissingPackageError('`medmoe serve` needs python-multipart: pip install "medmoe_hf[serve]"') from error
+    raise MissingPackageError(NEEDED) from error
 
 _MAX_TEXT = 1 << 16  # bytes of all fields that are no files
 _MAX_HEADER = 1 << 13  # bytes of the headers of a part
+_DIGITS = 9  # of the number of an upload: more than can be sent
 
 
 @dataclass
@@ -40,7 +41,7 @@ class _Parts:
         self._folder, self._limits, self._form = folder, limits, form
         self._file: Any = None
         self._text = bytearray()
-        self._texts = self._header_bytes = 0
+        self._texts = self._header_bytes = self._uploads = 0
         self._ignored = self._unnamed = self.complete = False
         self._header, self._value, self._headers = b"", b"", dict[bytes, bytes]()
         self._name = ""
@@ -81,6 +82,7 @@ class _Parts:
                 raise UploadError(422, f'Files belong in the field "files", not in "{self._name[:40]}".')
             return
         name = options.get(b"filename", b"").decode("utf-8", "replace").lower()
+        self._uploads += 1
         # A DICOMDIR names files that have no names here.
         self._ignored = PurePosixPath(name).name == "dicomdir"
         if self._ignored:
@@ -88,7 +90,7 @@ class _Parts:
         self._unnamed = not name
         if len(self._form.files) == self._limits.files:
             raise self._limits.too_many()
-        path = self._folder / f"{len(self._form.files):06}{plain_suffix(name)}"
+        path = self._folder / f"{self._uploads - 1:0{_DIGITS}}{plain_suffix(name)}"
         self._file = path.open("xb")
         self._form.files.append(path)
 
@@ -108,6 +110,7 @@ class _Parts:
             self._file = None
             if empty and self._unnamed:  # what browsers send if no file was chosen
                 self._form.files.pop().unlink()
+                self._uploads -= 1
         elif not self._ignored:
             try:
                 text = self._text.decode("utf-8")
@@ -117,6 +120,19 @@ class _Parts:
 
     def _on_end(self) -> None:
         self.complete = True
+
+
+def upload_numbers(paths: Iterable[str], folder: Path) -> list[int]:
+    """Returns which uploads files come from, without repetitions and in order.
+
+    Args:
+        paths: Files in the folder, of uploads and of what their zip files held.
+        folder: The folder that `receive` saved uploads in.
+
+    Returns:
+        Numbers in the order of the request, from 0; a DICOMDIR counts, though it is not kept.
+    """
+    return sorted({int(Path(path).relative_to(folder).parts[0][:_DIGITS]) for path in paths})
 
 
 async def receive(stream: AsyncIterator[bytes], content_type: str, folder: Path, limits: Limits) -> Form:
