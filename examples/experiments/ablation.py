@@ -177,6 +177,8 @@ VARIANTS: dict[str, Variant] = {
     "align-1d": Variant(
         "scales aligned in one dimension", {"vision_config": {"expert_type": "flat"}}, against="attention-full"
     ),
+    "pooled-8": Variant("words compared with 8x8 pooled regions, not 16x16", {"local_loss_regions": 8}),
+    "pooled-5": Variant("words compared with 5x5 pooled regions, not 16x16", {"local_loss_regions": 5}),
     "local-token": Variant("local loss `token`, not `gloria`", {"local_loss": "token"}),
 }
 SMOKE = ("plus", "paper", "shared-expert", "last-stage")
@@ -541,9 +543,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs per row")
     parser.add_argument("--unseen", type=int, default=480, help="number of phantoms to evaluate on")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="parallel runs, of one thread each")
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, help="names of rows; by default all")
     parser.add_argument("--smoke", action="store_true", help="a few rows and steps, to check that the program works")
     arguments = parser.parse_args()
-    names, seeds, rounds = list(VARIANTS), arguments.seeds, 10
+    names, seeds, rounds = arguments.only or list(VARIANTS), arguments.seeds, 10
     settings = Settings(arguments.steps, 24, arguments.unseen)
     if arguments.smoke:
         names, seeds, rounds = list(SMOKE), 1, 2

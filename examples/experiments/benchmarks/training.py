@@ -323,7 +323,7 @@ def pooled_step(batch: int, rounds: int) -> None:
             keep_freed_memory()  # for the rest of the process
         for preset, vision, size, most, frozen in cases:
             torch.manual_seed(0)
-            model = MedMoEModel(MedMoEConfig.from_preset(preset, vision_config=vision))
+            model = MedMoEModel(MedMoEConfig.from_preset(preset, local_loss_regions=None, vision_config=vision))
             freeze(model, ["text_model", *frozen])
             train_mode(model)
             step = step_of(model, size, 8)  # captions from labels
