@@ -12,6 +12,8 @@ Example:
     ```
 """
 
+from errno import ENOSPC
+
 from medmoe_hf.model.errors_medmoe import (
     ArgumentError,
     ImageError,
@@ -30,6 +32,14 @@ class CaptionError(MedMoEError, ValueError):
 
 class SourceError(MedMoEError, ValueError):
     """A file of sources that cannot be used; the message names the key and how to fix it."""
+
+
+class DiskFullError(MedMoEError, OSError):
+    """What could not be written because the disk, or the quota, is full; the message says where, and what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.errno = ENOSPC
 
 
 class ShardError(MedMoEError, RuntimeError):
@@ -132,6 +142,7 @@ __all__ = [
     "ConvertError",
     "DecodingError",
     "DicomWebError",
+    "DiskFullError",
     "EncodeError",
     "EncoderError",
     "ExportError",

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import datasets
 import pytest
 from huggingface_hub.utils import are_progress_bars_disabled
+from synthetic_studies import synthetic_studies
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner
@@ -19,6 +21,9 @@ from medmoe_hf import errors
 from medmoe_hf.cli import app
 from medmoe_hf.cli.errors import errors_of
 from medmoe_hf.common import console
+from medmoe_hf.evaluation.report import write
+from medmoe_hf.evaluation.results import Result
+from medmoe_hf.inference.studies import write_predictions
 from medmoe_hf.training import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("logging_as_before")
@@ -126,6 +131,45 @@ def test_auto_classes_load_a_folder_without_trusting_its_code(order, modules):
 def test_errors_that_a_user_can_fix_are_messages(error, message):
     with pytest.raises(SystemExit, match=f"medmoe train: .*{message}"), errors_of("train"):
         raise error
+
+
+WRITERS = {
+    "predict": lambda out: write_predictions(synthetic_studies(), out),
+    "evaluate": lambda out: write([Result("zero-shot", "a/b", "toy", 4, {}, {"note": "x" * 50_000})], out),
+}
+
+
+@pytest.mark.parametrize("command", [*WRITERS, "phantom"])
+def test_a_really_full_disk_is_told_with_what_was_written(command, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "none", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small disk needs root")
+    out = disk / "out"
+    try:
+        if command == "phantom":
+            result = run(app, ["phantom", str(out), "--samples", "9", "--image-size", "48"])
+            told = str(result.exception)
+            out /= "phantom-000000.tar"
+        else:
+            with pytest.raises(SystemExit) as caught, errors_of(command):
+                WRITERS[command](out)
+            told = str(caught.value)
+        assert re.fullmatch(
+            rf"medmoe {command}: {out} could not be written: the disk, or the quota, is full \(0 MB are free in .*\). "
+            "Make room there or choose a place on another disk, and run the command again\\.",
+            told,
+        ), told
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_is_told_without_a_name_too():
+    with pytest.raises(SystemExit, match=r"the disk, or the quota, is full.*temporary ones in"), errors_of("search"):
+        raise OSError(28, "No space left on device")
+    with pytest.raises(SystemExit, match=r"/no/where could not be written.*MB are free in /\)"), errors_of("search"):
+        raise OSError(28, "No space left on device", "/no/where")
 
 
 def test_of_many_files_that_could_not_be_copied_one_is_named():

@@ -3,10 +3,12 @@
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from medmoe_hf.common.console import close_bars, hide_foreign_bars
+from medmoe_hf.common.files import full_disk_message, is_disk_full
 from medmoe_hf.errors import MedMoEError
 
 logger = logging.getLogger(__name__)
@@ -47,4 +49,11 @@ def _told(error: Exception) -> str:
     if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list) and error.args[0]:
         failed = error.args[0]
         return f"{failed[0][-1]}" + (f" (and {len(failed) - 1} other files)" if len(failed) > 1 else "")
+    if is_disk_full(error) and not isinstance(error, MedMoEError):  # those say what was written
+        if name := getattr(error, "filename", None):
+            return full_disk_message(name)
+        return (
+            "a file could not be written: the disk, or the quota, is full. Make room for files in "
+            f"{os.getcwd()} and for temporary ones in {tempfile.gettempdir()}, and run the command again."
+        )
     return str(error)

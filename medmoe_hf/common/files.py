@@ -1,5 +1,6 @@
 """Atomic writing of files and folders, and removal of directory names from records."""
 
+import errno
 import os
 import shutil
 import tempfile
@@ -9,7 +10,48 @@ from itertools import count
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from medmoe_hf.errors import ArgumentError, PathExistsError
+from medmoe_hf.errors import ArgumentError, DiskFullError, PathExistsError
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error says that a disk or a quota is full; libraries such as safetensors say so in words only."""
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return any(words in str(error) for words in ("No space left", "Disk quota exceeded"))
+
+
+@contextmanager
+def explain_full_disk(target: str | Path) -> Iterator[None]:
+    """Turns the error of a full disk, which names no file, into one that names what is written in the block.
+
+    Args:
+        target: The file or folder that is written.
+
+    Raises:
+        DiskFullError: If the block ends because the disk is full.
+
+    Example:
+        ```python
+        with explain_full_disk("results.csv"):
+            Path("results.csv").write_text("a,b")
+        ```
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        raise DiskFullError(full_disk_message(target)) from error
+
+
+def full_disk_message(target: str | Path) -> str:
+    """Says that a file or folder could not be written, how much is free there, and what to do."""
+    place = next(folder for folder in Path(target).absolute().parents if folder.exists())
+    free = shutil.disk_usage(place).free / 1e6
+    return (
+        f"{target} could not be written: the disk, or the quota, is full ({free:.0f} MB are free in {place}). "
+        "Make room there or choose a place on another disk, and run the command again."
+    )
 
 
 @contextmanager
@@ -21,6 +63,9 @@ def atomic_write(target: str | Path) -> Iterator[Path]:
     Args:
         target: The file's final path.
 
+    Raises:
+        DiskFullError: If the block ends because the disk is full.
+
     Example:
         ```python
         with atomic_write("results.json") as path:
@@ -30,10 +75,11 @@ def atomic_write(target: str | Path) -> Iterator[Path]:
     target = Path(target)
     partial = target.with_name(f".{target.name}.partial")
     try:
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, target)
+        with explain_full_disk(target):
+            yield partial
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -49,6 +95,7 @@ def atomic_dir(target: str | Path, force: bool = False) -> Iterator[Path]:
     Raises:
         PathExistsError: If `target` exists and `force` is False, before anything is written; or if another process
             has created it meanwhile: the new folder then gets the name that the message says, beside it.
+        DiskFullError: If the block ends because the disk is full.
 
     Example:
         ```python
@@ -59,10 +106,12 @@ def atomic_dir(target: str | Path, force: bool = False) -> Iterator[Path]:
     target = Path(target)
     if target.exists() and not force:
         raise PathExistsError(f"{target} exists already; choose another folder or remove it.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    with explain_full_disk(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        yield partial
+        with explain_full_disk(target):
+            yield partial
         partial.chmod(0o777 & ~_umask())
         if not target.exists():
             os.rename(partial, target)

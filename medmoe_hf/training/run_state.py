@@ -1,7 +1,6 @@
 """The state of a training run, and its checkpoints."""
 
 import copy
-import errno
 import json
 import logging
 import time
@@ -22,7 +21,7 @@ from torch import Tensor
 from transformers import get_scheduler
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
-from medmoe_hf.common.files import atomic_dir, redact_paths
+from medmoe_hf.common.files import atomic_dir, is_disk_full, redact_paths
 from medmoe_hf.common.memory import keep_freed_memory
 from medmoe_hf.data.collate import ContrastiveCollator
 from medmoe_hf.data.stream import SampleStream
@@ -303,10 +302,9 @@ class RunState:
             return
         if fall_back:
             self.save_checkpoint()
-        full = getattr(problem, "errno", None) == errno.ENOSPC or "No space left" in str(problem)
         found = checkpoints.find_checkpoints(self.folder, self.record.steps)
         raise TrainingError(
-            f"{what} could not be written: {'the disk is full' if full else problem}. "
+            f"{what} could not be written: {'the disk is full' if is_disk_full(problem) else problem}. "
             + (f"The newest complete checkpoint is {found[-1]}; " if found else "There is no checkpoint yet; ")
             + "make room and resume with `--resume auto`."
         ) from problem

@@ -1,9 +1,12 @@
 """A file is there whole or as it was before."""
 
+import errno
+import os
+
 import pytest
 
 from medmoe_hf.common.files import atomic_dir, atomic_write, check_output
-from medmoe_hf.errors import ArgumentError, PathExistsError
+from medmoe_hf.errors import ArgumentError, DiskFullError, PathExistsError
 
 
 def test_a_file_takes_its_name_when_it_is_whole(tmp_path):
@@ -29,6 +32,28 @@ def test_a_file_that_is_not_finished_leaves_the_old_one_and_nothing_else(tmp_pat
         fail()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("write", [atomic_write, atomic_dir])
+def test_a_full_disk_is_told_with_what_was_written(write, number, tmp_path):
+    target = tmp_path / "new" / "results"
+    if write is atomic_write:
+        target.parent.mkdir()
+
+    def fail(error):
+        with write(target):
+            raise error
+
+    with pytest.raises(DiskFullError, match=r"new/results could not be written: .*Make room there") as caught:
+        fail(OSError(number, os.strerror(number)))
+    assert caught.value.errno == errno.ENOSPC
+    assert f"MB are free in {target.parent})" in str(caught.value)
+    with pytest.raises(DiskFullError, match="new/results could not"):  # what safetensors says
+        fail(RuntimeError("I/O error: No space left on device (os error 28)"))
+    with pytest.raises(PermissionError):
+        fail(PermissionError(errno.EACCES, "not allowed"))
+    assert not list(target.parent.iterdir())
 
 
 def test_only_a_folder_of_the_same_command_is_replaced(tmp_path, monkeypatch):
