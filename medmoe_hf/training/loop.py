@@ -28,6 +28,7 @@ from medmoe_hf.training.held_out import to_device
 from medmoe_hf.training.negatives import gather_rows, max_over_processes
 from medmoe_hf.training.optimizer import train_mode
 from medmoe_hf.training.record import TrainingRecord
+from medmoe_hf.training.run_lock import locked_run
 from medmoe_hf.training.run_state import RunState
 from medmoe_hf.training.stopping import best_step, reason_to_stop
 
@@ -53,7 +54,8 @@ def train(config: TrainConfig, resume: str | Path | None = None) -> TrainingReco
     Raises:
         FileExistsError: If `output_dir` exists, or if there are checkpoints and `resume` is `None`.
         ResumeError: If the checkpoint is missing, incomplete, or of another configuration or other data.
-        TrainingError: If the loss is not finite, there are no data, or nothing can be written.
+        TrainingError: If the loss is not finite, there are no data, nothing can be written, or another run with this
+            `output_dir` is going on.
         Interrupted: After a signal.
         StreamError: If too many samples cannot be read.
 
@@ -74,16 +76,17 @@ def train(config: TrainConfig, resume: str | Path | None = None) -> TrainingReco
         print(record.steps, record.samples)
         ```
     """
-    run = TrainingRun(config, resume)
-    try:
-        with run.handle_signals():
-            run.train()
-    except (TrainingError, StreamError):
-        # All processes come here together; trackers keep what they have been told.
+    with locked_run(config.run_dir):
+        run = TrainingRun(config, resume)
+        try:
+            with run.handle_signals():
+                run.train()
+        except (TrainingError, StreamError):
+            # All processes come here together; trackers keep what they have been told.
+            run.accelerator.end_training()
+            raise
         run.accelerator.end_training()
-        raise
-    run.accelerator.end_training()
-    return run.record
+        return run.record
 
 
 @dataclass
