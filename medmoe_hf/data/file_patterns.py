@@ -37,12 +37,21 @@ def expand(pattern: str) -> list[str]:
                 continue
             found = sorted(glob(_escape_existing(path)) or glob(path.replace("[", "[[]")))
             if not found:
-                raise PathNotFoundError(f'No file matches "{path}" (`files` of a source).')
+                raise PathNotFoundError(f'No file matches "{path}" (`files` of a source){looked_in(path)}.')
             paths += found
     return paths
 
 
 _MAX_PATHS = 1_000_000
+
+
+def looked_in(path: str | os.PathLike[str]) -> str:
+    """Says where a relative path was looked for, to be added to a message; empty for an absolute one or an address."""
+    return (
+        ""
+        if os.path.isabs(path) or "://" in str(path)
+        else f": it is relative to the working directory, {os.getcwd()}"
+    )
 
 
 def expand_environment(path: str) -> str:

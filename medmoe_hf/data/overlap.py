@@ -19,6 +19,7 @@ except ImportError:  # required for the comparison only
     imagehash = None
 
 _BITS = 64
+_SHOWN = 20  # pairs in a text
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class _Seen:
 
 @dataclass
 class Overlap:
-    """The images that two lists of sources share. `str(overlap)` lists them.
+    """The images that two lists of sources share. `str(overlap)` lists the first 20.
 
     Attributes:
         first: Number of readable images in the first list.
@@ -55,8 +56,11 @@ class Overlap:
             f"{self.first} and {self.second} images ({self.skipped} could not be read): {len(self.exact)} exact "
             f"and {len(self.near)} near duplicates; {share} images of the second list are affected."
         ]
-        lines += [f"  equal      {one}  =  {two}" for one, two in self.exact]
-        lines += [f"  {distance:>2} bits    {one}  ~  {two}" for one, two, distance in self.near]
+        pairs = [f"  equal      {one}  =  {two}" for one, two in self.exact]
+        pairs += [f"  {distance:>2} bits    {one}  ~  {two}" for one, two, distance in self.near]
+        lines += pairs[:_SHOWN]
+        if len(pairs) > _SHOWN:
+            lines.append(f"  and {len(pairs) - _SHOWN} more pairs, which medmoe_hf.data.overlap.find_overlap returns")
         return "\n".join(lines)
 
 

@@ -19,6 +19,7 @@ import datasets
 import pyarrow.parquet
 
 from medmoe_hf.data.fields import CAPTION_FIELDS, IMAGE_FIELDS
+from medmoe_hf.data.file_patterns import looked_in
 from medmoe_hf.data.phantom import phantom_sample
 from medmoe_hf.errors import ShardError
 
@@ -100,7 +101,7 @@ class TarShard:
                 file.seek(-min(size, tarfile.BLOCKSIZE), 2)
                 self.truncated |= any(file.read())
         except FileNotFoundError:
-            raise ShardError("missing shard", f"{path} does not exist.") from None
+            raise ShardError("missing shard", f"{path} does not exist{looked_in(path)}.") from None
         except (tarfile.TarError, OSError, ValueError) as error:
             raise ShardError("unreadable shard", f"{path} is not an uncompressed tar: {error}") from error
         return _group_members(members)
@@ -226,7 +227,7 @@ class ParquetShard:
         try:
             yield
         except FileNotFoundError:
-            raise ShardError("missing shard", f"{self.name} does not exist.") from None
+            raise ShardError("missing shard", f"{self.name} does not exist{looked_in(self.name)}.") from None
         except (OSError, ValueError, MemoryError, pyarrow.ArrowException) as error:
             cause = "empty shard" if Path(self.name).stat().st_size == 0 else "unreadable shard"
             raise ShardError(cause, f"{self.name} is not a parquet file, or damaged: {error}") from error

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import chardet
 
+from medmoe_hf.data.file_patterns import looked_in
 from medmoe_hf.errors import ArgumentError, ShardError
 
 logger = logging.getLogger(__name__)
@@ -113,7 +114,7 @@ def read_table(
             )
             return rows(guess)
     except FileNotFoundError:
-        raise ShardError("missing shard", f"{path} does not exist.") from None
+        raise ShardError("missing shard", f"{path} does not exist{looked_in(path)}.") from None
     except UnicodeError as error:
         raise ShardError(
             "unreadable shard", f"{path} is not text in {encoding or 'any known encoding'}: {error}"

@@ -14,7 +14,7 @@ from transformers import AutoModel, PreTrainedModel
 
 from medmoe_hf.common.console import progress
 from medmoe_hf.common.loading import explain_loading
-from medmoe_hf.errors import EncoderError, WeightsError
+from medmoe_hf.errors import ArgumentError, EncoderError, WeightsError
 from medmoe_hf.model.image_processing_medmoe import MedMoEImageProcessorPil, to_rgb
 from medmoe_hf.model.medical_images_medmoe import is_medical_image, read_medical_image
 
@@ -107,8 +107,23 @@ def short_name(folder: str | Path) -> str:
 
 
 def default_device(device: str | None) -> str:
-    """Selects a GPU if `device` is None and there is one."""
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+    """Selects a GPU if `device` is None and there is one.
+
+    Raises:
+        ArgumentError: For a device that torch does not know, or does not find here.
+    """
+    if not device:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    remedy = 'Leave `device` out to use a GPU where there is one, or pass "cpu".'
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise ArgumentError(f'torch knows no device "{device}". {remedy}') from error
+    counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    count = counts.get(wanted.type)
+    if count is not None and (wanted.index or 0) >= count:
+        raise ArgumentError(f'torch finds {count or "no"} devices of the kind {wanted.type}, got "{device}". {remedy}')
+    return device
 
 
 def unit_length(embeds: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ class Hit:
         score: Cosine of the query and the pair's image or report, -1..1.
         source: Name of the source.
         shard: Name of the source's shard.
-        row: Row in the shard.
+        row: Row in the shard, from 0; `location` and tables count from 1.
         key: Key of the sample: the image's file, if it has one of its own.
         modality: Modality of the expert that the image router selects.
         probability: Probability of that expert, 0..1.
@@ -59,7 +59,7 @@ class Hit:
 
     Example:
         >>> print(Hit(0.71, "mine", "a.tar", 3, "a.tar", "ct", 0.98))
-        0.710  ct (0.98)  a.tar, row 3
+        0.710  ct (0.98)  a.tar, row 4
     """
 
     score: float
@@ -73,8 +73,8 @@ class Hit:
 
     @property
     def location(self) -> str:
-        """The image's file, or the shard and the row if it has no file of its own."""
-        return f"{self.shard}, row {self.row}" if self.key == self.shard else self.key
+        """The image's file, or the shard and the row, from 1, if it has no file of its own."""
+        return f"{self.shard}, row {self.row + 1}" if self.key == self.shard else self.key
 
     def __str__(self) -> str:
         caption = "" if self.caption is None else f"  {self.caption}"

@@ -611,6 +611,32 @@ def test_overlap_names_the_images_of_tables(tmp_path):
     assert "3 images of the second list are affected" in str(found)
 
 
+def test_overlap_prints_twenty_pairs_and_counts_the_others():
+    from medmoe_hf.data.overlap import Overlap
+
+    exact = [(f"a:{index}", f"b:{index}") for index in range(15)]
+    near = [(f"c:{index}", f"d:{index}", 2) for index in range(8)]
+    lines = str(Overlap(30, 30, exact, near[:5], 0)).splitlines()
+    assert (len(lines), lines[-1].split()) == (21, ["2", "bits", "c:4", "~", "d:4"])
+    lines = str(Overlap(30, 30, exact, near, 0)).splitlines()
+    assert len(lines) == 22
+    assert "15 exact and 8 near" in lines[0]
+    assert lines[-1].startswith("  and 3 more pairs")
+
+
+@pytest.mark.parametrize(
+    ("kind", "file"), [("csv", "table.csv"), ("webdataset", "a.tar"), ("parquet", "a.parquet"), ("csv", "*.csv")]
+)
+def test_a_missing_relative_file_is_told_with_the_folder_that_was_looked_in(kind, file, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    fields = "" if kind == "webdataset" else ", image: i, caption: c"
+    (tmp_path / "s.yaml").write_text(f"- {{kind: {kind}, files: ['{file}']{fields}}}")
+    result = run(app, ["data", "inspect", str(tmp_path / "s.yaml")])
+    told = " ".join(f"{result.output} {result.exception}".split())
+    assert f"relative to the working directory, {tmp_path}/elsewhere." in told
+
+
 def test_overlap_equals_comparing_every_pair(tmp_path):
     """The lookup by pieces of hashes, compared with a loop over all pairs."""
     import imagehash

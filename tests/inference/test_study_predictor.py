@@ -318,6 +318,24 @@ def test_a_single_image_gets_the_decisions_of_its_task(predictor, tmp_path, monk
     assert several.series[0].decision == ""
 
 
+@pytest.mark.parametrize(
+    "paths", [np.zeros((8, 8, 3)), [np.zeros((8, 8))], torch.zeros(3, 8, 8), Image.new("L", (8, 8)), 3]
+)
+def test_what_is_no_path_is_refused_with_its_type(paths):
+    kind = "ndarray|Tensor|Image|int"
+    with pytest.raises(ArgumentError, match=rf"`paths` are files.*of the type ({kind})\..*pixels"):
+        medmoe_hf.predict(paths)
+
+
+@pytest.mark.parametrize(
+    ("device", "told"), [("cuda", "finds no devices of the kind cuda"), ("gpu", "knows no device")]
+)
+def test_a_device_that_is_not_there_is_refused(device, told, model, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ArgumentError, match=f'{told}.*"{device}".*"cpu"' if device == "cuda" else f'{told} "gpu"'):
+        StudyPredictor(model, device=device)
+
+
 def test_labels_that_look_misspelt_are_answered_with_a_note(predictor, tmp_path, monkeypatch):
     ct_series(tmp_path, count=1)
     # A word of the model's task, one of the labels that are asked by default, and one that nothing resembles.

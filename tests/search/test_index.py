@@ -372,11 +372,11 @@ def test_output_of_the_command(several_reports, planted):
 
 def test_rows_of_a_file_that_contains_images_are_distinguished(planted):
     hits = [Hit(0.5, "a.parquet", "a.parquet", row, "a.parquet", "ct", 0.9) for row in (3, 17)]
-    assert [hit.location for hit in hits] == ["a.parquet, row 3", "a.parquet, row 17"]
+    assert [hit.location for hit in hits] == ["a.parquet, row 4", "a.parquet, row 18"]
     assert hits_table(hits, "images").splitlines() == [
         "cosine  routed to  image",
-        "0.500   ct (0.90)  a.parquet, row 3",
-        "0.500   ct (0.90)  a.parquet, row 17",
+        "0.500   ct (0.90)  a.parquet, row 4",
+        "0.500   ct (0.90)  a.parquet, row 18",
     ]
 
 

@@ -1,6 +1,6 @@
 """Predictions for paths and addresses."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ def predict(
         ```
     """
     question = Question(labels, task, text, trust_header, pooling)
-    listed = [paths] if isinstance(paths, str | Path) else list(paths)
+    listed = _listed(paths)
     if not listed:
         raise ArgumentError("There are no paths to read: name files, folders or addresses.")
     downloads = Downloads(listed, limits or DownloadLimits(), progress)
@@ -93,3 +93,18 @@ def predict(
     except BaseException:
         downloads.close()
         raise
+
+
+def _listed(paths: Any) -> list[str | Path]:
+    """The paths as a list; images, arrays and tensors are refused, since they have no study."""
+    if isinstance(paths, str | Path) or not isinstance(paths, Iterable):
+        paths = [paths]
+    given = list(paths)
+    for one in given:
+        if not isinstance(one, str | Path):
+            raise ArgumentError(
+                "`paths` are files, folders or addresses, as text or Path, or a list of them; got something of the "
+                f"type {type(one).__name__}. Save pixels as a file, or pass them to the processor and to a method of "
+                "the model, such as `classify`."
+            )
+    return given
