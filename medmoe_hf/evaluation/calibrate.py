@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 _NEVER_FITTED = frozenset({"test", "testing", "external"})
 """Words in the name of a split, or of a file, whose images are for measuring only."""
+_TOO_SURE = "The model is too sure of images that it was trained on: fit on others than `train`."
 
 
 @dataclass
@@ -71,6 +72,12 @@ def _shown(task: Task, left_out: int) -> str:
     for name, (value, *ends) in found.measured.items():
         interval = f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else " (no interval)"
         lines.append(f"    {name:<32} {value:.3f}{interval}")
+    worse = _worse(found.measured)
+    if worse:
+        lines.append(
+            f"  Worse than before the calibration on these subjects: {worse}; calibrate on more cases, or keep the "
+            "uncalibrated task."
+        )
     wide = [(name, ends) for name, (_, *ends) in found.measured.items() if ends and name.startswith("coverage")]
     loose = [name for name, ends in wide if ends[1] - ends[0] > 0.15]
     if loose:
@@ -79,6 +86,19 @@ def _shown(task: Task, left_out: int) -> str:
             "more; calibrate on more subjects before you rely on it."
         )
     return "\n".join(lines)
+
+
+def _worse(measured: Mapping[str, Sequence[float]]) -> str:
+    """What a calibration makes worse, with both values."""
+    pairs = (
+        ("expected calibration error", "ece_before", "ece", 1),
+        ("balanced accuracy", "balanced_accuracy_before", "balanced_accuracy", -1),
+    )
+    return " and ".join(
+        f"{name} {measured[after][0]:.3f} instead of {measured[before][0]:.3f}"
+        for name, before, after, sign in pairs
+        if before in measured and after in measured and sign * (measured[after][0] - measured[before][0]) > 0
+    )
 
 
 def calibrate(
@@ -152,7 +172,7 @@ def calibrate(
             streams[task.name] = open_stream(own, f"images of {task.name}", num_workers, max_bad_fraction)
         except SourceError as error:
             raise SourceError(f'Task "{task.name}": {error}') from error
-    splits = {name: split_of(stream, allow_test) for name, stream in streams.items()}
+    splits = {name: split_of(stream, allow_test, _TOO_SURE) for name, stream in streams.items()}
     with explain_loading(model):
         loaded: Any = MedMoEModel.from_pretrained(folder, dtype=torch.float32).eval().to(default_device(None))
         processor: Any = MedMoEProcessor.from_pretrained(folder)
@@ -261,13 +281,13 @@ def open_stream(
     )
 
 
-def split_of(stream: SampleStream, allow_test: bool, warn: bool = True) -> str:
+def split_of(stream: SampleStream, allow_test: bool, warning: str = "") -> str:
     """Names the split of a stream's rows.
 
     Args:
         stream: The rows.
         allow_test: Whether a split or file called test or external may be used.
-        warn: Whether to warn of images that the model was trained on.
+        warning: What is logged for images that the model was trained on; empty for nothing.
 
     Raises:
         ArgumentError: If its name says that it is for measuring.
@@ -291,8 +311,8 @@ def split_of(stream: SampleStream, allow_test: bool, warn: bool = True) -> str:
                 f'The {what} is called "{measured[0]}": what is fitted on test data cannot be measured on it. Choose '
                 "another with --split; --allow-test if it is not what its name says."
             )
-    if warn and any(set(re.split(r"[\W\d_]+", name.lower())) & {"train", "training"} for name in names):
-        logger.warning("The model is too sure of images that it was trained on: fit on others than `train`.")
+    if warning and any(set(re.split(r"[\W\d_]+", name.lower())) & {"train", "training"} for name in names):
+        logger.warning(warning)
     return ", ".join(sorted(names)) or "not stated"
 
 

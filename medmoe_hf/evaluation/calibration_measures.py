@@ -35,7 +35,8 @@ def measure_calibrated(
         seed: Seed of the bootstrap.
 
     Returns:
-        `ece_before` and `brier_before` of the plain probabilities, `ece` and `brier` of the calibrated ones;
+        `ece_before`, `brier_before` and `balanced_accuracy_before` of the plain probabilities, `ece` and `brier` of
+        the calibrated ones;
         `accuracy` and `balanced_accuracy` of the labels that `Task.decide` chooses; `coverage`, `set_size` and
         `empty_sets` of the prediction sets; sensitivity, specificity and coverage of each class. What concerns a class
         without images is NaN.
@@ -107,7 +108,8 @@ def measure_classes(
         "ece": new["ece"],
         "brier_before": old["brier"],
         "brier": new["brier"],
-        "balanced_accuracy": float(np.mean([_mean(right[own[:, index]]) for index in range(len(classes))])),
+        "balanced_accuracy_before": _balanced(before.argmax(axis=1) == truth, own),
+        "balanced_accuracy": _balanced(right, own),
         "coverage": _mean(sets[own]),
         "set_size": _mean(sets.sum(axis=1)),
         "empty_sets": _mean(sets.sum(axis=1) == 0),
@@ -158,6 +160,11 @@ def measure_findings(
         result[f"specificity: {name}"] = _mean(~flags[absent, index])
         result[f"coverage: {name}"] = by_name["coverage"][-1]
     return {name: float(np.mean(values)) for name, values in by_name.items()} | result
+
+
+def _balanced(right: np.ndarray, own: np.ndarray) -> float:
+    """The mean over classes of the share of their images that are right; `own` is (N, C)."""
+    return float(np.mean([_mean(right[rows]) for rows in own.T]))
 
 
 def _mean(values: np.ndarray) -> float:

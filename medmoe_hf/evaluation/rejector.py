@@ -37,6 +37,10 @@ LEAST_OF_EXPERT = 10
 """Images of an expert, at least, from which a distance to it is measured; those routed to others are refused."""
 LEFT_OUT = 0.2
 """Share of the subjects that set the limits if no other images do."""
+_TOO_NEAR = (
+    "Images of `train` may be fitted on, but here they also set the limits, which are too strict if the model was "
+    "trained on them: name images that it was not trained on by `--held-out`."
+)
 
 
 def fit_rejector(
@@ -239,7 +243,9 @@ def add_rejector(
         streams.append(open_stream(chosen, what, num_workers, max_bad_fraction, shuffle=True, seed=seed))
     # Images that the model was trained on may be fitted on, but are nearer than new ones, which the limits are for.
     last = len(streams) - 1
-    splits = [split_of(stream, allow_test, warn=number == last) for number, stream in enumerate(streams)]
+    splits = [
+        split_of(stream, allow_test, _TOO_NEAR if number == last else "") for number, stream in enumerate(streams)
+    ]
     with explain_loading(model):
         loaded: Any = MedMoEModel.from_pretrained(folder, dtype=torch.float32).eval().to(default_device(None))
         processor: Any = MedMoEProcessor.from_pretrained(folder)

@@ -17,7 +17,7 @@ from medmoe_hf.evaluation.calibration import fit_calibration
 from medmoe_hf.hub.card import build_card
 from medmoe_hf.hub.folder_checks import check_folder
 from medmoe_hf.inference.task_files import TaskFile, read_task_file
-from medmoe_hf.model import MedMoEModel, MedMoEProcessor
+from medmoe_hf.model import Calibration, MedMoEModel, MedMoEProcessor, Task
 from medmoe_hf.training.build import build_model
 from medmoe_hf.training.config import ModelSection
 
@@ -105,6 +105,36 @@ def test_a_folder_is_calibrated_in_place(place, tmp_path):
     assert "72 images of 36 subjects, scans, val" in card
     assert [line for line in check_folder(tmp_path / "made") if "tasks.json" in line] == []
     assert "## Tasks" not in str(build_card(place / "model"))
+
+
+@pytest.mark.parametrize(
+    ("measured", "worse"),
+    [
+        (
+            {
+                "ece_before": [0.1, 0.0, 0.2],
+                "ece": [0.1],
+                "balanced_accuracy_before": [0.6],
+                "balanced_accuracy": [0.6],
+            },
+            "",
+        ),
+        ({"ece_before": [0.2], "ece": [0.1, 0.0, 0.3]}, ""),
+        ({"ece_before": [0.1], "ece": [0.125]}, "expected calibration error 0.125 instead of 0.100"),
+        (
+            {"ece_before": [0.1], "ece": [0.2], "balanced_accuracy_before": [0.75], "balanced_accuracy": [0.5]},
+            "expected calibration error 0.200 instead of 0.100 and balanced accuracy 0.500 instead of 0.750",
+        ),
+    ],
+)
+def test_what_a_calibration_makes_worse_is_said_in_one_sentence(measured, worse):
+    half = dict.fromkeys(PROMPTS, 0.5)
+    facts = {"cases": 20, "subjects": 10, "data": "scans", "split": "val"}
+    fitted = Calibration(1.0, half, half, half, 0.9, "marginal", half, fitted_on=facts, measured=measured)
+    report = calibrate_module.CalibrationReport([Task("shade", PROMPTS, calibration=fitted)], "made", {"shade": 0})
+    lines = [line for line in str(report).splitlines() if "Worse" in line]
+    told = f"  Worse than before the calibration on these subjects: {worse}; calibrate on more cases, or keep the"
+    assert lines == ([f"{told} uncalibrated task."] if worse else [])
 
 
 def test_test_data_are_refused(place, tmp_path):

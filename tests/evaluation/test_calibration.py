@@ -277,6 +277,9 @@ def test_new_images_are_measured_by_what_the_task_answers():
     right = np.array([[name] == own for name, own in zip(names, chosen, strict=True)])
     assert found["accuracy"].value == right.mean()
     assert found["balanced_accuracy"].value == pytest.approx(np.mean([right[truth == one].mean() for one in range(3)]))
+    plain = (new / 2).argmax(axis=1) == truth
+    before = np.mean([plain[truth == one].mean() for one in range(3)])
+    assert found["balanced_accuracy_before"].value == pytest.approx(before)
     held = np.array([name in own for name, own in zip(names, sets, strict=True)])
     assert (found["coverage"].value, found["coverage"].n) == (held.mean(), 100)
     assert found["coverage: edema"].value == pytest.approx(held[truth == 2].mean())

@@ -24,6 +24,9 @@ from medmoe_hf.evaluation.recipes import (
     open_recipe,
     recipe_names,
 )
+from medmoe_hf.evaluation.recipes.schema import Recipe
+from medmoe_hf.evaluation.report import summary
+from medmoe_hf.evaluation.results import Interval, Result
 from medmoe_hf.model.modalities_medmoe import MODALITIES
 
 CLASSES = {
@@ -432,13 +435,14 @@ def test_phantoms(tmp_path):
     assert whole.classes == []
 
 
-def test_a_recipe_of_your_own_for_folders(tmp_path):
+@pytest.mark.parametrize("metric", ["accuracy", "balanced_accuracy"])
+def test_a_recipe_of_your_own_for_folders(tmp_path, metric):
     recipe = {
         "name": "mine",
         "title": "Mine",
         "tasks": ["zero-shot", "linear-probe"],
         "modality": "ultrasound",
-        "metric": "accuracy",
+        "metric": metric,
         "layout": {
             "kind": "folder",
             "splits": {"train": "train", "test": "test"},
@@ -461,6 +465,15 @@ def test_a_recipe_of_your_own_for_folders(tmp_path):
     assert found.images == paths
     assert found.labels.tolist() == [0, 0, 1, 0, 1]
     assert found.split("test").images == paths[3:]
+    assert found.facts["metric"] == metric
+    # It is in the short table, with its interval.
+    facts = found.facts | {"unit": "image"}
+    result = Result("zero-shot", "model", "mine", 5, {f"global/{metric}": Interval(0.625, 0.5, 0.75, 5)}, facts)
+    shown = summary([result])
+    assert metric.replace("_", " ") in shown
+    assert "0.625 [0.50, 0.75]" in shown
+    with pytest.raises(ValueError, match="must be macro_auroc or macro_average_precision with `labels: multi`"):
+        Recipe.model_validate(recipe | {"labels": "multi"})
 
     shutil.rmtree(tmp_path / "data/test/malignant")
     (message, *_) = check_recipe(load_recipe(tmp_path / "mine.yaml"), tmp_path / "data")

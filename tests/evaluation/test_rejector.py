@@ -95,6 +95,7 @@ def test_a_folder_gets_a_rejector_that_is_dropped_by_training(place, tmp_path, c
     out = run(place, "--split", "train", "--held-out", "val", "--out", tmp_path / "made", "--accept", 0.9)
     assert out.exit_code == 0, out.output
     assert "Fitted on 120 images of 60 subjects (scans, split train)." in out.output
+    assert "set the limits" not in caplog.text
     assert "Limits from 60 images of 30 subjects (split val): 9" in out.output
     assert {path.name for path in (tmp_path / "made").iterdir()} == before | {"rejector.safetensors"}
     assert (tmp_path / "made/rejector.safetensors").stat().st_size < 1_000_000
@@ -124,8 +125,12 @@ def test_a_folder_gets_a_rejector_that_is_dropped_by_training(place, tmp_path, c
     assert "medmoe fit-rejector" in caplog.text
 
 
-def test_a_fifth_of_few_subjects_cannot_set_limits(place, tmp_path):
+def test_a_fifth_of_few_subjects_cannot_set_limits(place, tmp_path, caplog):
     out = run(place, "--split", "train", "--out", tmp_path / "made", "--max-images", 100)
+    # Fitting on `train` is right; only its limits are not.
+    assert "Images of `train` may be fitted on, but here they also set the limits" in caplog.text
+    assert "by `--held-out`" in caplog.text
+    assert "fit on others" not in caplog.text
     assert out.exit_code == 1  # 20 images cannot set limits
     assert "and 50 others that set its limits, got " in str(out.exception) + out.output
     assert not (tmp_path / "made").exists()

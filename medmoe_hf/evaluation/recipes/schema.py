@@ -19,6 +19,7 @@ from medmoe_hf.model.modalities_medmoe import MODALITIES, modality_id
 Task = Literal["zero-shot", "linear-probe", "retrieval", "grounding", "routing", "robustness"]
 Metric = Literal[
     "accuracy",
+    "balanced_accuracy",
     "macro_auroc",
     "macro_average_precision",
     "chexpert5_auroc",
@@ -313,7 +314,7 @@ class Recipe(BaseModel):
             raise ValueError(
                 f"`metric: {CHEXPERT_METRIC}` needs `labels: multi` and {', '.join(CHEXPERT_FINDINGS)} in `classes`"
             )
-        if self.metric == "accuracy" and multi:
+        if self.metric in ("accuracy", "balanced_accuracy") and multi:
             raise ValueError("`metric` must be macro_auroc or macro_average_precision with `labels: multi`")
         if self.layout.kind == "clip_benchmark" and (self.classes or self.prompts):
             raise ValueError("`classes` and `prompts` of `layout: {kind: clip_benchmark}` are in its files")
