@@ -329,6 +329,7 @@ def test_an_invalid_cell_is_a_problem(tmp_path):
     [
         ({"metric": "accuracy"}, "`metric` must be macro_auroc or"),
         ({"labels": "single"}, "go with `labels: multi` only"),
+        ({"metric": "balanced_accuracy"}, "`metric` must be macro_auroc or macro_average_precision"),
         ({"negative_prompts": {"Edema": ["No edema."]}}, "`negative_prompts` must hold sentences for each"),
         ({"layout": {"kind": "folder"}}, "`labels: multi` needs `layout` of kind table"),
         ({"labels": "both"}, "labels"),
