@@ -154,6 +154,9 @@ def push_sources(
             help="Remove other files under data/, and replace a card that was not written by this command.",
         ),
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Read and check everything, print what would change, and send nothing.")
+    ] = False,
     i_have_removed_identifiers: _Declared = False,
 ) -> None:
     """Publish sources as a data set on the Hub."""
@@ -172,5 +175,6 @@ def push_sources(
             revision=revision,
             create_pr=create_pr,
             replace=replace,
+            dry_run=dry_run,
         )
-    typer.echo(f"Published: {address}")
+    typer.echo(address if dry_run else f"Published: {address}")

@@ -29,6 +29,7 @@ from medmoe_hf.errors import ArgumentError, IdentifierError, MissingPackageError
 from medmoe_hf.hub.access import writable
 from medmoe_hf.hub.card import markdown_table, source_name
 from medmoe_hf.hub.identifiers import kinds
+from medmoe_hf.hub.publishing import PublishReport
 from medmoe_hf.hub.remote import Remote, readable_size
 from medmoe_hf.model.dicom_files_medmoe import no_quotes
 from medmoe_hf.model.medical_images_medmoe import is_medical_image
@@ -214,6 +215,7 @@ def push_data(
     revision: str | None = None,
     create_pr: bool = False,
     replace: bool = False,
+    dry_run: bool = False,
     commit_message: str = "Upload dataset",
 ) -> str:
     """Exports sources and uploads them to the Hub in one commit; old shards of an earlier push are removed.
@@ -235,10 +237,11 @@ def push_data(
         revision: Branch to commit to, created from main if it does not exist; `None` for main.
         create_pr: Whether to open a pull request instead.
         replace: Whether to remove other files under `data/`, and to replace a card of others.
+        dry_run: Whether to check and list everything without sending it; no token is needed for a public repository.
         commit_message: Commit message.
 
     Returns:
-        URL of the commit or the pull request.
+        URL of the commit or the pull request; with `dry_run`, each file that would change, and how.
 
     Raises:
         IdentifierError: If headers, captions or file names seem to identify patients; nothing is sent.
@@ -258,7 +261,7 @@ def push_data(
     if create_pr and revision is not None:
         raise PublishError("A pull request is for main: leave out the branch.")
     # Access first: the export may take hours.
-    _find(repo, private, revision, create_pr, replace)
+    _find(repo, private, revision, create_pr, replace, dry_run)
     with tempfile.TemporaryDirectory(prefix="medmoe-data-") as temporary:
         folder = export_data(
             sources,
@@ -266,24 +269,28 @@ def push_data(
             format,
             shard_size,
             i_have_removed_identifiers,
-            repo=writable(repo),
+            repo=writable(repo, dry_run=dry_run),
             license=license,
         )
         paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
         # Checked again, as somebody may have pushed during the export.
-        remote = _find(repo, private, revision, create_pr, replace)
-        others = [path for path in remote.files if not path.startswith(_DATA)]
-        commit, url = remote.send(paths, remote.changes(paths, keep=others), private, commit_message, create_pr)
+        remote = _find(repo, private, revision, create_pr, replace, dry_run)
+        changes = list(remote.changes(paths, keep=[path for path in remote.files if not path.startswith(_DATA)]))
+        if dry_run:
+            return str(PublishReport(remote.repo, remote.branch, changes, dry_run, created=not remote.exists))
+        commit, url = remote.send(paths, changes, private, commit_message, create_pr)
     return url if create_pr else f"{remote.page}/commit/{commit}"
 
 
-def _find(repo: str, private: bool | None, revision: str | None, create_pr: bool, replace: bool) -> Remote:
+def _find(
+    repo: str, private: bool | None, revision: str | None, create_pr: bool, replace: bool, dry_run: bool
+) -> Remote:
     """The repository, if the push is allowed.
 
     Raises:
         PublishError: If it has another visibility, or if it holds files of others and `replace` is not set.
     """
-    remote = Remote.find(repo, revision, kind="dataset")
+    remote = Remote.find(repo, revision, dry_run=dry_run, kind="dataset")
     remote.accept(private, create_pr)
     foreign = _foreign(remote)
     if foreign and not replace:

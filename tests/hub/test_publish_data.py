@@ -16,7 +16,9 @@ from huggingface_hub import metadata_load
 from markdown_it import MarkdownIt
 from PIL import Image, PngImagePlugin
 from pydantic import TypeAdapter
+from typer.testing import CliRunner
 
+from medmoe_hf.cli import app
 from medmoe_hf.data.phantom import phantom_sample
 from medmoe_hf.data.sources import Source
 from medmoe_hf.data.stream import SampleStream
@@ -412,6 +414,31 @@ def test_a_push_is_one_commit_that_leaves_only_the_new_shards(hub):
         "data/train-00000.tar",
         "data/train-00001.tar",
     }
+
+
+def test_a_dry_run_checks_and_lists_everything_and_sends_nothing(hub, tmp_path):
+    new = push_data([phantoms(5)], "user/scans", shard_size=3, private=True, dry_run=True)
+    assert [[line.split()[0], line.split()[-1]] for line in new.splitlines()[:3]] == [
+        ["add", path] for path in ("README.md", "data/train-00000.parquet", "data/train-00001.parquet")
+    ]
+    assert "user/scans, main: 3 added, 0 replaced, 0 deleted, 0 unchanged" in new
+    assert "into a new repo.\nNothing was sent." in new
+    with pytest.raises(IdentifierError):
+        push_data([table(tmp_path / "in", [{"image": "a.png", "caption": "Patient: Miller"}])], "user/x", dry_run=True)
+    assert hub.sent() == []
+    push_data([phantoms(5)], "user/scans", shard_size=3, private=True)
+    sent, repo = len(hub.sent()), hub.repo("user/scans", "dataset")
+    commits = len(repo.commits)
+    (tmp_path / "sources.yaml").write_text(json.dumps([{"kind": "phantom", "length": 2, "image_size": 64}]))
+    command = ["data", "push", str(tmp_path / "sources.yaml"), "user/scans", "--dry-run"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"delete +[\d.]+ \w+  data/train-00001\.parquet", result.output)
+    assert "Nothing was sent." in result.output
+    assert "Published" not in result.output
+    with pytest.raises(PublishError, match="is private"):
+        push_data([phantoms(2)], "user/scans", private=False, dry_run=True)
+    assert (len(hub.sent()), len(repo.commits)) == (sent, commits)
 
 
 # Without the interpreter's end, in which pyarrow's threads abort now and then (apache/arrow#45214).
