@@ -37,6 +37,7 @@ LEAST_OF_EXPERT = 10
 """Images of an expert, at least, from which a distance to it is measured; those routed to others are refused."""
 LEFT_OUT = 0.2
 """Share of the subjects that set the limits if no other images do."""
+_ROUNDING = 1e-4  # of distances, by far more than float32 makes of them
 _TOO_NEAR = (
     "Images of `train` may be fitted on, but here they also set the limits, which are too strict if the model was "
     "trained on them: name images that it was not trained on by `--held-out`."
@@ -142,7 +143,8 @@ def _limits(distances: np.ndarray, ids: np.ndarray, counts: np.ndarray, accept: 
 def _quantile(distances: np.ndarray, accept: float) -> float:
     """The distance within which a new image is with this probability, as in split conformal prediction."""
     place = min(math.ceil((len(distances) + 1) * accept), len(distances))
-    return float(np.sort(distances)[place - 1])
+    # The image that sets the limit is accepted, also where another size of batch rounds its features otherwise.
+    return float(np.sort(distances)[place - 1]) * (1 + _ROUNDING)
 
 
 @dataclass
