@@ -37,7 +37,7 @@ LEAST_OF_EXPERT = 10
 """Images of an expert, at least, from which a distance to it is measured; those routed to others are refused."""
 LEFT_OUT = 0.2
 """Share of the subjects that set the limits if no other images do."""
-_ROUNDING = 1e-4  # of distances, by far more than float32 makes of them
+_ROUNDING = 2e-5  # of distances, more than float32 makes of them
 _TOO_NEAR = (
     "Images of `train` may be fitted on, but here they also set the limits, which are too strict if the model was "
     "trained on them: name images that it was not trained on by `--held-out`."
