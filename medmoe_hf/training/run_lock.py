@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 
 from medmoe_hf.errors import TrainingError
 from medmoe_hf.training.negatives import max_over_processes
@@ -39,7 +40,8 @@ def locked_run(folder: Path) -> Iterator[None]:
             TrainingRun(config).train()
         ```
     """
-    state = PartialState()
+    # As Accelerate makes it: without this argument several processes on CPUs would each be the only one.
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     problem, held = "", None
     if state.is_main_process:
         try:
