@@ -305,7 +305,10 @@ def test_a_name_belongs_to_one_class_unless_it_is_replaced():
     assert modeling_medmoe.expert_class("coarse") is MedMoEExpert
 
 
-def test_an_unknown_expert_type_names_the_known_ones(small):
+def test_an_unknown_expert_type_names_the_known_ones(small, monkeypatch):
+    # Without those that other tests have registered in this process.
+    known = {name: modeling_medmoe._EXPERTS[name] for name in ("convolution", "linear", "token")}
+    monkeypatch.setattr(modeling_medmoe, "_EXPERTS", known)
     with pytest.raises(ValueError, match=r'"tokens"\. Known types: convolution, linear, token\. Did you mean "token"'):
         small(vision_config={"expert_type": "tokens"})
     with pytest.raises(ValueError, match="register_expert"):

@@ -8,6 +8,7 @@ import signal
 import time
 
 import pytest
+import torch
 from processes import context
 from test_resume import assert_same, run_of, weights
 
@@ -24,8 +25,11 @@ def run_in(folder):
     return run_of(folder / "out", PHANTOMS, max_steps=4, checkpoints={"every_steps": 1, "every_minutes": 0})
 
 
-def slow(run, pipe):
-    """Trains; after the second step it has a child that inherits its files, says so, and waits."""
+def slow(run, pipe, threads):
+    """Trains with a number of threads, on which the last bits depend.
+
+    After the second step it has a child that inherits its files, says so, and waits.
+    """
     step = TrainingRun.step
 
     def and_wait(self, batches):
@@ -40,13 +44,14 @@ def slow(run, pipe):
             pipe.recv()
 
     TrainingRun.step = and_wait
+    torch.set_num_threads(threads)
     train(run)
 
 
 def test_a_second_run_ends_at_once_and_the_first_can_be_resumed_when_killed(tmp_path):
     run = run_in(tmp_path)
     ours, theirs = context.Pipe()
-    first = context.Process(target=slow, args=(run, theirs))
+    first = context.Process(target=slow, args=(run, theirs, torch.get_num_threads()))
     first.start()
     assert ours.poll(120)
     child = ours.recv()
