@@ -67,6 +67,9 @@ def launched(rank, world, port, folder, kind, preset, changes, stop):
     run = loop.TrainingRun(run_of(folder, kind, preset, world, **changes), "auto")
     if kind.startswith("fsdp"):
         assert type(run.inner).__name__.startswith("FSDP")
+    # Adam makes whole steps of gradients that are all rounding noise, some 1e-9; with this they stay that small.
+    for group in run.optimizer.param_groups:
+        group["eps"] = 1e-6
     if stop and rank == world - 1:  # a signal that only one of them gets
         run._signal = 15
     try:
