@@ -102,7 +102,8 @@ class TarShard:
                 self.truncated |= any(file.read())
         except FileNotFoundError:
             raise ShardError("missing shard", f"{path} does not exist{looked_in(path)}.") from None
-        except (tarfile.TarError, OSError, ValueError) as error:
+        except (tarfile.TarError, OSError, ValueError, OverflowError, IndexError, MemoryError) as error:
+            # The last three are what tarfile makes of damaged sizes and of sparse files that are cut off.
             raise ShardError("unreadable shard", f"{path} is not an uncompressed tar: {error}") from error
         return _group_members(members)
 

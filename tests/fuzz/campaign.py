@@ -229,7 +229,7 @@ def child(arguments: argparse.Namespace) -> None:
         # More than this at once ends in a MemoryError, and not with the machine.
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + limit, used + limit))
-    if guided:
+    if guided and arguments.executions is None:
         _with_atheris(harness, guard, out / "corpus", int(arguments.seconds), arguments.seed)
     else:
         deterministic(harness, guard, arguments.executions, arguments.seconds, arguments.seed)
@@ -248,7 +248,9 @@ def _has_atheris() -> bool:
     return importlib.util.find_spec("atheris") is not None
 
 
-def run(name: str, seconds: float, out: Path, seed: int, own: bool = False) -> tuple[int, int, float]:
+def run(
+    name: str, seconds: float, out: Path, seed: int, own: bool = False, most: int | None = None
+) -> tuple[int, int, float]:
     """Fuzzes one harness in child processes, which are started again after a crash or a hang.
 
     Args:
@@ -257,6 +259,7 @@ def run(name: str, seconds: float, out: Path, seed: int, own: bool = False) -> t
         out: Folder for findings and, with Atheris, the corpus.
         seed: Of the generators.
         own: Whether to use our own mutators even where Atheris is installed.
+        most: Number of executions by our own mutators, which are then the same on every machine; None for no limit.
 
     Returns:
         Executions, different findings, and seconds.
@@ -284,6 +287,7 @@ def run(name: str, seconds: float, out: Path, seed: int, own: bool = False) -> t
                 str(out),
             ]
             command += ["--seconds", str(max(1, round(seconds - spent))), "--seed", str(seed)] + ["--own"] * own
+            command += [] if most is None else ["--executions", str(most)]
             folder = tempfile.mkdtemp(dir=work)
             with open(out / "log.txt", "ab") as log:
                 process = subprocess.Popen(
@@ -295,6 +299,8 @@ def run(name: str, seconds: float, out: Path, seed: int, own: bool = False) -> t
                     if process.poll() is None:
                         process.kill()
                         process.wait()
+            if most is not None and process.returncode == 0:
+                break
             seed += 1
         executions = int.from_bytes(page[:8], "little")
         page.close()
@@ -350,7 +356,8 @@ def main() -> int:
     parser.add_argument("--out", default="fuzzing", help="folder for findings, corpora and logs")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--own", action="store_true", help="our own mutators, even where Atheris is installed")
-    for hidden in ("--child", "--page", "--executions"):
+    parser.add_argument("--executions", type=int, help="by our own mutators, for each harness: equal on all machines")
+    for hidden in ("--child", "--page"):
         parser.add_argument(
             hidden, help=argparse.SUPPRESS, **({"action": "store_true"} if hidden == "--child" else {})
         )
@@ -363,7 +370,7 @@ def main() -> int:
     results = {}
     for name in HARNESSES if arguments.harness == "all" else [arguments.harness]:
         executions, findings, spent = run(
-            name, arguments.seconds, Path(arguments.out) / name, arguments.seed, arguments.own
+            name, arguments.seconds, Path(arguments.out) / name, arguments.seed, arguments.own, arguments.executions
         )
         rate = executions / max(spent, 1e-9)
         print(f"{name:12} {executions:>11,} executions {rate:>9,.0f} per second {findings:>4} findings", flush=True)

@@ -1,5 +1,6 @@
 """Inputs that once were findings: each by the name of its harness, in the smallest form, with what went wrong."""
 
+import base64
 import gzip
 import io
 import json
@@ -61,6 +62,11 @@ def _negative_tar() -> bytes:
     return b"".join(headers) + bytes(1024)
 
 
+def _packed(text: str) -> bytes:
+    """An input as the campaign found it, which no few lines would make."""
+    return zlib.decompress(base64.b85decode(text))
+
+
 def _negative_nifti() -> bytes:
     content = bytearray(seeds.nifti()[0])
     struct.pack_into("<hhhh", content, 40, 3, 4, 5, -2)
@@ -78,6 +84,49 @@ def million_slices() -> bytes:
 
 
 FINDINGS: list[tuple[str, str, bytes]] = [
+    (
+        "picture",
+        "a transparent colour that the palette does not have: ValueError",
+        _packed(
+            "c-n<hy=&7^6un0LAlO0eAnIT`v=9Ufr>n7+6dO!psR6+$AY24j2XPVy!PV`8gM&yWSLe92$er9&aBy-KClRjaynnz4"
+            "$&dT)*ZFua_oug3x)-}<wldlq9`JjHzwYVd{QvOl&XHN?-Q$DlUHjjGnVW@KnpKMdb6CI<RxJ%TcMG?4t5%IL4~wu2"
+            "tJaJ(Pm8ont2PT|UKV9pR&6viiLI<<Qk!@j2q1xKiy6Bk9O<ZrgJ};$AOqE4vDy=n$V4@iZ1zGFvQP~)1eq8KiYUYZ"
+            "8q7&-WvwXjf+yV5y&6L<W*p%eUX3tuFdgZcUX4Ftu{z4LyqX-4HWY*GNmuGX3<#MR2})u?dpMYr*edOyNGBtzNlAuW"
+            "%s4ZuDNDk{!E{zs6B;ssIm%33r8^{*np5m$14Kx(QW)h5v{s{2lVlQ<)Fz&4o>59N<YLCvEQH+VRt7XsjzXRYR!U|W"
+            "3@Im+DKX?X#8048kYzuFLL5?q^%|gBQQ`&9&)K&_K9H09<Jm4lJ7(iAKW^}5IvU=bJ$e0LzJ20p=g*agYm38q|IM|<"
+            "#^Ti5@#Mnq$=PSi)k_<nzg~T{+*)q+2L0uFumAl;uQ%v@S|9Yz9ZlwY+nvqn{o6bD)@=3T<?DaXZ$8q)AMH+u?|0_U"
+            "{{dkwbwd"
+        ),
+    ),
+    (
+        "tar",
+        "a sparse file that is cut off: IndexError",
+        _packed(
+            "c-l+UE67V{pe--}0y7g6FbxFgw1J_aA)E~nH#0LcVNft&paUo^E=eo`TFEdnL1%!UJ1>_M7m&&8>ERLtq**|i10>lq"
+            ">);|FCE)4e7*a7O`AJGbLPC;*A_F5ogP_yO{URVWp00i_>zoprC~<@U!zdUKkf>KuQ8GZe|34By$^C`~h9+hv#taI<"
+            "qxqi-;Q#*-nz#)|q^|+s_c-e"
+        ),
+    ),
+    (
+        "tar",
+        "the size of extended headers beyond a machine word: OverflowError",
+        _packed(
+            "c-l+RPt{A)Pt+^OOJ|@iD21~OfWXYe1WW?~I&ENRXb5M6#SMX^34?+Um0iSw)tSX5iA6x`8Ac}P4DfU3<&xq8GI>2c"
+            "T!Ns%#KHlR?3s0N5s(t_ba4!+n3Mb@B_Sap$w85Uk)J`(Y2|(qkQz@{KbLh*2~A|!{T~kgVU;%}WWZg9Q9vQk)7R5?"
+            "2uQ5(NKH&hEuxJbIPyIx{`WxQ|L=d){BLSxY{;OHPLBW>M){uuLN$=0$I#eBp&+p&!?uD};5&Y4y^@L&uF-rrPyi!7"
+            "wow?}#s<*z#Dzr?wIu+u-vPCZFo4Q|^&1n=kJ*xd>xYROn;IJcOA>?8l7!~KH^@_uOsxXLH&ix?RVfW-_W=M4jMO*"
+        ),
+    ),
+    (
+        "tar",
+        "the size of a long name beyond a machine word: OverflowError",
+        _packed(
+            "c-l+RPt{A)Pt+^OOJ|@JFaQEG6B95E1n9JZp`jt14G}jtGcsdP2&S?-Sg;9}7MCOz0j*>hnV>Vk&z+Y`iVMi(_4IHF"
+            "f(8={2S~DK*1<(UO2E^_F{ENn@{^Q=goGpqMFvKG20^El`$a%%JYD@<);T3Kkzx0LB!D&D5HjE{!ziE-=;`a}I|L+F"
+            "c%&w#q!!UG|6|Gbp!nYdiT%I-QS!f`si8SA|NGD*0ESWi=YUWRr06j;Hc==@EXlB~7$BfmQc=P+nhysGP(4144WQ|X"
+            "3yUObO8{iQ18Nyz0F@(3KW0k;t{*0DY-(&^$e>^_T9VKl_y&3Ek*QT+G#}yw8^x-WXlOhDPf*lK"
+        ),
+    ),
     ("training", "an unknown key with a bracket: IndexError", b"'[e]': 2\noutput_dir: x\n"),
     ("task", "an unknown key with a bracket: IndexError", b'[{"name": "a", "prompts": {"x": ["X."]}, "n[": 1}]'),
     ("sources", "a tag without a number: IndexError", b"- {kind: hub, path: a/b, !!int : parquet}\n"),

@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,7 +29,6 @@ from pydicom.data import get_testdata_file
 
 import medmoe_hf
 from medmoe_hf.cli import app
-from medmoe_hf.data import zero_shot_prompts
 from medmoe_hf.model import MedMoEModel, MedMoEProcessor
 
 SECONDS = 240  # for a server that has to load a model, on a machine that has more to do
@@ -163,11 +163,16 @@ def test_classify_is_our_softmax(call, ours, expert):
     assert list(answer["labels"].values()) == sorted(answer["labels"].values(), reverse=True)
 
 
+def app_texts():
+    """The sentences that the demo compares a phrase with."""
+    return json.loads((Path(medmoe_hf.__file__).parent / "hub" / "space" / "reports.json").read_text())
+
+
 @torch.no_grad()
 def test_ground_is_our_heat_map(call, ours):
     model, processor, pixels = ours
     tokens = processor(text="nodule", return_tensors="pt")
-    normal = processor(text=zero_shot_prompts("ct")["normal"], return_tensors="pt")
+    normal = processor(text=app_texts()["ct"]["normal"], return_tensors="pt")
     grounding = model.ground(**tokens, pixel_values=pixels, modality="ct", reference=normal)
     heat = processor.post_process_grounding(grounding, target_sizes=[(128, 128)], sigma=1.5)[0].mean(dim=0).numpy()
     answer = call("ground", image=SCAN, phrase="nodule", expert="ct")

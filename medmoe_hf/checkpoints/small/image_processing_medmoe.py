@@ -95,12 +95,15 @@ def _pil_pixels(image: Image.Image) -> tuple[np.ndarray, bool]:
     mode = image.mode
     if mode == "F" or mode.startswith("I"):
         return np.array(image), True
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-    elif mode == "1":
-        image = image.convert("L")
-    elif mode not in ("L", "RGB"):
-        image = image.convert("RGB")
+    try:
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+        elif mode == "1":
+            image = image.convert("L")
+        elif mode not in ("L", "RGB"):
+            image = image.convert("RGB")
+    except ValueError as error:  # a transparent colour that the palette does not have
+        raise ImageError(f"the colours of the image are damaged: {error}") from error
     return np.array(image), False
 
 
