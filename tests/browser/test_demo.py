@@ -7,12 +7,7 @@ import importlib.util
 import io
 import os
 import shutil
-import socket
-import subprocess
 import sys
-import time
-import urllib.request
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +15,8 @@ import pydicom.data
 import pytest
 from browsers import CHROMIUM
 from PIL import Image
+from processes import free_port
+from servers import running
 
 from medmoe_hf.data import phantom_sample
 from medmoe_hf.hub import init_model
@@ -40,37 +37,8 @@ sys.modules["medmoe_hf"] = None
 sys.argv = ["app.py", "--port", sys.argv[1]]
 runpy.run_path("app.py", run_name="__main__")
 """
-SECONDS = 240  # for a server that has to load a model, on a machine that has more to do
 ANSWER = 30_000  # milliseconds for an answer of the page
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-@contextmanager
-def running(command, port, log, **options):
-    """A process that serves on a port, once it does so; in the end nothing in its log is a traceback."""
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, **options)
-    try:
-        begun = time.monotonic()
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=5).close()
-                break
-            except OSError:
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() - begun < SECONDS, log.read_text()
-                time.sleep(0.5)
-        yield
-        assert "Traceback" not in log.read_text()
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from answers import assert_same, with_files
+from processes import free_port
 from small_encoders import medmoe_folder
 
 from medmoe_hf.data import phantom_sample
@@ -41,12 +42,6 @@ WARM_UP, ROUNDS = 3, 12
 MEMORY = 0.05  # greatest growth, as a share
 SPARE = 2  # descriptors and threads that may be on their way out: one a round would be six times as many
 SECONDS = 600  # for a server that has to load a model, on a machine that has more to do
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 class Server:

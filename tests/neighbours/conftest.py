@@ -38,7 +38,7 @@ def pytest_terminal_summary(terminalreporter):
     for name, libraries in LIBRARIES.items():
         outcomes = ", ".join(f"{number} {outcome}" for outcome, number in counts[name].items()) or "not run"
         versions = ", ".join(f"{library} {_version(library)}" for library in libraries)
-        terminalreporter.write_line(f"{versions:<45}{outcomes}")
+        terminalreporter.write_line(f"{versions:<48} {outcomes}")
 
 
 def _version(library):

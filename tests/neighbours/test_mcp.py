@@ -4,10 +4,7 @@ import asyncio
 import json
 import os
 import shutil
-import socket
-import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from datetime import timedelta
@@ -25,13 +22,14 @@ pytest.importorskip("pydicom")
 from mcp import ClientSession
 from mcp.client.streamable_http import streamable_http_client
 from PIL import Image
+from processes import free_port
 from pydicom.data import get_testdata_file
+from servers import running
 
 import medmoe_hf
 from medmoe_hf.cli import app
 from medmoe_hf.model import MedMoEModel, MedMoEProcessor
 
-SECONDS = 240  # for a server that has to load a model, on a machine that has more to do
 SCAN = "scans/CT_small.dcm"  # a real CT, of pydicom's package
 LABELS = ["CT scan of the chest.", "Chest radiograph.", "MRI of the brain."]
 EXPERTS = ["xray", "ct", "mri", "ultrasound", "histopathology", "fundus"]
@@ -51,29 +49,12 @@ def images(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(images, tmp_path_factory):
     """The port of `medmoe demo --mcp` with the checkpoint of the package; in its log is no traceback."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     log = tmp_path_factory.mktemp("log") / "log"
     command = [sys.executable, "-m", "medmoe_hf.cli", "demo", "--port", str(port), "--mcp", "--images", str(images)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "NO_PROXY": "*", "GRADIO_TEMP_DIR": str(log.parent)}
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-    try:
-        begun = time.monotonic()
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=5).close()
-                break
-            except OSError:
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() - begun < SECONDS, log.read_text()
-                time.sleep(0.5)
+    with running(command, port, log, env=environment):
         yield port
-        assert "Traceback" not in log.read_text()
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
 
 
 @pytest.fixture(scope="module")
