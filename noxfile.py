@@ -186,6 +186,8 @@ def benchmarks(session: nox.Session) -> None:
     example(session, "experiments/benchmarks/inference", "--only", "presets", "--batches", "1", "--rounds", "1")
     example(session, "experiments/benchmarks/precision", "--model", model, "--data", SCRATCH)
     example(session, "experiments/benchmarks/encode", "--samples", "1000", "--output", fresh("bulk"))
+    if authors := os.environ.get("MEDMOE_AUTHORS"):  # a clone of the authors' repository, which only they may hand on
+        example(session, "experiments/benchmarks/authors", authors, "--batch", "1", "--rounds", "1")
     series = ("--slices", "40", "--small", "20", "--side", "128", "--threads", "1")
     example(session, "experiments/benchmarks/predict", "--model", model, *series)
 

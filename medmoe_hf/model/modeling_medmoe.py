@@ -342,9 +342,13 @@ def pool_words(hidden_states: Tensor, word_ids: Tensor, pooling: str) -> tuple[T
     """
     in_word = word_ids >= 0
     slots = (word_starts(word_ids).cumsum(dim=1) - 1).clamp_min(0)
-    pieces = hidden_states * in_word.unsqueeze(-1)
-    words = torch.zeros_like(pieces).scatter_add(1, slots.unsqueeze(-1).expand_as(pieces), pieces)
     counts = torch.zeros_like(slots).scatter_add(1, slots, in_word.to(slots.dtype))
+    texts, length, width = hidden_states.shape
+    first = torch.arange(texts, device=slots.device).unsqueeze(1) * length
+    # One row behind the last takes the tokens of no word. Rows are added whole: a scatter adds number by number.
+    rows = torch.where(in_word, first + slots, texts * length).flatten()
+    words = hidden_states.new_zeros(texts * length + 1, width).index_add(0, rows, hidden_states.flatten(0, 1))
+    words = words[:-1].unflatten(0, (texts, length))
     if pooling == "mean":
         words = words / counts.clamp_min(1).unsqueeze(-1)
     return words, counts > 0
@@ -1680,8 +1684,12 @@ class MedMoETextModel(MedMoEPreTrainedModel):
 
     def _summed_layers(self, outputs: Any) -> Tensor:
         # Layers first, then tokens: one sum over words instead of one per layer.
-        last, *others = outputs.hidden_states[-self.config.num_summed_layers :]
-        return sum(others, last)
+        total, *others = outputs.hidden_states[-self.config.num_summed_layers :]
+        if others:
+            total = total + others[0]  # the only sum that needs memory of its own
+        for layer in others[1:]:
+            total += layer
+        return total
 
     def _encodes_once(self, input_ids: Tensor) -> bool:
         """Returns whether `_encode_once` applies: a frozen encoder on a CPU, without dropout."""

@@ -584,6 +584,7 @@ def test_pieces_become_words(pooling, side, max_length, first):
     assert list(dict.fromkeys(word for word in word_ids[0] if word is not None)) == first
     hidden = torch.randn(len(REPORTS), len(word_ids[0]), 8)
     numbers = torch.tensor([[-1 if word is None else word for word in line] for line in word_ids])
+    hidden[numbers < 0] = float("nan")  # tokens of no word have no influence
     words, mask = pool_words(hidden, numbers, pooling)
     for text, line in enumerate(word_ids):
         expected = slow_words(hidden[text], line, pooling)
