@@ -123,7 +123,12 @@ def test_each_study_names_the_uploads_that_it_was_read_from(client, pictures, tm
     series = {one["series"][0]["kind"]: one for one in answer.json()["studies"]}
     assert series["slices"]["files"] == [1, 3, 4, 5]
     assert series["slices"]["series"][0]["slices"] == 3
+    assert [one["files"] for one in series["slices"]["skipped"]] == [[5]]
     assert sorted(study["files"] for study in answer.json()["studies"]) == [[1, 3, 4, 5], [2], [3]]
+
+    parts = [("a.txt", b"no picture"), ("b.png", picture)]
+    answer = client.post("/predict", files=[("files", part) for part in parts], data={"labels": LABELS})
+    assert [one["files"] for one in answer.json()["skipped"]] == [[0]]
 
 
 def test_the_first_page_leads_to_the_description(client):

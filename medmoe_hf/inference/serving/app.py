@@ -73,8 +73,9 @@ class _Service:
         """Predicts the studies in the uploaded files: what `prediction.json` of `medmoe predict` has.
 
         Send files of any number, or zip files of folders, in the field `files`. Answers hold no names and UIDs.
-        Instead, `files` of each study lists the uploads that its files came from, those that were left out included:
-        their numbers, from 0, in the order of the request. For files in a zip file it is the number of the zip file.
+        Instead, `files` of each study lists the uploads that its files came from, those that were left out included,
+        and `files` of each entry of `skipped` the upload that was left out: their numbers, from 0, in the order of the
+        request. For files in a zip file it is the number of the zip file.
         """
         return await self._answer(request, _FIELDS, self._predict)
 
@@ -193,10 +194,15 @@ class _Service:
         if not files:
             raise UploadError(422, 'There are no files: send at least one in the field "files".')
         studies = self._studies(fields, folder, check)
-        answer = predictions_dict(self.predictor(studies, question, show_progress=False, check=check))
-        for entry, study in zip(answer["studies"], studies, strict=True):
+        predictions = self.predictor(studies, question, show_progress=False, check=check)
+        answer = predictions_dict(predictions)
+        left_out = list(zip(answer["skipped"], predictions.skipped, strict=True))
+        for entry, study, prediction in zip(answer["studies"], studies, predictions, strict=True):
             read = [source.path for series in study.series for source in series.sources]
             entry["files"] = upload_numbers([*read, *(one.path for one in study.left_out)], folder)
+            left_out += zip(entry["skipped"], prediction.skipped, strict=True)
+        for entry, skipped in left_out:
+            entry["files"] = upload_numbers([skipped.path], folder)
         return answer
 
     def _question(self, fields: dict[str, list[str]]) -> Question:
