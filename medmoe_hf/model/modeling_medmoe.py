@@ -347,7 +347,7 @@ def pool_words(hidden_states: Tensor, word_ids: Tensor, pooling: str) -> tuple[T
     first = torch.arange(texts, device=slots.device).unsqueeze(1) * length
     # One row behind the last takes the tokens of no word. Rows are added whole: a scatter adds number by number.
     rows = torch.where(in_word, first + slots, texts * length).flatten()
-    words = hidden_states.new_zeros(texts * length + 1, width).index_add(0, rows, hidden_states.flatten(0, 1))
+    words = hidden_states.new_zeros(texts * length + 1, width).index_add_(0, rows, hidden_states.flatten(0, 1))
     words = words[:-1].unflatten(0, (texts, length))
     if pooling == "mean":
         words = words / counts.clamp_min(1).unsqueeze(-1)
