@@ -5,6 +5,7 @@ MEDMOE_MODEL names the checkpoint, by default an untrained one; MEDMOE_SCREENSHO
 
 import importlib.util
 import io
+import json
 import os
 import shutil
 import sys
@@ -31,6 +32,7 @@ pytestmark = [
 ]
 
 SPACE = Path(__file__).parents[2] / "examples" / "space"
+TEXTS = json.loads((SPACE / "reports.json").read_text())
 WITHOUT_THE_PACKAGE = """
 import runpy, sys
 sys.modules["medmoe_hf"] = None
@@ -135,7 +137,11 @@ def test_upload_route_overrule_heatmap_opacity(open_page, server, drawing):
     bars = page.inner_text("#router")
     assert all(modality in bars for modality in modalities)
     assert bars.count("%") == 6
-    assert page.inner_text("#zero-shot").count("%") == 4
+    asked = page.input_value("#labels textarea").splitlines()
+    assert asked == TEXTS[chosen]["labels"]
+    answers = page.inner_text("#zero-shot")
+    assert all(label in answers for label in asked)
+    assert answers.count("%") == len(asked)
     assert page.locator("#nearest li").count() == 5
     assert page.locator("#dominating img").count() == 1
 

@@ -53,6 +53,7 @@ def server(images, tmp_path_factory):
     log = tmp_path_factory.mktemp("log") / "log"
     command = [sys.executable, "-m", "medmoe_hf.cli", "demo", "--port", str(port), "--mcp", "--images", str(images)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "NO_PROXY": "*", "GRADIO_TEMP_DIR": str(log.parent)}
+    environment.pop("MEDMOE_MODEL", None)  # names another checkpoint for the tests in a browser
     with running(command, port, log, env=environment):
         yield port
 
