@@ -9,6 +9,7 @@ local map (and of the shared space where there are no projections).
 
 import functools
 import inspect
+import itertools
 import math
 import os
 import re
@@ -1073,6 +1074,17 @@ class MedMoELinearExpert(MedMoEExpert):
         return local, local.new_full((local.shape[0], len(aligned), *local.shape[2:]), 1 / len(aligned))
 
 
+def _rows(parts: Sequence[Tensor], groups: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Returns rows of the concatenated `parts`, for each group of their numbers; a row belongs to one group only."""
+    if parts[0].device.type == "cpu" and all(map(len, parts)):
+        # Piece by piece: the gradient of an index is added to zeros, and loses its memory format.
+        pieces = [piece for part in parts for piece in part.split(1)]
+        return [torch.cat([pieces[row] for row in rows]) if rows else parts[0][:0] for rows in groups]
+    whole = torch.cat(tuple(parts))  # empty parts too: gradients have to reach their experts
+    index = torch.tensor(list(itertools.chain(*groups)))
+    return list(whole[index.to(whole.device, non_blocking=True)].split(list(map(len, groups))))
+
+
 def _floating_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Returns parameters and running statistics by name, without counters."""
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
@@ -1403,35 +1415,29 @@ class MedMoEVisionModel(MedMoEPreTrainedModel):
             return self.experts[0](feature_maps, size, mean_only)
         if self._on_cpu_for_inference(expert_ids):
             return self._dispatch_per_sample(feature_maps, expert_ids, size, mean_only)
-        order, counts = self._grouping(expert_ids, modality)
+        groups = self._grouping(expert_ids, modality)
         together = in_process_group()
-        groups = [
-            (expert, rows)
-            for expert, rows in zip(self.experts, order.split(counts), strict=True)
-            if len(rows) or together
-        ]
-        if len(groups) == 1:
-            return groups[0][0](feature_maps, size, mean_only)
-        parts = [
-            expert([feature_map[rows] for feature_map in feature_maps], size, mean_only) for expert, rows in groups
-        ]
-        back = order.argsort()
+        called = [(expert, rows) for expert, rows in zip(self.experts, groups, strict=True) if rows or together]
+        if len(called) == 1:
+            return called[0][0](feature_maps, size, mean_only)
+        own_rows = [rows for _, rows in called]
+        inputs = zip(*(_rows([feature_map], own_rows) for feature_map in feature_maps), strict=True)
+        parts = [expert(maps, size, mean_only) for (expert, _), maps in zip(called, inputs, strict=True)]
+        order = list(itertools.chain(*own_rows))
+        back = sorted(range(len(order)), key=order.__getitem__)
         # Experts may be on several devices.
         return tuple(
-            torch.cat([value.to(order.device) for value in values])[back] for values in zip(*parts, strict=True)
+            _rows([value.to(expert_ids.device) for value in values], [back])[0] for values in zip(*parts, strict=True)
         )
 
-    def _grouping(self, expert_ids: Tensor, modality: Any) -> tuple[Tensor, list[int]]:
-        """Returns the images in the order of their experts (B,), and how many each expert has."""
+    def _grouping(self, expert_ids: Tensor, modality: Any) -> list[list[int]]:
+        """Returns the images of each expert."""
         named = [] if modality is None else self.config.modality_ids(modality, len(expert_ids))
         if modality is None or UNKNOWN_MODALITY in named:
-            order = expert_ids.argsort(stable=True)
-            return order, torch.bincount(expert_ids, minlength=len(self.experts)).tolist()
-        if self.config.shared_expert:
+            named = expert_ids.tolist()
+        elif self.config.shared_expert:
             named = [0] * len(named)
-        order = torch.tensor(sorted(range(len(named)), key=named.__getitem__))
-        counts = [named.count(expert) for expert in range(len(self.experts))]
-        return order.to(expert_ids.device, non_blocking=True), counts
+        return [[row for row, own in enumerate(named) if own == expert] for expert in range(len(self.experts))]
 
     def apply_expert(self, expert: int, feature_maps: Sequence[Tensor], size: Sequence[int]) -> tuple[Tensor, ...]:
         """Runs one expert on all images.

@@ -1,7 +1,8 @@
 """Benchmark of `official` against the authors' own code, with equal weights and inputs.
 
     git clone https://github.com/shivangchopra11/MedMoE authors
-    python examples/experiments/benchmarks/authors.py authors [--batch 8] [--rounds 5] [--threads 1]
+    python examples/experiments/benchmarks/authors.py authors [--parts step image after] [--batch 8]
+        [--rounds 5] [--threads 1]
 
 Compares a training step (forward and backward, text tower frozen, captions of up to 25 tokens), the image tower
 without gradients, and what follows BERT: the sum of its layers and the pooling of subwords into words. The authors'
@@ -227,6 +228,7 @@ class Process:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("clone", type=Path, help="a clone of the authors' repository")
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS), help="what to compare")
     parser.add_argument("--batch", type=int, default=8, help="batch size")
     parser.add_argument("--rounds", type=int, default=5, help="number of rounds")
     parser.add_argument("--threads", type=int, default=1, help="number of threads")
@@ -247,7 +249,7 @@ def main() -> None:
         print(
             f"Batch {arguments.batch}, threads: {arguments.threads}\n{'':20}{'authors':>26}{'ours':>26}{'speed':>18}"
         )
-        for part, title in PARTS.items():
+        for part in arguments.parts:
             warm = [process(part) for process in both]
             memory = [process(part, "memory")["taken"] for process in both]
             seconds = [[process(part)["taken"] for process in both] for _ in range(arguments.rounds)]
@@ -257,7 +259,7 @@ def main() -> None:
                 for times, grown in zip(zip(*seconds, strict=True), memory, strict=True)
             ]
             speed = f"{statistics.median(ratios):.2f}x ({min(ratios):.1f}-{max(ratios):.1f})"
-            print(f"{title:20}{columns[0]:>26}{columns[1]:>26}{speed:>18}", flush=True)
+            print(f"{PARTS[part]:20}{columns[0]:>26}{columns[1]:>26}{speed:>18}", flush=True)
             if part == "step":
                 losses = [one["loss"] for one in warm]
                 print(f"    losses {losses[0]:.6f} and {losses[1]:.6f}")
