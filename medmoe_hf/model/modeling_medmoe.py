@@ -1080,7 +1080,8 @@ def _rows(parts: Sequence[Tensor], groups: Sequence[Sequence[int]]) -> list[Tens
         # Piece by piece: the gradient of an index is added to zeros, and loses its memory format.
         pieces = [piece for part in parts for piece in part.split(1)]
         return [torch.cat([pieces[row] for row in rows]) if rows else parts[0][:0] for rows in groups]
-    whole = torch.cat(tuple(parts))  # empty parts too: gradients have to reach their experts
+    # Empty parts too: gradients have to reach their experts.
+    whole = parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
     index = torch.tensor(list(itertools.chain(*groups)))
     return list(whole[index.to(whole.device, non_blocking=True)].split(list(map(len, groups))))
 
