@@ -8,6 +8,7 @@ from torch.nn.functional import interpolate
 
 from medmoe_hf.model import MedMoEVisionModel, modeling_medmoe
 from medmoe_hf.model.modeling_medmoe import MedMoEConvLayer, MedMoEScaleScorer, MedMoETokenExpert
+from medmoe_hf.model.word_regions_medmoe import gloria_logits
 
 KINDS = {
     "paper": {},
@@ -149,6 +150,41 @@ def test_one_by_one_without_gradients_is_what_groups_give_with_them(tower, mean_
     for found, right in zip(alone, grouped, strict=True):
         torch.testing.assert_close(found, right.detach(), rtol=1e-5, atol=1e-5)
         assert found.stride() == right.stride()
+
+
+def test_groups_give_the_gradients_of_images_one_by_one_in_the_format_of_the_maps(tower):
+    """A gradient in another memory format makes each step of an expert's backward pass several times as slow."""
+    ids, size = torch.tensor(SIX_AND_TWO_ALIKE), (8, 12)
+    whole = tower.encode(torch.randn(len(ids), 3, 64, 96)).feature_maps
+    maps = [feature_map.detach().contiguous(memory_format=torch.channels_last) for feature_map in whole]
+    words = torch.randn(4, 3, tower.config.local_size)
+    weights = torch.randn(len(ids), 4)
+    inputs = [feature_map.requires_grad_() for feature_map in maps]
+    # The same bias for the scores of all scales has no influence: its gradient is rounding.
+    parameters = {name: value for name, value in tower.experts.named_parameters() if not name.endswith("fc2.bias")}
+
+    def gradients(local):
+        logits = gloria_logits(local, words, torch.ones(4, 3, dtype=torch.bool), 4.0, 5.0, 10.0)
+        return torch.autograd.grad((logits * weights).sum(), [*inputs, *parameters.values()])
+
+    alone = [
+        tower.experts[expert]([feature_map[[row]] for feature_map in maps], size)[0]
+        for row, expert in enumerate(SIX_AND_TWO_ALIKE)
+    ]
+    expected = gradients(torch.cat(alone).contiguous())
+    formats = []
+
+    def watched(_, __, outputs):
+        outputs[0].register_hook(
+            lambda gradient: formats.append(gradient.is_contiguous(memory_format=torch.channels_last))
+        )
+
+    for expert in tower.experts:
+        expert.register_forward_hook(watched)
+    found = gradients(tower._dispatch(maps, ids, size)[0])
+    assert formats == [True] * 6
+    for name, value, right in zip([*map(str, range(len(maps))), *parameters], found, expected, strict=True):
+        torch.testing.assert_close(value, right, rtol=1e-4, atol=1e-5 * right.abs().max().item() + 1e-7, msg=name)
 
 
 @pytest.mark.parametrize("asked", [{}, {"output_hidden_states": True, "output_attentions": True}])
