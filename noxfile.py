@@ -183,7 +183,8 @@ def benchmarks(session: nox.Session) -> None:
     example(session, "experiments/benchmarks/data", "--images", "20", "--rounds", "1")
     training = ("--rounds", "1", "--batches", "2", "--step-batch", "1", "--small-batch", "6")
     example(session, "experiments/benchmarks/training", *training)
-    example(session, "experiments/benchmarks/inference", "--only", "presets", "--batches", "1", "--rounds", "1")
+    once = ("--batches", "1", "--rounds", "1")
+    example(session, "experiments/benchmarks/inference", "--only", "presets", "halves", *once)
     example(session, "experiments/benchmarks/precision", "--model", model, "--data", SCRATCH)
     example(session, "experiments/benchmarks/encode", "--samples", "1000", "--output", fresh("bulk"))
     if authors := os.environ.get("MEDMOE_AUTHORS"):  # a clone of the authors' repository, which only they may hand on

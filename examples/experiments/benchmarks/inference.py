@@ -1,13 +1,14 @@
 """Benchmark of the image towers: time and memory compared with their backbones and with matrix products.
 
-    python examples/experiments/benchmarks/inference.py [--only presets precision scaling] [--batches 1 8]
-        [--rounds 5] [--compile]
+    python examples/experiments/benchmarks/inference.py [--only presets halves precision scaling]
+        [--batches 1 8] [--rounds 5] [--compile]
 
 `presets`: `paper`, `plus` and `official` with the selected expert, with all six, and without local maps; a direct
 implementation of what the authors' code computes, with the same output as `official`; the Swin-T of transformers and
-timm alone, and CLIP's ViT-B/16 and RN50. `precision`: `paper` in other memory formats, in bfloat16, in int8, compiled,
-and exported. `scaling`: more experts, and larger images. Weights are random. The modalities of the images alternate,
-except in `precision`, where the router selects the experts.
+timm alone, and CLIP's ViT-B/16 and RN50. `halves`: `paper` and `official` beside their Swin-T, in float32 and in
+bfloat16. `precision`: `paper` in other memory formats, in bfloat16, in int8, compiled, and exported. `scaling`: more
+experts, and larger images. Weights are random. The modalities of the images alternate, except in `precision`, where
+the router selects the experts.
 
 Variants take turns, so that other load affects all alike. Times are CPU milliseconds per image over all threads,
 median and range over rounds; ratios, and shares of the rate of large matrix products of the same type, are medians
@@ -16,6 +17,7 @@ torchao for int8 without ONNX Runtime.
 """
 
 import argparse
+import functools
 import statistics
 import tempfile
 import time
@@ -37,7 +39,7 @@ from medmoe_hf.hub.export import export
 from medmoe_hf.model import MedMoEImageProcessor, MedMoEProcessor, MedMoETokenizer, MedMoEVisionModel
 
 GEMM_SIDE = 1024
-PARTS = ("presets", "precision", "scaling")
+PARTS = ("presets", "halves", "precision", "scaling")
 
 
 @dataclass
@@ -167,6 +169,20 @@ def presets(batch: int, rounds: int) -> None:
         torch.testing.assert_close(found, reference, rtol=1e-5, atol=1e-5)
     speed = ratios["official, direct implementation"] / ratios["official"]
     print(f"    `official` is {speed:.1f} times as fast as its direct implementation, with equal output (1e-5)")
+
+
+def halves(batch: int, rounds: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        pixels, bare = torch.randn(batch, 3, 224, 224).to(dtype), Bare().eval().to(dtype)
+        variants = {"Swin-T, transformers": Variant(lambda bare=bare, pixels=pixels: bare(pixels), None, dtype)}
+        for preset in ("paper", "official"):
+            tower = image_tower(preset).to(dtype)
+            calls = {preset: {}} | ({f"{preset}, global only": {"local": False}} if preset == "paper" else {})
+            for name, given in calls.items():
+                call = functools.partial(tower, pixels, modality=in_turn(tower, batch), **given)
+                variants[name] = Variant(call, None, dtype)
+        title = f"Beside the backbone, batch {batch}, {str(dtype).removeprefix('torch.')}"
+        compare(title, variants, batch, rounds, "Swin-T, transformers")
 
 
 def exported_towers(preset: str, folder: Path) -> tuple[Path, Path]:
@@ -307,6 +323,8 @@ def main() -> None:
     for batch in arguments.batches:
         if "presets" in arguments.only:
             presets(batch, arguments.rounds)
+        if "halves" in arguments.only:
+            halves(batch, arguments.rounds)
         if "precision" in arguments.only:
             precision(batch, arguments.rounds, arguments.compile)
     if "scaling" in arguments.only:
