@@ -30,7 +30,16 @@ from unittest import mock
 
 import torch
 from training import peak
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, BertConfig, BertModel, SwinConfig, SwinModel
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoTokenizer,
+    BatchFeature,
+    BertConfig,
+    BertModel,
+    SwinConfig,
+    SwinModel,
+)
 from transformers.models.swin.modeling_swin import SwinDropPath
 
 from medmoe_hf.common.memory import keep_freed_memory
@@ -73,25 +82,15 @@ def without_chance(tower: torch.nn.Module) -> None:
             module.drop_prob = 0.0
 
 
-class Passed(dict[str, Any]):
-    """What an image processor returns."""
-
-    def to(self, _device: object) -> "Passed":
-        return self
-
-
 def in_place_of_downloads(bert: BertModel, tokenizer: object) -> list[Any]:
     """Return patches that give the authors' classes random towers, and images as they are."""
     objects = {
-        SwinModel: lambda: SwinModel(SwinConfig()),
-        AutoImageProcessor: lambda: lambda pixels, **_: Passed(pixel_values=pixels),
-        AutoModel: lambda: bert,
-        AutoTokenizer: lambda: tokenizer,
+        SwinModel: SwinModel(SwinConfig()),
+        AutoImageProcessor: lambda pixels, **_: BatchFeature({"pixel_values": pixels}),
+        AutoModel: bert,
+        AutoTokenizer: tokenizer,
     }
-    return [
-        mock.patch.object(kind, "from_pretrained", lambda *_, make=make, **__: make())
-        for kind, make in objects.items()
-    ]
+    return [mock.patch.object(kind, "from_pretrained", return_value=value) for kind, value in objects.items()]
 
 
 @dataclass
@@ -114,14 +113,12 @@ def authors(clone: Path, checkpoint: Path, batch: int) -> dict[str, Part]:
     tokenizer, given = words_only(), Inputs(batch)
     bert = BertModel(BertConfig(vocab_size=len(tokenizer), output_hidden_states=True)).eval()
     settings = {"bert_type": "", "last_n_layers": 4, "aggregate_method": "sum", "norm": False, "embed_dim": 768}
-    patches = in_place_of_downloads(bert, SimpleNamespace(get_vocab=tokenizer.get_vocab))
-    for patch in patches:
-        patch.start()
-    image = SWIN()
+    with ExitStack() as stack:
+        for patch in in_place_of_downloads(bert, SimpleNamespace(get_vocab=tokenizer.get_vocab)):
+            stack.enter_context(patch)
+        image = SWIN()
+        text = BertEncoder(SimpleNamespace(**settings, freeze_bert=True, agg_tokens=True))
     without_chance(image)
-    text = BertEncoder(SimpleNamespace(**settings, freeze_bert=True, agg_tokens=True))
-    for patch in patches:
-        patch.stop()
     towers = {"model.image_encoder.model.": image, "model.text_encoder.": text}
     weights = {prefix + name: value for prefix, tower in towers.items() for name, value in tower.state_dict().items()}
     torch.save({"state_dict": weights}, checkpoint)
